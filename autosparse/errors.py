@@ -1,0 +1,39 @@
+"""What a user's mistake looks like, and how settings are declared."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, TypeVar, dataclass_transform
+
+T = TypeVar("T")
+
+
+class AutoSparseError(ValueError):
+    """A mistake of the user: the message names the thing, its value and the way out, in one line."""
+
+
+@dataclass_transform(frozen_default=True)
+def settings(cls: type[T]) -> type[T]:
+    """Make `cls` a frozen dataclass that a YAML file can fill too.
+
+    Its `__post_init__` checks the values, so that library and config get the same messages; `config.py` reads the types
+    through pydantic, which `__pydantic_config__` tells to refuse unknown keys. No pydantic is needed to use the class.
+    """
+    cls.__pydantic_config__ = {"extra": "forbid"}  # type: ignore[attr-defined]
+    return dataclasses.dataclass(frozen=True)(cls)
+
+
+def require(condition: bool, what: str, value: Any, way_out: str) -> None:
+    """Raise `AutoSparseError("what is value: way_out")` unless `condition` holds."""
+    if not condition:
+        raise AutoSparseError(f"{what} is {value!r}: {way_out}")
+
+
+def suggest(name: str, known: Any) -> str:
+    """The end of an error message about an unknown name: the nearest known one, if any, and all of them."""
+    import difflib
+
+    names = sorted(str(k) for k in known)
+    near = difflib.get_close_matches(str(name), names, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return f"{hint}known: {', '.join(names) if names else 'none'}"

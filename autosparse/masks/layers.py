@@ -1,0 +1,153 @@
+"""Which parameters are prunable."""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from autosparse.errors import AutoSparseError
+
+_PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A prunable weight.
+
+    `name` is the parameter's `state_dict` name; `kind` is `"conv"`, `"conv_transpose"`, `"linear"`, `"attention"` (the
+    stacked or single input projections of attention) or `"matmul"` (a raw parameter that the trace saw as an operand of
+    a matrix product or convolution); `out_dim` and `in_dim` are the dimensions of `shape` that hold outputs and inputs.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    out_dim: int = 0
+    in_dim: int = 1
+    groups: int = 1
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def kernel(self) -> tuple[int, ...]:
+        """Sizes of the dimensions that are neither in nor out: `(k_h, k_w)` of a convolution, `()` of a matrix."""
+        return tuple(n for d, n in enumerate(self.shape) if d not in (self.out_dim, self.in_dim))
+
+    @property
+    def out_features(self) -> int:
+        """Output units (channels), over all groups."""
+        return self.shape[self.out_dim] * (self.groups if self.kind == "conv_transpose" else 1)
+
+    @property
+    def in_features(self) -> int:
+        """Input units (channels), over all groups."""
+        return self.shape[self.in_dim] * (1 if self.kind == "conv_transpose" else self.groups)
+
+    @property
+    def fan_in(self) -> int:
+        """Weights that enter one output unit."""
+        return self.numel // max(self.out_features, 1)
+
+    @property
+    def fan_out(self) -> int:
+        """Weights that leave one input unit."""
+        return self.numel // max(self.in_features, 1)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The user's own module inside `torch.compile`, DDP or Fabric wrappers, whose names are those of the masks."""
+    while True:
+        if "_orig_mod" in model._modules:  # torch.compile
+            inner = model._modules["_orig_mod"]
+        elif "_forward_module" in model._modules:  # Fabric
+            inner = model._modules["_forward_module"]
+        elif type(model).__name__ in ("DistributedDataParallel", "DataParallel") and "module" in model._modules:
+            inner = model._modules["module"]
+        else:
+            return model
+        assert inner is not None
+        model = inner
+
+
+def prunable_layers(
+    model: nn.Module,
+    *,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
+    operands: Mapping[str, Layer] | None = None,
+) -> dict[str, Layer]:
+    """The prunable weights of `model`, in `state_dict` order.
+
+    Weights of Conv, transposed Conv, Linear and attention input projections; of other raw parameters only `operands`,
+    those that a trace saw in a matrix product or convolution (`Graph.operands`). Never embeddings, positions, norms or
+    biases. A tied weight counts once, under its first name; one tied to an embedding is an embedding. `include` and
+    `exclude` are shell patterns on names (`"layer1.*"`), each of which must match something.
+
+    Raises:
+        AutoSparseError: nothing is prunable, or a pattern matches nothing.
+    """
+    model = unwrap(model)
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))}
+    owners: dict[int, Layer] = {}
+    for prefix, module in model.named_modules():
+        for key, parameter in module.named_parameters(recurse=False):
+            if id(parameter) in embeddings or id(parameter) in owners or parameter.dim() < 2:
+                continue
+            layer = _layer(f"{prefix}.{key}" if prefix else key, key, module, tuple(parameter.shape))
+            if layer is not None:
+                owners[id(parameter)] = layer
+    found: dict[str, Layer] = {}
+    for name, parameter in model.named_parameters():  # first name of each tied parameter, in state_dict order
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise AutoSparseError(f"parameter {name!r} is uninitialized: run the lazy model once before pruning it")
+        if id(parameter) in owners:
+            known = owners[id(parameter)]
+            found[name] = known if known.name == name else Layer(**{**known.__dict__, "name": name})
+        elif operands and name in operands and id(parameter) not in embeddings:
+            found[name] = operands[name]
+    if not found:
+        raise AutoSparseError(
+            f"{type(model).__name__} has no prunable weights: give a model with Conv, Linear or attention layers"
+        )
+    return _filter(found, include, exclude)
+
+
+def _layer(name: str, key: str, module: nn.Module, shape: tuple[int, ...]) -> Layer | None:
+    if isinstance(module, _ConvTransposeNd) and key == "weight":
+        return Layer(name, "conv_transpose", shape, out_dim=1, in_dim=0, groups=module.groups)
+    if isinstance(module, _ConvNd) and key == "weight":
+        return Layer(name, "conv", shape, groups=module.groups)
+    if isinstance(module, nn.Linear) and key == "weight":
+        return Layer(name, "linear", shape)
+    if isinstance(module, nn.MultiheadAttention) and key in _PROJECTIONS:
+        return Layer(name, "attention", shape)
+    return None
+
+
+def _filter(
+    layers: dict[str, Layer], include: Sequence[str] | None, exclude: Sequence[str] | None
+) -> dict[str, Layer]:
+    def matching(patterns: Iterable[str], what: str) -> set[str]:
+        names: set[str] = set()
+        for pattern in patterns:
+            hits = fnmatch.filter(layers, pattern)
+            if not hits:
+                raise AutoSparseError(
+                    f"{what} pattern {pattern!r} matches no prunable weight: the names are like {next(iter(layers))!r}"
+                )
+            names.update(hits)
+        return names
+
+    kept = set(layers) if include is None else matching(include, "include")
+    if exclude is not None:
+        kept -= matching(exclude, "exclude")
+    if not kept:
+        raise AutoSparseError(f"include {include!r} and exclude {exclude!r} leave no prunable weight: widen them")
+    return {name: layer for name, layer in layers.items() if name in kept}

@@ -1,0 +1,1 @@
+"""The learned criterion: records of IRP runs, features, networks, fitting."""

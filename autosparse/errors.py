@@ -37,3 +37,7 @@ def suggest(name: str, known: Any) -> str:
     near = difflib.get_close_matches(str(name), names, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     return f"{hint}known: {', '.join(names) if names else 'none'}"
+
+
+class AutoSparseFailure(RuntimeError):
+    """Work that failed through no mistake in the input (training diverged, the disk is full): one clear line, exit code 1."""

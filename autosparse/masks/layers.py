@@ -131,9 +131,7 @@ def _layer(name: str, key: str, module: nn.Module, shape: tuple[int, ...]) -> La
     return None
 
 
-def _filter(
-    layers: dict[str, Layer], include: Sequence[str] | None, exclude: Sequence[str] | None
-) -> dict[str, Layer]:
+def _filter(layers: dict[str, Layer], include: Sequence[str] | None, exclude: Sequence[str] | None) -> dict[str, Layer]:
     def matching(patterns: Iterable[str], what: str) -> set[str]:
         names: set[str] = set()
         for pattern in patterns:

@@ -1,0 +1,206 @@
+"""What a mask is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from autosparse.errors import AutoSparseError
+from autosparse.masks.layers import Layer, unwrap
+
+SCHEMA = "autosparse.masks/1"
+
+
+@dataclass(frozen=True)
+class LayerDensity:
+    """Exact figures of one masked weight."""
+
+    name: str
+    shape: tuple[int, ...]
+    kept: int
+    total: int
+
+    @property
+    def density(self) -> float:
+        return self.kept / self.total
+
+
+@dataclass(frozen=True)
+class MaskReport:
+    """What a mask must tell besides its bits.
+
+    `dead_layers` have no weight on any path from input to output; `effective_sparsity` counts weights on no such path as
+    removed (`None` where the network could not be traced); `ties` is the share of weights whose score equals the score
+    at the cut, so that chance decided among them; `dense_layers` were left whole because the pattern does not fit them;
+    `notes` are warnings in words; `origin` says how the mask came about (criterion, seed, steps, …).
+    """
+
+    dead_layers: tuple[str, ...] = ()
+    effective_sparsity: float | None = None
+    ties: float = 0.0
+    dense_layers: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    origin: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Masks(Mapping[str, Tensor]):
+    """One boolean tensor per prunable weight, with the weight's own shape and name; `True` = keep.
+
+    Raises:
+        AutoSparseError: a tensor is not boolean, or its layer has another shape.
+    """
+
+    def __init__(
+        self,
+        tensors: Mapping[str, Tensor],
+        layers: Mapping[str, Layer] | None = None,
+        report: MaskReport | None = None,
+    ) -> None:
+        if not tensors:
+            raise AutoSparseError("masks are empty: give at least one boolean tensor")
+        for name, tensor in tensors.items():
+            if tensor.dtype != torch.bool:
+                raise AutoSparseError(f"mask {name!r} has dtype {tensor.dtype}: masks are boolean")
+            if layers is not None and layers[name].shape != tuple(tensor.shape):
+                raise AutoSparseError(
+                    f"mask {name!r} has shape {tuple(tensor.shape)}, its layer {layers[name].shape}: they must agree"
+                )
+        self._tensors = dict(tensors)
+        self.layer_info = dict(layers) if layers is not None else {}
+        self.report = report or MaskReport()
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def __repr__(self) -> str:
+        return f"Masks({len(self)} layers, {self.kept:,} of {self.total:,} weights kept, sparsity {self.sparsity:.4f})"
+
+    @property
+    def total(self) -> int:
+        """Prunable weights."""
+        return sum(t.numel() for t in self._tensors.values())
+
+    @property
+    def kept(self) -> int:
+        """Weights kept."""
+        return sum(int(t.sum()) for t in self._tensors.values())
+
+    @property
+    def density(self) -> float:
+        return self.kept / self.total
+
+    @property
+    def sparsity(self) -> float:
+        return 1 - self.density
+
+    def layers(self) -> list[LayerDensity]:
+        """Exact figures, per layer, in the network's order."""
+        return [LayerDensity(n, tuple(t.shape), int(t.sum()), t.numel()) for n, t in self._tensors.items()]
+
+    def to(self, device: torch.device | str) -> Masks:
+        return Masks({n: t.to(device) for n, t in self._tensors.items()}, self.layer_info or None, self.report)
+
+    def shuffle(self, seed: int = 0) -> Masks:
+        """The layer-wise shuffle: the same number kept in each layer, at random positions."""
+        generator = torch.Generator().manual_seed(seed)
+        shuffled = {}
+        for name, tensor in self._tensors.items():
+            order = torch.randperm(tensor.numel(), generator=generator)
+            shuffled[name] = tensor.flatten()[order.to(tensor.device)].view_as(tensor)
+        return Masks(shuffled, self.layer_info or None, MaskReport(origin={**self.report.origin, "shuffled": seed}))
+
+    def _parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        own = dict(unwrap(model).named_parameters())
+        for name, tensor in self._tensors.items():
+            if name not in own:
+                raise AutoSparseError(
+                    f"the mask names {name!r}, which {type(unwrap(model)).__name__} does not have: "
+                    "it was made for another model"
+                )
+            if own[name].shape != tensor.shape:
+                raise AutoSparseError(
+                    f"the mask of {name!r} has shape {tuple(tensor.shape)}, the model's weight {tuple(own[name].shape)}: "
+                    "it was made for another model"
+                )
+        return {name: own[name] for name in self._tensors}
+
+    @torch.no_grad()
+    def apply_(self, model: nn.Module) -> None:
+        """Zero the pruned weights of `model` now: `θ ← θ ⊙ m`.
+
+        Raises:
+            AutoSparseError: the mask was made for another model.
+        """
+        for name, parameter in self._parameters(model).items():
+            # masked_fill, not a product: a pruned weight that is infinite or NaN becomes 0 too
+            parameter.masked_fill_(~self._tensors[name].to(parameter.device), 0)
+
+    def enforce(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> torch.utils.hooks.RemovableHandle:
+        """Zero the pruned weights now and after every step of `optimizer`, whatever momentum and weight decay do.
+
+        Returns the hook's handle; `handle.remove()` ends it. `copy.deepcopy(optimizer)` silently drops step hooks: call
+        `enforce` again on the copy. Works through `torch.compile`, DDP and Fabric wrappers of the model.
+
+        Raises:
+            AutoSparseError: the mask was made for another model.
+        """
+        self.apply_(model)
+        weights: list[Tensor] = list(self._parameters(model).values())
+        factors: list[Tensor] = []
+
+        def remask(*_: Any) -> None:
+            if not factors or factors[0].device != weights[0].device or factors[0].dtype != weights[0].dtype:
+                factors[:] = [
+                    m.to(device=w.device, dtype=w.dtype) for m, w in zip(self._tensors.values(), weights, strict=True)
+                ]
+            with torch.no_grad():
+                torch._foreach_mul_(weights, factors)
+
+        return optimizer.register_step_post_hook(remask)
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file: the boolean tensors, layers and report; atomically."""
+        from safetensors.torch import save_file
+
+        from autosparse.files import replace_file
+
+        metadata = {
+            "schema": SCHEMA,
+            "layers": json.dumps({n: asdict(layer) for n, layer in self.layer_info.items()}),
+            "report": json.dumps(asdict(self.report)),
+        }
+        tensors = {n: t.contiguous().cpu() for n, t in self._tensors.items()}
+        with replace_file(Path(path)) as temporary:
+            save_file(tensors, temporary, metadata=metadata)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Masks:
+        """Read masks saved by `save`; no pickle.
+
+        Raises:
+            AutoSparseError: the file is missing, damaged, or holds something else.
+        """
+        from autosparse.files import read_safetensors
+
+        tensors, metadata = read_safetensors(Path(path), SCHEMA, "masks")
+        layers = {
+            n: Layer(**{**values, "shape": tuple(values["shape"])})
+            for n, values in json.loads(metadata["layers"]).items()
+        }
+        report = json.loads(metadata["report"])
+        for key in ("dead_layers", "dense_layers", "notes"):
+            report[key] = tuple(report[key])
+        order = list(layers) or list(tensors)  # safetensors sorts by name; the layers keep the network's order
+        return cls({n: tensors[n] for n in order}, layers or None, MaskReport(**report))

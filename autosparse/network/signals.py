@@ -1,0 +1,177 @@
+"""Measure signals on a network, and leave it as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from autosparse.errors import AutoSparseError
+from autosparse.masks.layers import Layer
+
+Signals = dict[str, dict[str, Tensor]]  # signal -> parameter name -> tensor of the parameter's shape
+Batch = tuple[Any, Any]
+Loss = Callable[[Any, Any], Tensor]
+
+SIGNALS = ("weight", "gradient")
+
+
+def take_batches(batches: Iterable[Batch], n_batches: int, device: torch.device, seed: int = 0) -> list[Batch]:
+    """The first `n_batches` of `(inputs, targets)`, on `device`; what the loader draws comes from `seed`.
+
+    Raises:
+        AutoSparseError: there are none, or an item is not a pair.
+    """
+    taken: list[Batch] = []
+    with _seeded(seed, device):
+        for item in batches:
+            if not isinstance(item, (tuple, list)) or len(item) != 2:
+                raise AutoSparseError(
+                    f"batches give {type(item).__name__} items: each must be a pair (inputs, targets); "
+                    "to give an input alone use example_input"
+                )
+            taken.append((_move(item[0], device), _move(item[1], device)))
+            if len(taken) == n_batches:
+                break
+    if not taken:
+        raise AutoSparseError("batches are empty: give at least one pair (inputs, targets)")
+    return taken
+
+
+def measure(
+    model: nn.Module,
+    layers: Mapping[str, Layer],
+    names: Sequence[str],
+    *,
+    batches: Sequence[Batch] = (),
+    masks: Mapping[str, Tensor] | None = None,
+    loss: Loss | None = None,
+    seed: int = 0,
+) -> Signals:
+    """Measure the named signals of `model` on `θ ⊙ m`; every tensor has its weight's shape, on the model's device.
+
+    `"weight"`: `θ ⊙ m`. `"gradient"`: `g = ∂L/∂(θ ⊙ m)`, the mean over all samples of `batches`, pruned positions too,
+    with norm layers (only these) in train mode. Parameters, buffers, gradients, modes, hooks and RNG stay as they were.
+
+    Args:
+        loss: `loss(outputs, targets)`, a mean over the batch; cross-entropy by default.
+        seed: what dropout-like layers of a model draw from.
+
+    Raises:
+        AutoSparseError: an unknown signal, a gradient without batches, or batches that the model cannot take.
+    """
+    for name in names:
+        if name not in SIGNALS:
+            raise AutoSparseError(f"signal is {name!r}: known are {', '.join(SIGNALS)}")
+    own = dict(model.named_parameters())
+    with torch.no_grad():
+        weights = {
+            n: own[n].detach() if masks is None else own[n].detach() * masks[n].to(own[n].device) for n in layers
+        }
+    signals: Signals = {}
+    if "weight" in names:
+        signals["weight"] = {n: w.clone() if masks is None else w for n, w in weights.items()}
+    if "gradient" in names:
+        if not batches:
+            raise AutoSparseError("this criterion needs gradients: give batches, pairs of (inputs, targets)")
+        signals["gradient"] = _gradient(model, weights, batches, loss or F.cross_entropy, seed)
+    return signals
+
+
+def _gradient(
+    model: nn.Module, weights: Mapping[str, Tensor], batches: Sequence[Batch], loss: Loss, seed: int
+) -> dict[str, Tensor]:
+    leaves = {n: w.detach().requires_grad_() for n, w in weights.items()}
+    buffers = {n: b.clone() for n, b in model.named_buffers()}
+    sizes = [_batch_size(targets) for _, targets in batches]
+    total: list[Tensor] | None = None
+    device = next(iter(weights.values())).device
+    with scoring_mode(model), _seeded(seed, device), torch.enable_grad():
+        for (inputs, targets), size in zip(batches, sizes, strict=True):
+            outputs = forward(model, {**leaves, **buffers}, inputs)
+            try:
+                value = loss(outputs, targets)
+            except (RuntimeError, ValueError, IndexError, TypeError) as error:
+                raise AutoSparseError(
+                    f"the loss cannot take outputs {_describe(outputs)} and targets {_describe(targets)}: "
+                    f"{_first_line(error)}; give loss=, or targets that fit the model"
+                ) from error
+            grads = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
+            share = size / sum(sizes)
+            found = [
+                torch.zeros_like(w) if g is None else g * share for g, w in zip(grads, leaves.values(), strict=True)
+            ]
+            if total is None:
+                total = found
+            else:
+                torch._foreach_add_(total, found)
+    assert total is not None
+    return dict(zip(leaves, total, strict=True))
+
+
+def forward(model: nn.Module, state: Mapping[str, Tensor], inputs: Any) -> Any:
+    """`model(inputs)` with `state` in place of its parameters and buffers; tuples are positional, dicts keywords.
+
+    Raises:
+        AutoSparseError: the model cannot take the inputs.
+    """
+    args, kwargs = (
+        ((), inputs) if isinstance(inputs, dict) else (inputs if isinstance(inputs, tuple) else (inputs,), {})
+    )
+    try:
+        return torch.func.functional_call(model, dict(state), args, kwargs)
+    except (RuntimeError, ValueError, AssertionError, IndexError, TypeError) as error:
+        raise AutoSparseError(
+            f"{type(model).__name__} cannot take batches {_describe(inputs)}: {_first_line(error)}; "
+            "give inputs of the shape that the model takes"
+        ) from error
+
+
+@contextmanager
+def scoring_mode(model: nn.Module) -> Iterator[None]:
+    """Everything in eval mode but the norm layers, which use the batch's statistics; the modes come back."""
+    modes = [(module, module.training) for module in model.modules()]
+    norms = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
+    try:
+        for module, _ in modes:
+            module.training = isinstance(module, norms)
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    devices = [device.index or 0] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield
+
+
+def _move(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {key: _move(item, device) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return tuple(_move(item, device) for item in value)
+    return value
+
+
+def _batch_size(targets: Any) -> int:
+    return len(targets) if isinstance(targets, Tensor) and targets.dim() else 1
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"of shape {tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
+    return f"of type {type(value).__name__}"
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

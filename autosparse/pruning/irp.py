@@ -1,0 +1,163 @@
+"""Iterative rewind pruning (IRP): lottery tickets by training, removing, rewinding."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from autosparse.errors import AutoSparseError, require, settings
+from autosparse.masks.layers import Layer
+from autosparse.masks.mask import Masks
+from autosparse.masks.schedule import check_density, densities
+from autosparse.masks.selection import SCOPES, select
+from autosparse.network.signals import measure
+from autosparse.pruning.criteria import CRITERIA, Context
+from autosparse.training.data import ImageData
+from autosparse.training.loop import Recipe, Trained, train
+
+
+@settings
+class IRPSettings:
+    """How IRP removes.
+
+    `rounds`: removals R, so R + 1 trainings, the last to know the ticket's worth. `density`: what is left after the last
+    round. `schedule`: `"geometric"` (each round keeps the same fraction, `ρ_r = ρ^{r/R}`) or `"linear"` (each removes the
+    same number). `criterion` of the trained weights: `"magnitude"` or `"snip"`. `rewind_step`: 0 rewinds to the
+    initialization, k to the weights after k steps (late rewinding). `n_batches` are for SNIP.
+    """
+
+    rounds: int = 20
+    density: float = 0.01
+    schedule: str = "geometric"
+    criterion: str = "magnitude"
+    scope: str = "global"
+    rewind_step: int = 0
+    floor: float = 0.0
+    n_batches: int = 1
+
+    def __post_init__(self) -> None:
+        require(1 <= self.rounds <= 255, "irp.rounds", self.rounds, "it must lie in 1 … 255")
+        check_density(self.density, "irp.density")
+        require(self.density < 1, "irp.density", self.density, "it must be under 1")
+        require(self.schedule in ("geometric", "linear"), "irp.schedule", self.schedule, "known: geometric, linear")
+        require(self.criterion in ("magnitude", "snip"), "irp.criterion", self.criterion, "known: magnitude, snip")
+        require(self.scope in SCOPES, "irp.scope", self.scope, f"known: {', '.join(SCOPES)}")
+        require(self.rewind_step >= 0, "irp.rewind_step", self.rewind_step, "give a step, 0 or more")
+        require(0 <= self.floor < 1, "irp.floor", self.floor, "it is the smallest density of a layer, in [0, 1)")
+        require(self.n_batches >= 1, "irp.n_batches", self.n_batches, "give at least 1")
+
+    def densities(self) -> list[float]:
+        """`ρ_0 = 1, ρ_1, …, ρ_R`: the density of each training."""
+        return [1.0, *densities(self.density, self.rounds, self.schedule)]
+
+
+@dataclass(frozen=True)
+class Round:
+    """One training and the removal after it: `masks` held in it, `next_masks` what stays for the next (`None` after the
+    last round)."""
+
+    index: int
+    density: float
+    trained: Trained
+    masks: Masks
+    next_masks: Masks | None
+    seconds: float
+
+
+def full_state(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of every parameter and buffer: what a rewind puts back."""
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def irp(
+    model: nn.Module,
+    layers: Mapping[str, Layer],
+    data: ImageData,
+    recipe: Recipe,
+    settings: IRPSettings,
+    *,
+    seed: int = 0,
+    device: str = "auto",
+    start: int = 0,
+    masks: Masks | None = None,
+    rewind: Mapping[str, Tensor] | None = None,
+    checkpoint: Path | None = None,
+    on_rewind_state: Callable[[dict[str, Tensor]], None] | None = None,
+    on_epoch: Callable[[dict[str, float]], None] | None = None,
+) -> Iterator[Round]:
+    """Rounds `start … R` of IRP on `model`, whose state at the call is the initialization `θ₀`.
+
+    Round r: rewind every parameter and buffer to `θ₀` (or to step k); train `θ ⊙ m_r` at density `ρ_r` with a fresh
+    optimizer; score the trained weights; keep the highest, within `m_r`, for `m_{r+1}`. Source: Frankle & Carbin 2019;
+    late rewinding Frankle et al. 2020.
+
+    Args:
+        start, masks, rewind: continue at round `start` with the masks of that round and, for late rewinding, the state
+            of step k that `on_rewind_state` was given.
+        checkpoint: file for the round in flight.
+
+    Raises:
+        AutoSparseError: the rewind step lies beyond the training.
+        AutoSparseFailure: a training diverged; the rounds before it were given already.
+    """
+    length = recipe.length(data)
+    require(settings.rewind_step < length, "irp.rewind_step", settings.rewind_step, f"a training has {length} steps")
+    names = set(layers)
+    if masks is None:
+        masks = Masks({n: torch.ones(layer.shape, dtype=torch.bool) for n, layer in layers.items()}, layers)
+    elif set(masks) != names:
+        raise AutoSparseError("the masks to continue from are another model's: delete the record and start again")
+    path = settings.densities()
+    origin = rewind
+    if origin is None:
+        if settings.rewind_step:
+            train(model, data, recipe, seed=seed, device=device, stop_step=settings.rewind_step)
+        origin = full_state(model)
+        if settings.rewind_step and on_rewind_state is not None:
+            on_rewind_state(dict(origin))
+    for index in range(start, settings.rounds + 1):
+        clock = time.perf_counter()
+        model.load_state_dict(origin)
+        trained = train(
+            model,
+            data,
+            recipe,
+            masks=masks,
+            seed=seed,
+            device=device,
+            start_step=settings.rewind_step,
+            checkpoint=checkpoint,
+            on_epoch=on_epoch,
+        )
+        following = None
+        if index < settings.rounds:
+            following = _remove(model, layers, data, recipe, settings, masks, path[index + 1], seed)
+        yield Round(index, masks.density, trained, masks, following, time.perf_counter() - clock)
+        if following is not None:
+            masks = following
+
+
+def _remove(
+    model: nn.Module,
+    layers: Mapping[str, Layer],
+    data: ImageData,
+    recipe: Recipe,
+    settings: IRPSettings,
+    masks: Masks,
+    density: float,
+    seed: int,
+) -> Masks:
+    """Score the trained weights and keep the highest of those that are left."""
+    criterion = CRITERIA[settings.criterion]
+    device = next(model.parameters()).device
+    batches = []
+    if "gradient" in criterion.signals:
+        batches = data.to(device).sample(recipe.batch_size, settings.n_batches, seed)
+    signals = measure(model, layers, criterion.signals, batches=batches, seed=seed)
+    scores = {n: s.cpu() for n, s in criterion(signals, Context(layers, density, masks=masks, seed=seed)).items()}
+    return select(scores, density, layers=layers, scope=settings.scope, floor=settings.floor, within=masks, seed=seed)

@@ -1,0 +1,187 @@
+"""`prune`: criterion × schedule × scope × granularity."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from autosparse.errors import AutoSparseError, require, suggest
+from autosparse.masks.layers import prunable_layers, unwrap
+from autosparse.masks.mask import Masks
+from autosparse.masks.schedule import check_sparsity, densities
+from autosparse.masks.selection import NM, Granularity, parse_granularity, select
+from autosparse.network.graph import trace
+from autosparse.network.reachability import reachability
+from autosparse.network.signals import Batch, Loss, measure, take_batches
+from autosparse.pruning.criteria import PRESETS, Context, Criterion, Preset
+
+
+def prune(
+    model: nn.Module,
+    sparsity: float | None = None,
+    criterion: str | Criterion = "snip",
+    *,
+    batches: Iterable[Batch] | None = None,
+    n_batches: int | None = None,
+    example_input: Any = None,
+    scope: str | None = None,
+    granularity: str | Granularity = None,
+    steps: int | None = None,
+    schedule: str | None = None,
+    loss: Loss | None = None,
+    seed: int = 0,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
+    floor: float = 0.0,
+) -> Masks:
+    """Choose the weights that stay; nothing of `model` changes.
+
+    In each of `steps` steps the signals are measured on `θ ⊙ m`, the criterion scores them, and the highest stay, down
+    to exactly `round((1 − sparsity)·N)` of the N prunable weights in the last.
+
+    Args:
+        sparsity: share of the prunable weights removed, in [0, 1); with an N:M pattern `None`, or what the pattern sets.
+        criterion: a preset's name (`autosparse list criteria`) or anything that is a `Criterion`, such as a scorer.
+        batches: `(inputs, targets)` pairs; the first `n_batches` are taken once and used in every step.
+        n_batches: default is what the preset or criterion needs.
+        example_input: what the model takes (a tuple is positional, a dict keywords), for data-free criteria and for
+            tracing; default the first batch.
+        scope, granularity, steps, schedule: `None` is what the preset says; else global, unstructured, one step,
+            exponential.
+        loss: `loss(outputs, targets)`; cross-entropy by default.
+        seed: of random scores, ties, loaders and dropout.
+        include, exclude: shell patterns on parameter names.
+        floor: smallest density of any layer; off by default.
+
+    Returns:
+        Masks whose `report` tells dead layers, effective sparsity and ties; where these make the mask meaningless a
+        warning says so.
+
+    Raises:
+        AutoSparseError: bad arguments, a model without prunable weights, batches that it cannot take, scores that are
+            not finite or all zero.
+
+    >>> import torch, autosparse
+    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 2))
+    >>> masks = autosparse.prune(model, sparsity=0.5, criterion="magnitude", example_input=torch.ones(1, 8))
+    >>> masks.kept, masks.total
+    (80, 160)
+    """
+    model = unwrap(model)
+    preset = _preset(criterion)
+    pattern = parse_granularity(granularity)
+    density = _density(sparsity, pattern)
+    rule = preset.criterion
+    steps = preset.steps if steps is None else steps
+    path = densities(density, steps, schedule or preset.schedule)
+    wanted = n_batches if n_batches is not None else (preset.n_batches or rule.n_batches)
+    require(wanted >= 0, "n_batches", n_batches, "give a whole number, at least 1 where gradients are needed")
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    if wanted and batches is None and "gradient" in rule.signals:
+        raise AutoSparseError(f"criterion {rule.name!r} needs gradients: give batches, pairs of (inputs, targets)")
+    taken = [] if batches is None else take_batches(batches, max(wanted, 1), device, seed)
+    example = example_input if example_input is not None else (taken[0][0] if taken else None)
+    graph = None if example is None else trace(model, _few(example))
+    layers = prunable_layers(
+        model, include=include, exclude=exclude, operands=None if graph is None else graph.operands
+    )
+    used = taken[:wanted]
+    masks: Masks | None = None
+    for step, target in enumerate(path, 1):
+        signals = measure(model, layers, rule.signals, batches=used, masks=masks, loss=loss, seed=seed)
+        scores = rule(signals, Context(layers, target, graph, masks, seed))
+        masks = select(
+            scores,
+            target,
+            layers=layers,
+            scope=scope or preset.scope,
+            granularity=pattern if step == len(path) or not isinstance(pattern, NM) else None,
+            floor=floor,
+            within=masks,
+            seed=seed,
+        )
+    assert masks is not None
+    masks = masks.to(device)
+    images = sum(len(t) if isinstance(t, Tensor) and t.dim() else 1 for _, t in used) * len(path)
+    masks.report = replace(
+        masks.report,
+        origin={
+            "criterion": rule.name,
+            "sparsity": sparsity,
+            "scope": scope or preset.scope,
+            "granularity": str(granularity) if granularity is not None else "unstructured",
+            "steps": len(path),
+            "n_batches": len(used),
+            "images": images if "gradient" in rule.signals else 0,
+            "floor": floor,
+            "seed": seed,
+        },
+    )
+    return describe(model, masks, example)
+
+
+def describe(model: nn.Module, masks: Masks, example: Any) -> Masks:
+    """Fill in the report of `masks`: dead layers, effective sparsity, notes; and warn where the mask means little."""
+    report = masks.report
+    notes = list(report.notes)
+    empty = tuple(layer.name for layer in masks.layers() if layer.kept == 0)
+    dead, effective = empty, None
+    if example is None:
+        notes.append("no example_input: effective sparsity and cut-off layers are not known")
+    else:
+        found = reachability(model, masks, _few(example, 1))
+        effective = found.effective_sparsity
+        dead = found.dead_layers
+        if not found.exact:
+            notes.append("the network could not be followed: effective sparsity counts empty layers only")
+    alarms = []
+    if dead:
+        alarms.append(
+            f"{len(dead)} of {len(masks)} layers are dead ({', '.join(dead[:3])}{', …' if len(dead) > 3 else ''})"
+        )
+    if effective is not None and effective >= 1:
+        alarms.append("no path from input to output is left")
+    if report.ties > 0.1 * masks.density:
+        alarms.append(f"{report.ties:.1%} of the weights tie at the cut, so chance chose among them")
+    for alarm in alarms:
+        warnings.warn(f"mask at sparsity {masks.sparsity:.4f}: {alarm}", stacklevel=3)
+    masks.report = replace(report, dead_layers=tuple(dead), effective_sparsity=effective, notes=(*notes, *alarms))
+    return masks
+
+
+def _preset(criterion: str | Criterion) -> Preset:
+    if not isinstance(criterion, str):
+        return Preset(criterion)
+    if criterion not in PRESETS:
+        raise AutoSparseError(f"criterion is {criterion!r}: {suggest(criterion, PRESETS)}")
+    return PRESETS[criterion]
+
+
+def _density(sparsity: float | None, pattern: Granularity) -> float:
+    if isinstance(pattern, NM):
+        density = pattern.n / pattern.m
+        if sparsity is not None and abs(1 - density - sparsity) > 1e-9:
+            raise AutoSparseError(
+                f"sparsity is {sparsity} but the pattern {pattern.n}:{pattern.m} sets {1 - density:g}: leave sparsity out"
+            )
+        return density
+    if sparsity is None:
+        raise AutoSparseError("sparsity is None: give the share of weights to remove, such as 0.95")
+    return 1 - check_sparsity(sparsity)
+
+
+def _few(example: Any, count: int = 2) -> Any:
+    """The first few items of an input: tracing needs no more."""
+    if isinstance(example, Tensor):
+        return example[:count] if example.dim() else example
+    if isinstance(example, dict):
+        return {key: _few(value, count) for key, value in example.items()}
+    if isinstance(example, (tuple, list)):
+        return tuple(_few(value, count) for value in islice(example, len(example)))
+    return example

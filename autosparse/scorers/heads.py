@@ -1,0 +1,73 @@
+"""What a scorer predicts, and how survival labels judge it.
+
+Time is `x = −log ρ`: IRP removes from x = 0 on, so records with any density schedule are read on one axis, and a weight
+that survived s removals is known to have fallen between `x_s` and `x_{s+1}` (or, after the last, beyond `x_R`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from autosparse.errors import require
+
+HEADS = ("hazard", "mse")
+BINS = 12
+WIDTH = 0.45  # of a bin, in −log ρ: the grid ends at ρ = e^−5.4 = 0.0045, and its last bin reaches beyond
+
+
+def outputs(head: str) -> int:
+    """Numbers that the network gives per weight."""
+    require(head in HEADS, "head", head, f"known: {', '.join(HEADS)}")
+    return BINS if head == "hazard" else 1
+
+
+def exposure(start: float, stop: float) -> list[float]:
+    """How much of `[start, stop]` lies in each bin of the grid, in bin widths."""
+    edges = [i * WIDTH for i in range(BINS)] + [math.inf]
+    return [max(0.0, min(stop, edges[b + 1]) - max(start, edges[b])) / WIDTH for b in range(BINS)]
+
+
+def interval_tables(removal_densities: Sequence[float], rows: int) -> tuple[Tensor, Tensor]:
+    """For a label s = 0 … R: exposure up to `x_s` (survived for sure) and in `(x_s, x_{s+1}]` (fell; zeros for s = R).
+
+    Both `(rows, BINS)`, filled up with zeros over R + 1 rows.
+    """
+    times = [0.0, *(-math.log(d) for d in removal_densities)]
+    survived, fell = torch.zeros(rows, BINS), torch.zeros(rows, BINS)
+    for s in range(len(times)):
+        survived[s] = torch.tensor(exposure(0.0, times[s]))
+        if s + 1 < len(times):
+            fell[s] = torch.tensor(exposure(times[s], times[s + 1]))
+    return survived, fell
+
+
+def loss(head: str, predicted: Tensor, survived: Tensor, fell: Tensor) -> Tensor:
+    """Mean loss of a batch, given the exposures of its labels (see `interval_tables`).
+
+    `"hazard"`: the network gives a rate `λ_b = softplus(z_b) ≥ 0` per bin, the chance of surviving to x is
+    `S(x) = exp(−Σ_b λ_b·exposure_b(0, x))`, and the loss is the negative log-likelihood of what is known,
+    `−log(S(x_s) − S(x_{s+1}))` for a weight that fell and `−log S(x_R)` for one that did not: the discrete-time hazard
+    model with complementary log-log link (Prentice & Gloeckler 1978).
+    `"mse"`: squared error of `x_s` over the length of the grid, which for a geometric schedule is proportional to the
+    survival count.
+    """
+    if head == "mse":
+        return F.mse_loss(predicted[:, 0], survived.sum(1) / BINS)
+    rates = F.softplus(predicted)
+    until = (rates * survived).sum(1)
+    inside = (rates * fell).sum(1)
+    has_fallen = fell.sum(1) > 0
+    log_fell = torch.log(-torch.expm1(-inside.clamp(min=1e-6)))
+    return (until - torch.where(has_fallen, log_fell, torch.zeros_like(log_fell))).mean()
+
+
+def score(head: str, predicted: Tensor, density: float) -> Tensor:
+    """One score per weight, higher = keep: `log S(−log ρ)` at the target density ρ, or the predicted survival."""
+    if head == "mse":
+        return predicted[:, 0]
+    return -(F.softplus(predicted) @ torch.tensor(exposure(0.0, -math.log(density)), device=predicted.device))

@@ -1,0 +1,191 @@
+"""The HDF5 record of one IRP run: schema, write, read, check. Knows no training."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from autosparse.errors import AutoSparseError
+from autosparse.files import replace_file
+from autosparse.masks.layers import Layer
+from autosparse.network.graph import Graph
+
+SCHEMA = "autosparse.record/1"
+_CHUNK = 262_144  # values
+
+
+@dataclass(frozen=True)
+class Record:
+    """One IRP run.
+
+    `signals[signal][layer]` are float32 arrays of the weight's shape, all of `θ₀`; `survival[layer]` uint8, the rounds
+    that each weight survived; `density`, `accuracy`, `loss` have a row per training, r = 0 … R; `operations` are the
+    traced operations as JSON texts, `edges` pairs of layers. `rounds_done` counts the removals written so far.
+    """
+
+    layers: dict[str, Layer]
+    signals: Mapping[str, Mapping[str, np.ndarray]]
+    survival: Mapping[str, np.ndarray]
+    density: np.ndarray
+    accuracy: np.ndarray
+    loss: np.ndarray
+    config: Mapping[str, Any]
+    seed: int
+    rounds_done: int = 0
+    complete: bool = False
+    operations: tuple[str, ...] = ()
+    edges: tuple[tuple[str, str], ...] = ()
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    def graph(self) -> Graph:
+        """The traced graph of the network."""
+        return Graph.from_json(json.dumps({"operations": [json.loads(op) for op in self.operations], "operands": {}}))
+
+    @property
+    def removal_densities(self) -> np.ndarray:
+        """`ρ_1 … ρ_r`, the exact densities after each removal that is in `survival`."""
+        total = sum(s.size for s in self.survival.values())
+        kept = survivors(self.survival, self.rounds_done)
+        return kept[1:] / total
+
+
+def survivors(survival: Mapping[str, np.ndarray], rounds: int) -> np.ndarray:
+    """Weights left after 0, 1, …, `rounds` removals: `Σ [survival ≥ r]`."""
+    counts = np.zeros(rounds + 1, dtype=np.int64)
+    for array in survival.values():
+        counts += np.bincount(array.ravel(), minlength=rounds + 1)[: rounds + 1]
+    return counts[::-1].cumsum()[::-1]
+
+
+def write_record(path: Path, record: Record) -> None:
+    """Write the record in one step: what was at `path` stays whole until the new file is whole on disk."""
+    with replace_file(path) as temporary, h5py.File(temporary, "w") as file:
+        file.attrs["schema"] = SCHEMA
+        for key, version in record.versions.items():
+            file.attrs[f"{key}_version"] = version
+        file.attrs["config"] = json.dumps(record.config, sort_keys=True)
+        file.attrs["seed"] = record.seed
+        file.attrs["rounds_done"] = record.rounds_done
+        file.attrs["complete"] = record.complete
+        for position, (name, layer) in enumerate(record.layers.items()):
+            group = file.create_group(f"layers/{name}")
+            group.attrs["position"] = position
+            group.attrs["layer"] = json.dumps(asdict(layer))
+            for signal, arrays in record.signals.items():
+                _write(group, signal, arrays[name].astype(np.float32, copy=False))
+            _write(group, "survival", record.survival[name])
+        for key in ("density", "accuracy", "loss"):
+            file.create_dataset(f"rounds/{key}", data=np.asarray(getattr(record, key), dtype=np.float64))
+        text = h5py.string_dtype()
+        file.create_dataset("graph/operations", data=list(record.operations), dtype=text)
+        file.create_dataset("graph/edges", data=np.array(record.edges, dtype=object).reshape(-1, 2), dtype=text)
+
+
+def _write(group: h5py.Group, name: str, array: np.ndarray) -> None:
+    """One array; chunks of whole leading rows, about 262,144 values each."""
+    if array.size <= _CHUNK:
+        chunks = array.shape
+    else:
+        row = max(1, array.size // array.shape[0])
+        chunks = (max(1, _CHUNK // row), *array.shape[1:])
+    group.create_dataset(name, data=array, chunks=chunks, shuffle=True, compression="lzf")
+
+
+def read_record(path: Path, signals: Iterable[str] | None = None) -> Record:
+    """Read and check a record; `signals` limits what is read (`None`: all).
+
+    Raises:
+        AutoSparseError: the file is missing, truncated, no record of AutoSparse, contradicts itself, or lacks a signal.
+    """
+    with open_record(path) as file:
+        groups = sorted(_leaves(file["layers"]), key=lambda item: int(item[1].attrs["position"]))
+        layers: dict[str, Layer] = {}
+        survival: dict[str, np.ndarray] = {}
+        found: dict[str, dict[str, np.ndarray]] = {}
+        rounds = int(file.attrs["rounds_done"])
+        for name, group in groups:
+            values = json.loads(group.attrs["layer"])
+            layer = layers[name] = Layer(**{**values, "shape": tuple(values["shape"])})
+            wanted = [key for key in group if key != "survival"] if signals is None else list(signals)
+            for key in (*wanted, "survival"):
+                if key not in group:
+                    stored = ", ".join(sorted(k for k in group if k != "survival"))
+                    raise AutoSparseError(f"record {path} has no signal {key!r} for {name!r}: it stores {stored}")
+                if group[key].shape != layer.shape:
+                    raise AutoSparseError(f"record {path} is damaged: {name}/{key} has shape {group[key].shape}")
+            for key in wanted:
+                found.setdefault(key, {})[name] = group[key][()]
+            survival[name] = group["survival"][()]
+            if survival[name].size and int(survival[name].max()) > rounds:
+                raise AutoSparseError(f"record {path} is damaged: {name} survived more than its {rounds} rounds")
+        return Record(
+            layers=layers,
+            signals=found,
+            survival=survival,
+            density=file["rounds/density"][()],
+            accuracy=file["rounds/accuracy"][()],
+            loss=file["rounds/loss"][()],
+            config=json.loads(file.attrs["config"]),
+            seed=int(file.attrs["seed"]),
+            rounds_done=rounds,
+            complete=bool(file.attrs["complete"]),
+            operations=tuple(file["graph/operations"].asstr()[()]),
+            edges=tuple((str(a), str(b)) for a, b in file["graph/edges"].asstr()[()]),
+            versions={
+                key.removesuffix("_version"): str(file.attrs[key]) for key in file.attrs if key.endswith("_version")
+            },
+        )
+
+
+def open_record(path: Path) -> h5py.File:
+    """The file, open for reading, once it is known to be a record.
+
+    Raises:
+        AutoSparseError: missing, truncated or foreign.
+    """
+    if not path.is_file():
+        raise AutoSparseError(f"record {path} does not exist: check the path, or make it with autosparse generate")
+    try:
+        file = h5py.File(path, "r")
+    except OSError as error:
+        raise AutoSparseError(f"record {path} is truncated or not HDF5: {error}; generate it again") from error
+    schema = file.attrs.get("schema", "no schema")
+    parts = ("layers", "rounds/density", "rounds/accuracy", "rounds/loss", "graph/operations", "graph/edges")
+    if schema != SCHEMA or any(part not in file for part in parts):
+        file.close()
+        raise AutoSparseError(f"{path} holds {schema}, not a whole {SCHEMA}: give a record of autosparse generate")
+    return file
+
+
+def _leaves(group: h5py.Group, prefix: str = "") -> list[tuple[str, h5py.Group]]:
+    """Layer groups with their names, which may hold slashes no HDF5 path can tell from groups."""
+    if "layer" in group.attrs:
+        return [(prefix, group)]
+    return [leaf for key, item in group.items() for leaf in _leaves(item, f"{prefix}/{key}".lstrip("/"))]
+
+
+def find_records(paths: Iterable[str | Path]) -> list[Path]:
+    """Record files named by files and directories (searched for `*.h5`), sorted, once each.
+
+    Raises:
+        AutoSparseError: a path does not exist, or there is no record at all.
+    """
+    found: set[Path] = set()
+    for path in map(Path, paths):
+        if path.is_dir():
+            found.update(path.rglob("*.h5"))
+        elif path.is_file():
+            found.add(path)
+        else:
+            raise AutoSparseError(f"records path {path} does not exist: generate records first, or check the path")
+    if not found:
+        raise AutoSparseError(
+            f"no records (*.h5) under {', '.join(map(str, paths))}: make some with autosparse generate"
+        )
+    return sorted(found)

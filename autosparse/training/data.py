@@ -1,0 +1,382 @@
+"""Image data sets that live on the device: one batched gather makes a batch, augmented or not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from autosparse.errors import AutoSparseError, require, settings, suggest
+
+AUGMENTATIONS = ("none", "crop", "crop+flip")
+
+
+@settings
+class DataSettings:
+    """Which images.
+
+    `name`: one of `autosparse list data`, `imagefolder:PATH` (PATH/train/CLASS/…, PATH/test/CLASS/…) or `hdf5:PATH`
+    (train/images, train/labels, test/images, test/labels; uint8, NHWC). `root`: where torchvision keeps and puts its
+    data sets. `image_size`: shrink (or grow) the images to this side. `limit`, `limit_test`: class-balanced subsets of
+    so many training and test images. `validation`: share of the training images held out, class by class. `augment`:
+    `"none"`, `"crop"` (pad by an eighth, random crop), `"crop+flip"`; `None` is what the data set takes (crop+flip for
+    natural images, none for digits). `seed` draws subset and split; not the run's seed, so that all runs see one split.
+    """
+
+    name: str = "digits"
+    root: str = "data"
+    image_size: int | None = None
+    limit: int | None = None
+    limit_test: int | None = None
+    validation: float = 0.1
+    augment: str | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require(self.image_size is None or self.image_size >= 1, "data.image_size", self.image_size, "give pixels, ≥ 1")
+        for key in ("limit", "limit_test"):
+            value = getattr(self, key)
+            require(value is None or value >= 1, f"data.{key}", value, "give a number of images, at least 1")
+        require(0 <= self.validation < 1, "data.validation", self.validation, "give a share of the training images")
+        require(
+            self.augment is None or self.augment in AUGMENTATIONS,
+            "data.augment",
+            self.augment,
+            f"known are {', '.join(AUGMENTATIONS)}",
+        )
+
+    def label(self) -> str:
+        """Short text, fit for a file name: `digits`, `cifar10-16px`."""
+        name = Path(self.name.split(":", 1)[1]).stem if ":" in self.name else self.name
+        return name if self.image_size is None else f"{name}-{self.image_size}px"
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images `(N, C, H, W)` uint8 and labels `(N,)` int64, on the device."""
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """Train, validation and test images, kept apart; `mean` and `std` per channel in [0, 1], of the training images."""
+
+    train: Split
+    validation: Split
+    test: Split
+    classes: int
+    mean: Tensor
+    std: Tensor
+    augment: str
+
+    @property
+    def channels(self) -> int:
+        return self.train.images.shape[1]
+
+    @property
+    def image_size(self) -> int:
+        return self.train.images.shape[2]
+
+    @property
+    def device(self) -> torch.device:
+        return self.train.images.device
+
+    def to(self, device: torch.device | str) -> ImageData:
+        if torch.device(device) == self.device:
+            return self
+        train, validation, test = (
+            Split(s.images.to(device), s.labels.to(device)) for s in (self.train, self.validation, self.test)
+        )
+        return ImageData(train, validation, test, self.classes, self.mean.to(device), self.std.to(device), self.augment)
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """uint8 `(B, C, H, W)` → float32 of zero mean and unit variance over the training images."""
+        scale = (1 / (255 * self.std)).view(-1, 1, 1)
+        shift = (-self.mean / self.std).view(-1, 1, 1)
+        return torch.addcmul(shift, images.float(), scale)
+
+    def batches(self, split: str = "test", batch_size: int = 512) -> Iterator[tuple[Tensor, Tensor]]:
+        """All images of a split in order, normalised, not augmented."""
+        part: Split = getattr(self, split)
+        for start in range(0, len(part), batch_size):
+            stop = start + batch_size
+            yield self.normalise(part.images[start:stop]), part.labels[start:stop]
+
+    def sample(self, batch_size: int, n_batches: int, seed: int) -> list[tuple[Tensor, Tensor]]:
+        """Fixed random training batches, not augmented: what criteria score on. Fewer when the data are fewer."""
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.randperm(len(self.train), generator=generator)[: batch_size * n_batches].to(self.device)
+        return [(self.normalise(self.train.images[i]), self.train.labels[i]) for i in order.split(batch_size)]
+
+    def epoch(self, batch_size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """One epoch of training batches in random order, each image with its own crop and flip; the rest is dropped.
+
+        A pure function of `seed`, wherever it runs; a training set smaller than a batch is one batch.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        count, channels, side = len(self.train), self.channels, self.image_size
+        size = min(batch_size, count)
+        used = count // size * size
+        order = torch.randperm(count, generator=generator)[:used]
+        padding = 0 if self.augment == "none" else max(1, side // 8)
+        offsets = torch.randint(0, 2 * padding + 1, (2, used), generator=generator)
+        flips = torch.rand(used, generator=generator) < 0.5 if self.augment == "crop+flip" else None
+        order, offsets = order.to(self.device), offsets.to(self.device)
+        if padding == 0:
+            for index in order.split(size):
+                yield self.normalise(self.train.images[index]), self.train.labels[index]
+            return
+        padded = self._padded(padding)
+        flat, wide = padded.view(-1), side + 2 * padding
+        steps = torch.arange(side, device=self.device)
+        plane = torch.arange(channels, device=self.device)[:, None, None] * (wide * wide)
+        flips = None if flips is None else flips.to(self.device)
+        for start in range(0, used, size):
+            part = slice(start, start + size)
+            rows = offsets[0, part, None] + steps
+            across = steps if flips is None else torch.where(flips[part, None], side - 1 - steps, steps)
+            cols = offsets[1, part, None] + across
+            pixels = (rows[:, :, None] * wide + cols[:, None, :])[:, None] + plane
+            index = order[part]
+            images = flat.take(index[:, None, None, None] * (channels * wide * wide) + pixels)
+            yield self.normalise(images), self.train.labels[index]
+
+    def _padded(self, padding: int) -> Tensor:
+        cached = self.__dict__.get("_cache")
+        if cached is None:
+            cached = torch.nn.functional.pad(self.train.images, (padding,) * 4).contiguous()
+            object.__setattr__(self, "_cache", cached)
+        return cached
+
+
+@dataclass(frozen=True)
+class _Raw:
+    """NHWC uint8 images of the official splits, before subset, split and resizing."""
+
+    train_images: np.ndarray
+    train_labels: np.ndarray
+    test_images: np.ndarray
+    test_labels: np.ndarray
+
+
+def load_data(data: DataSettings | str, device: torch.device | str = "cpu") -> ImageData:
+    """Read a data set, take the balanced subset, split off the validation images, resize, and put all on the device.
+
+    Raises:
+        AutoSparseError: unknown name, files that are missing, damaged or of another form, a subset larger than the set.
+    """
+    chosen = DataSettings(data) if isinstance(data, str) else data
+    raw, augment = _read(chosen)
+    train_images, train_labels = _subset(raw.train_images, raw.train_labels, chosen.limit, chosen.seed, "data.limit")
+    test_images, test_labels = _subset(
+        raw.test_images, raw.test_labels, chosen.limit_test, chosen.seed, "data.limit_test"
+    )
+    held = _stratified(train_labels, round(chosen.validation * len(train_labels)), chosen.seed + 1)
+    train = _split(train_images[~held], train_labels[~held], chosen.image_size)
+    validation = _split(train_images[held], train_labels[held], chosen.image_size)
+    test = _split(test_images, test_labels, chosen.image_size)
+    classes = int(max(raw.train_labels.max(), raw.test_labels.max())) + 1
+    mean, std = _moments(train.images)
+    return ImageData(train, validation, test, classes, mean, std, chosen.augment or augment).to(device)
+
+
+def _moments(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation per channel of uint8 images, in [0, 1], without a float copy of them all."""
+    channels = images.shape[1]
+    value = torch.arange(256, dtype=torch.float64) / 255
+    histogram = torch.stack([torch.bincount(images[:, c].flatten(), minlength=256) for c in range(channels)]).double()
+    share = histogram / histogram.sum(1, keepdim=True)
+    mean = share @ value
+    std = (share @ value.square() - mean.square()).clamp(min=0).sqrt()
+    return mean.float(), std.clamp(min=1 / 255).float()
+
+
+def _stratified(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """Boolean choice of exactly `count` items, class by class in equal shares as far as whole numbers allow."""
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(len(labels))
+    rank = np.empty(len(labels))  # position of each item within its class, as a share of the class
+    for label in np.unique(labels):
+        members = order[labels[order] == label]
+        rank[members] = (np.arange(len(members)) + rng.random()) / len(members)
+    chosen = np.zeros(len(labels), dtype=bool)
+    chosen[np.argsort(rank, kind="stable")[:count]] = True
+    return chosen
+
+
+def _subset(
+    images: np.ndarray, labels: np.ndarray, limit: int | None, seed: int, what: str
+) -> tuple[np.ndarray, np.ndarray]:
+    if limit is None:
+        return images, labels
+    if limit > len(labels):
+        raise AutoSparseError(f"{what} is {limit}: the data set has {len(labels)} images; lower it or leave it out")
+    chosen = _stratified(labels, limit, seed)
+    return images[chosen], labels[chosen]
+
+
+def _split(images: np.ndarray, labels: np.ndarray, image_size: int | None) -> Split:
+    tensor = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
+    if image_size is not None and len(tensor) and tuple(tensor.shape[2:]) != (image_size, image_size):
+        resized = [
+            torch.nn.functional.interpolate(
+                part.float(), size=(image_size, image_size), mode="bilinear", antialias=True, align_corners=False
+            )
+            for part in tensor.split(4096)
+        ]
+        tensor = torch.cat([part.round().clamp(0, 255).to(torch.uint8) for part in resized])
+    elif image_size is not None and len(tensor) == 0:
+        tensor = tensor.new_empty((0, tensor.shape[1], image_size, image_size))
+    return Split(tensor.contiguous(), torch.from_numpy(labels.astype(np.int64)))
+
+
+def _read(data: DataSettings) -> tuple[_Raw, str]:
+    """The official splits and the augmentation that the data set takes by default."""
+    if data.name.startswith("hdf5:"):
+        return _hdf5(Path(data.name.removeprefix("hdf5:"))), "crop+flip"
+    if data.name.startswith("imagefolder:"):
+        return _imagefolder(Path(data.name.removeprefix("imagefolder:")), data.image_size), "crop+flip"
+    if data.name not in DATA:
+        raise AutoSparseError(f"data is {data.name!r}: {suggest(data.name, DATA)}; or imagefolder:PATH, hdf5:PATH")
+    read, augment = DATA[data.name]
+    return read(Path(data.root)), augment
+
+
+def _digits(root: Path) -> _Raw:
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    images = (bunch.images * (255 / 16)).round().astype(np.uint8)[..., None]
+    labels = bunch.target.astype(np.int64)
+    test = _stratified(labels, 360, seed=0)  # the set has no official split: a fifth, always the same
+    return _Raw(images[~test], labels[~test], images[test], labels[test])
+
+
+def _torchvision(name: str, **splits: dict[str, Any]) -> Callable[[Path], _Raw]:
+    def read(root: Path) -> _Raw:
+        from torchvision import datasets
+
+        def part(arguments: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+            try:
+                found = getattr(datasets, name)(str(root), download=True, **arguments)
+            except Exception as error:  # torchvision raises whatever the network and the archive raise
+                reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+                raise AutoSparseError(
+                    f"data {name} is not under {root} and cannot be downloaded ({reason}): put torchvision's files there "
+                    "by hand, set data.root, or use hdf5:PATH"
+                ) from error
+            images = np.asarray(found.data)
+            labels = np.asarray(found.targets if hasattr(found, "targets") else found.labels)
+            if name == "SVHN":
+                images = images.transpose(0, 2, 3, 1)
+            return (images if images.ndim == 4 else images[..., None]), labels.astype(np.int64)
+
+        return _Raw(*part(splits["train"]), *part(splits["test"]))
+
+    return read
+
+
+def _tiny_imagenet(root: Path) -> _Raw:
+    """200 classes of 64×64 images in the layout of its archive; the official validation images are the test split."""
+    from torchvision.datasets.utils import download_and_extract_archive
+
+    folder = root / "tiny-imagenet-200"
+    if not folder.is_dir():
+        try:
+            download_and_extract_archive("http://cs231n.stanford.edu/tiny-imagenet-200.zip", str(root))
+        except Exception as error:
+            raise AutoSparseError(
+                f"data tiny_imagenet: {folder} does not exist and cannot be downloaded ({error}): "
+                "unpack tiny-imagenet-200.zip there, or set data.root"
+            ) from error
+    classes = {name: i for i, name in enumerate(sorted(p.name for p in (folder / "train").iterdir()))}
+    train = [(path, classes[path.parent.parent.name]) for path in sorted(folder.glob("train/*/images/*.JPEG"))]
+    rows = [line.split("\t") for line in (folder / "val" / "val_annotations.txt").read_text().splitlines()]
+    test = [(folder / "val" / "images" / row[0], classes[row[1]]) for row in rows]
+    return _Raw(*_images(train, 64), *_images(test, 64))
+
+
+def _images(files: list[tuple[Path, int]], side: int) -> tuple[np.ndarray, np.ndarray]:
+    """Decode image files to `(N, side, side, 3)`: the shorter side is resized, the centre cut out."""
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    images = np.empty((len(files), side, side, 3), dtype=np.uint8)
+    for index, (path, _) in enumerate(files):
+        try:
+            with Image.open(path) as image:
+                images[index] = np.asarray(ImageOps.fit(image.convert("RGB"), (side, side)))
+        except (OSError, UnidentifiedImageError) as error:
+            raise AutoSparseError(f"image {path} cannot be read: {error}; remove or replace it") from error
+    return images, np.array([label for _, label in files], dtype=np.int64)
+
+
+def _imagefolder(path: Path, image_size: int | None) -> _Raw:
+    test = next((path / name for name in ("test", "val", "validation") if (path / name).is_dir()), None)
+    if not (path / "train").is_dir() or test is None:
+        raise AutoSparseError(f"data imagefolder:{path}: needs the folders {path}/train and {path}/test (or val)")
+    if image_size is None:
+        raise AutoSparseError(f"data imagefolder:{path}: set data.image_size, the side that all images are brought to")
+    from torchvision.datasets import ImageFolder
+
+    try:
+        train_set, test_set = ImageFolder(str(path / "train")), ImageFolder(str(test))
+    except FileNotFoundError as error:
+        raise AutoSparseError(f"data imagefolder:{path}: {error}") from error
+    if train_set.classes != test_set.classes:
+        raise AutoSparseError(
+            f"data imagefolder:{path}: train and {test.name} hold different classes; give both the same"
+        )
+    parts = [_images([(Path(file), label) for file, label in s.samples], image_size) for s in (train_set, test_set)]
+    return _Raw(*parts[0], *parts[1])
+
+
+def _hdf5(path: Path) -> _Raw:
+    import h5py
+
+    if not path.is_file():
+        raise AutoSparseError(f"data hdf5:{path}: the file does not exist; check the path")
+    arrays = []
+    try:
+        with h5py.File(path, "r") as file:
+            for key in ("train/images", "train/labels", "test/images", "test/labels"):
+                if key not in file:
+                    raise AutoSparseError(
+                        f"data hdf5:{path}: has no dataset {key!r}; it needs train/ and test/ of both"
+                    )
+                arrays.append(file[key][()])
+    except OSError as error:
+        raise AutoSparseError(f"data hdf5:{path}: not a readable HDF5 file, or truncated ({error})") from error
+    for split, images, labels in (("train", *arrays[:2]), ("test", *arrays[2:])):
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3):
+            raise AutoSparseError(
+                f"data hdf5:{path}: {split}/images is {images.dtype} {images.shape}; it must be uint8 (N, H, W, 1 or 3)"
+            )
+        if labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
+            raise AutoSparseError(
+                f"data hdf5:{path}: {split}/labels is {labels.dtype} {labels.shape}; it must be integers ({len(images)},)"
+            )
+    if arrays[0].shape[1] != arrays[0].shape[2] or arrays[0].shape[1:] != arrays[2].shape[1:]:
+        raise AutoSparseError(f"data hdf5:{path}: images must be square and of one size, got {arrays[0].shape[1:]}")
+    return _Raw(arrays[0], arrays[1].astype(np.int64), arrays[2], arrays[3].astype(np.int64))
+
+
+_OFFICIAL = {"train": {"train": True}, "test": {"train": False}}
+DATA: dict[str, tuple[Callable[[Path], _Raw], str]] = {
+    "digits": (_digits, "none"),
+    "mnist": (_torchvision("MNIST", **_OFFICIAL), "none"),
+    "fashion_mnist": (_torchvision("FashionMNIST", **_OFFICIAL), "none"),
+    "cifar10": (_torchvision("CIFAR10", **_OFFICIAL), "crop+flip"),
+    "cifar100": (_torchvision("CIFAR100", **_OFFICIAL), "crop+flip"),
+    "svhn": (_torchvision("SVHN", train={"split": "train"}, test={"split": "test"}), "none"),
+    "tiny_imagenet": (_tiny_imagenet, "crop+flip"),
+}

@@ -1,0 +1,342 @@
+"""The one training loop."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import math
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from autosparse.errors import AutoSparseError, AutoSparseFailure, require, settings
+from autosparse.files import replace_file
+from autosparse.masks.mask import Masks
+from autosparse.training.data import ImageData
+
+OPTIMIZERS = ("sgd", "adamw")
+LR_SCHEDULES = ("multistep", "cosine", "onecycle", "constant")
+PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed"}
+_CHECK_EVERY = 200  # steps between looks at the loss: a look waits for the device
+
+
+@settings
+class Recipe:
+    """How a network is trained.
+
+    `optimizer`: `"sgd"` (Nesterov) or `"adamw"`. `schedule` of the learning rate over the whole length: `"multistep"`
+    (× `gamma` at each of `milestones`, shares of the length), `"cosine"` (to 0), `"onecycle"` (linear up to `lr`, then
+    linear to 0), `"constant"`; `warmup` is the share of the length with a linear rise (`"onecycle"`: 0.3 if 0). Length:
+    `epochs`, or `steps` when that is given. `clip_norm`: largest gradient norm. `precision`: `"fp32"` or `"bf16"`
+    (autocast). Weight decay is on all parameters.
+    """
+
+    epochs: int = 160
+    steps: int | None = None
+    batch_size: int = 128
+    optimizer: str = "sgd"
+    lr: float = 0.1
+    momentum: float = 0.9
+    nesterov: bool = True
+    weight_decay: float = 5e-4
+    schedule: str = "multistep"
+    milestones: tuple[float, ...] = (0.5, 0.75)
+    gamma: float = 0.1
+    warmup: float = 0.0
+    label_smoothing: float = 0.0
+    clip_norm: float | None = None
+    precision: str = "fp32"
+    channels_last: bool = False
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        require(self.epochs >= 1, "recipe.epochs", self.epochs, "give at least 1")
+        require(self.steps is None or self.steps >= 1, "recipe.steps", self.steps, "give at least 1")
+        require(self.batch_size >= 1, "recipe.batch_size", self.batch_size, "give at least 1")
+        require(self.optimizer in OPTIMIZERS, "recipe.optimizer", self.optimizer, f"known: {', '.join(OPTIMIZERS)}")
+        require(self.lr > 0 and math.isfinite(self.lr), "recipe.lr", self.lr, "give a positive number")
+        require(0 <= self.momentum < 1, "recipe.momentum", self.momentum, "it must lie in [0, 1)")
+        require(self.weight_decay >= 0, "recipe.weight_decay", self.weight_decay, "it must not be negative")
+        require(self.schedule in LR_SCHEDULES, "recipe.schedule", self.schedule, f"known: {', '.join(LR_SCHEDULES)}")
+        require(
+            all(0 < m < 1 for m in self.milestones),
+            "recipe.milestones",
+            self.milestones,
+            "they are shares of the training's length, such as 0.5 and 0.75",
+        )
+        require(0 <= self.warmup < 1, "recipe.warmup", self.warmup, "it is a share of the length, in [0, 1)")
+        require(0 <= self.label_smoothing < 1, "recipe.label_smoothing", self.label_smoothing, "it must be in [0, 1)")
+        require(self.clip_norm is None or self.clip_norm > 0, "recipe.clip_norm", self.clip_norm, "it must be positive")
+        require(self.precision in PRECISIONS, "recipe.precision", self.precision, f"known: {', '.join(PRECISIONS)}")
+
+    def length(self, data: ImageData) -> int:
+        """Optimizer steps of one training."""
+        return self.steps if self.steps is not None else self.epochs * steps_per_epoch(data, self.batch_size)
+
+
+@dataclass
+class Trained:
+    """What a training gave: `accuracy` and `loss` on the test images after the last step, never the best epoch's.
+
+    `history` has one row per epoch: epoch, step, loss (training), accuracy and validation_loss (validation), lr.
+    """
+
+    accuracy: float = math.nan
+    loss: float = math.nan
+    steps: int = 0
+    epochs: float = 0.0
+    seconds: float = 0.0
+    images_per_second: float = math.nan
+    history: list[dict[str, float]] = field(default_factory=list)
+
+
+def steps_per_epoch(data: ImageData, batch_size: int) -> int:
+    return max(1, len(data.train) // batch_size)
+
+
+def learning_rate(recipe: Recipe, step: int, length: int) -> float:
+    """Learning rate of `step` in `0 … length − 1`."""
+    at = step / length
+    rise = recipe.warmup or (0.3 if recipe.schedule == "onecycle" else 0.0)
+    if at < rise:
+        return recipe.lr * (step + 1) / (rise * length + 1)
+    if recipe.schedule == "multistep":
+        return recipe.lr * recipe.gamma ** sum(at >= m for m in recipe.milestones)
+    if recipe.schedule == "cosine":
+        return recipe.lr * 0.5 * (1 + math.cos(math.pi * (at - rise) / (1 - rise)))
+    if recipe.schedule == "onecycle":
+        return recipe.lr * (1 - at) / (1 - rise)
+    return recipe.lr
+
+
+def fabric_for(device: str = "auto", precision: str = "fp32") -> Any:
+    """A Lightning Fabric on one device: `"auto"`, `"cpu"`, `"cuda"` or `"cuda:1"`.
+
+    Raises:
+        AutoSparseError: the machine has no such device.
+    """
+    try:
+        from lightning_fabric import Fabric
+    except ImportError:
+        from lightning.fabric import Fabric  # the large package holds the same
+
+    kind, _, index = device.partition(":")
+    try:
+        return Fabric(accelerator=kind, devices=[int(index)] if index else 1, precision=PRECISIONS[precision])
+    except Exception as error:
+        raise AutoSparseError(f"device is {device!r}: {str(error).splitlines()[0]}; use auto, cpu or cuda") from error
+
+
+def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if recipe.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True)
+    return torch.optim.SGD(
+        parameters,
+        lr=recipe.lr,
+        momentum=recipe.momentum,
+        nesterov=recipe.nesterov and recipe.momentum > 0,
+        weight_decay=recipe.weight_decay,
+        fused=True,
+    )
+
+
+@torch.no_grad()
+def check_fits(model: nn.Module, data: ImageData) -> None:
+    """Raise `AutoSparseError` unless the model takes the images and has an output for every class."""
+    device = next(model.parameters()).device
+    images = data.normalise(data.train.images[:2].to(data.device)).to(device)
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            outputs = model(images)
+    except (RuntimeError, ValueError, AssertionError, IndexError) as error:
+        raise AutoSparseError(
+            f"{type(model).__name__} cannot take batches of shape {tuple(images.shape)}: {_first_line(error)}; "
+            "change data.image_size, or give a model for these images"
+        ) from error
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    if not isinstance(outputs, Tensor) or outputs.dim() != 2 or outputs.shape[1] < data.classes:
+        got = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+        raise AutoSparseError(
+            f"{type(model).__name__} gives outputs {got} for {len(images)} images of {data.classes} classes: "
+            f"it must give logits of shape ({len(images)}, {data.classes})"
+        )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, data: ImageData, split: str = "test", channels_last: bool = False
+) -> tuple[float, float]:
+    """Accuracy in [0, 1] and mean cross-entropy over a split, in eval mode; NaN for an empty split."""
+    total = len(getattr(data, split))
+    if total == 0:
+        return math.nan, math.nan
+    mode = model.training
+    model.eval()
+    correct = torch.zeros((), device=data.device)
+    loss = torch.zeros((), device=data.device)
+    for images, labels in data.batches(split):
+        logits = model(_layout(images, channels_last)).float()
+        correct += (logits.argmax(1) == labels).sum()
+        loss += F.cross_entropy(logits, labels, reduction="sum")
+    model.train(mode)
+    return float(correct) / total, float(loss) / total
+
+
+def _layout(images: Tensor, channels_last: bool) -> Tensor:
+    return images.contiguous(memory_format=torch.channels_last) if channels_last else images
+
+
+def train(
+    model: nn.Module,
+    data: ImageData,
+    recipe: Recipe,
+    *,
+    masks: Masks | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    start_step: int = 0,
+    stop_step: int | None = None,
+    checkpoint: Path | None = None,
+    checkpoint_every: float = 30.0,
+    on_epoch: Callable[[dict[str, float]], None] | None = None,
+) -> Trained:
+    """Train `model` in place, its pruned weights held at zero after every step; test it after the last.
+
+    Data order, augmentation and dropout are functions of `seed` and the step, so that a training that starts again from
+    `checkpoint` gives what it would have given without the stop; the global RNG stays as it was.
+
+    Args:
+        masks: weights outside stay zero.
+        device: `"auto"`, `"cpu"`, `"cuda"`, `"cuda:1"`; the model and the data end up there.
+        start_step, stop_step: train this part of the recipe's steps only (late rewinding).
+        checkpoint: file to write at epoch ends, `checkpoint_every` seconds apart or more, and to resume from; it is
+            removed at the end.
+        on_epoch: called with each new row of the history.
+
+    Raises:
+        AutoSparseError: the model cannot take the images, or the masks are another model's.
+        AutoSparseFailure: the loss is no longer finite; the message says at which step and what to try.
+    """
+    fabric = fabric_for(device, recipe.precision)
+    data = data.to(fabric.device)
+    model.to(fabric.device)
+    if recipe.channels_last:
+        model.to(memory_format=torch.channels_last)
+    check_fits(model, data)
+    network, optimizer = fabric.setup(
+        torch.compile(model) if recipe.compile else model, build_optimizer(model, recipe), move_to_device=False
+    )
+    per_epoch, length = steps_per_epoch(data, recipe.batch_size), recipe.length(data)
+    stop = length if stop_step is None else min(stop_step, length)
+    result = Trained(steps=start_step)
+    if checkpoint is not None and checkpoint.exists():
+        _restore(checkpoint, model, optimizer.optimizer, result)
+    handle = masks.enforce(model, optimizer.optimizer) if masks is not None else None
+    devices = [fabric.device.index or 0] if fabric.device.type == "cuda" else []
+    clock, saved, seen = time.perf_counter(), time.perf_counter(), 0
+    before = result.seconds
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=devices))
+        stack.enter_context(torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True))
+        while result.steps < stop:
+            epoch = result.steps // per_epoch
+            first = result.steps % per_epoch
+            last = min(per_epoch, first + stop - result.steps)
+            torch.manual_seed(_mix(seed, epoch, 1))
+            network.train()
+            total = torch.zeros((), device=fabric.device)
+            batches = data.epoch(recipe.batch_size, _mix(seed, epoch, 0))
+            for images, labels in itertools.islice(batches, first, last):
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate(recipe, result.steps, length)
+                optimizer.zero_grad(set_to_none=True)
+                logits = network(_layout(images, recipe.channels_last))
+                loss = F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
+                fabric.backward(loss)
+                if recipe.clip_norm is not None:
+                    fabric.clip_gradients(network, optimizer, max_norm=recipe.clip_norm)
+                optimizer.step()
+                total += loss.detach()
+                result.steps += 1
+                seen += len(labels)
+                if result.steps % _CHECK_EVERY == 0:
+                    _check_finite(total, result, recipe)
+            _check_finite(total, result, recipe)
+            accuracy, validation_loss = evaluate(network, data, "validation", recipe.channels_last)
+            row = {
+                "epoch": epoch + 1,
+                "step": result.steps,
+                "loss": float(total) / max(last - first, 1),
+                "accuracy": accuracy,
+                "validation_loss": validation_loss,
+                "lr": optimizer.param_groups[0]["lr"],
+            }
+            result.history.append(row)
+            result.seconds = before + time.perf_counter() - clock
+            if on_epoch is not None:
+                on_epoch(row)
+            if checkpoint is not None and result.steps < stop and time.perf_counter() - saved >= checkpoint_every:
+                _save(checkpoint, model, optimizer.optimizer, result)
+                saved = time.perf_counter()
+        if handle is not None:
+            handle.remove()
+        result.images_per_second = seen / max(time.perf_counter() - clock, 1e-9)
+        result.accuracy, result.loss = evaluate(network, data, "test", recipe.channels_last)
+    result.epochs = (result.steps - start_step) / per_epoch
+    result.seconds = before + time.perf_counter() - clock
+    if checkpoint is not None:
+        checkpoint.unlink(missing_ok=True)
+    return result
+
+
+def _mix(*numbers: int) -> int:
+    """One seed from several numbers, without collisions between neighbouring seeds and epochs."""
+    return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=7).digest(), "little")
+
+
+def _check_finite(total: Tensor, result: Trained, recipe: Recipe) -> None:
+    if not math.isfinite(float(total)):
+        raise AutoSparseFailure(
+            f"training diverged: the loss is not finite by step {result.steps} (lr {recipe.lr}, {recipe.optimizer}); "
+            "lower recipe.lr, set recipe.clip_norm or recipe.warmup; what was computed before is kept"
+        )
+
+
+def _save(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, result: Trained) -> None:
+    state = {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "steps": result.steps,
+        "seconds": result.seconds,
+        "history": result.history,
+    }
+    with replace_file(path) as temporary:
+        torch.save(state, temporary)
+
+
+def _restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, result: Trained) -> None:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+    except Exception as error:
+        raise AutoSparseError(
+            f"checkpoint {path} cannot be resumed: {_first_line(error)}; delete it to train from the start"
+        ) from error
+    result.steps, result.seconds, result.history = state["steps"], state["seconds"], state["history"]

@@ -1,0 +1,257 @@
+"""One recorded IRP run: `autosparse.pruning.irp`, written down round by round, resumed after any stop."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from autosparse.errors import AutoSparseError, require, settings
+from autosparse.masks.layers import Layer, prunable_layers
+from autosparse.masks.mask import Masks
+from autosparse.network.graph import trace
+from autosparse.network.signals import measure
+from autosparse.pruning.irp import IRPSettings, Round, irp
+from autosparse.scorers.records import Record, read_record, write_record
+from autosparse.training.data import DataSettings, ImageData, load_data
+from autosparse.training.loop import Recipe, fabric_for
+from autosparse.training.models import ModelSettings, create_model
+
+
+@settings
+class SignalSettings:
+    """Which signals of `θ₀` are recorded, and how many training batches their gradients take."""
+
+    names: tuple[str, ...] = ("weight", "gradient")
+    n_batches: int = 8
+    batch_size: int = 128
+
+    def __post_init__(self) -> None:
+        require(self.n_batches >= 1, "signals.n_batches", self.n_batches, "give at least 1")
+        require(self.batch_size >= 1, "signals.batch_size", self.batch_size, "give at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Everything that determines one record; `device` does not belong to it."""
+
+    model: ModelSettings
+    data: DataSettings
+    recipe: Recipe
+    irp: IRPSettings
+    signals: SignalSettings
+    seed: int
+
+    def label(self) -> str:
+        return f"{self.model.label()}_{self.data.label()}_s{self.seed}"
+
+    def config(self) -> dict[str, Any]:
+        """The settings as plain values; where the data lie is not among them."""
+        values = dataclasses.asdict(self)
+        values["data"].pop("root")
+        return _plain(values)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+@contextmanager
+def sole_writer(path: Path) -> Iterator[None]:
+    """Hold the lock of a run; a kill frees it.
+
+    Raises:
+        AutoSparseError: another process holds it.
+    """
+    import filelock
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(path.with_name(f".{path.name}.lock"), timeout=0)
+    try:
+        lock.acquire()
+    except filelock.Timeout as error:
+        raise AutoSparseError(
+            f"{path} is being written by another process: wait for it, or choose another output directory"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def generate_record(
+    run: Run,
+    path: Path,
+    *,
+    device: str = "auto",
+    data: ImageData | None = None,
+    on_round: Callable[[int, int, Round | None], None] | None = None,
+    on_epoch: Callable[[dict[str, float]], None] | None = None,
+) -> Record:
+    """Do the IRP run and write its record at `path`; what an earlier start finished is not done again.
+
+    After every round the record is replaced as a whole, so that a kill at any instant loses at most the round in
+    flight; the state needed besides (`path`'s name with `.state`) goes when the run is complete.
+
+    Args:
+        data: the loaded data set of `run.data`, when the caller has it at hand.
+        on_round: called with the round, R, and what it gave (`None` for rounds found done).
+
+    Raises:
+        AutoSparseError: the record at `path` is another run's, or another process is writing it.
+        AutoSparseFailure: a training diverged or the disk is full; the rounds before are kept.
+    """
+    with sole_writer(path):
+        done = read_record(path) if path.exists() else None
+        if done is not None:
+            _check_same(run, done, path)
+        if done is not None and done.complete:
+            if on_round is not None:
+                on_round(run.irp.rounds, run.irp.rounds, None)
+            return done
+        return _continue(run, path, done, device, data, on_round, on_epoch)
+
+
+def _check_same(run: Run, record: Record, path: Path) -> None:
+    mine, other = _flat(run.config()), _flat(dict(record.config))
+    for key in sorted(mine.keys() | other.keys()):
+        if mine.get(key) != other.get(key):
+            raise AutoSparseError(
+                f"record {path} was made with {key} = {other.get(key)!r}, now it is {mine.get(key)!r}: "
+                "choose another output directory, or delete the record"
+            )
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value})
+    return flat
+
+
+def _continue(
+    run: Run,
+    path: Path,
+    done: Record | None,
+    device: str,
+    data: ImageData | None,
+    on_round: Callable[[int, int, Round | None], None] | None,
+    on_epoch: Callable[[dict[str, float]], None] | None,
+) -> Record:
+    place = fabric_for(device).device
+    images = (load_data(run.data) if data is None else data).to(place)
+    model = create_model(
+        run.model,
+        in_channels=images.channels,
+        classes=images.classes,
+        image_size=images.image_size,
+        seed=run.seed,
+    ).to(place)
+    state = path.with_name(f"{path.stem}.state")
+    rewind: dict[str, Tensor] | None = None
+    if done is None:
+        shutil.rmtree(state, ignore_errors=True)
+        record = _begin(run, model, images)
+        masks, start = None, 0
+    else:
+        record, start = done, len(done.density)
+        masks = masks_of_round(done.survival, done.layers, done.rounds_done)
+        for index in range(start):
+            if on_round is not None:
+                on_round(index, run.irp.rounds, None)
+        if run.irp.rewind_step:
+            rewind = _load_state(state / "rewind.safetensors", path)
+    rounds = irp(
+        model,
+        record.layers,
+        images,
+        run.recipe,
+        run.irp,
+        seed=run.seed,
+        device=device,
+        start=start,
+        masks=masks,
+        rewind=rewind,
+        checkpoint=state / "training.pt",
+        on_rewind_state=lambda tensors: _save_state(state / "rewind.safetensors", tensors),
+        on_epoch=on_epoch,
+    )
+    for outcome in rounds:
+        record = _add_round(record, outcome, run.irp.rounds)
+        write_record(path, record)
+        if on_round is not None:
+            on_round(outcome.index, run.irp.rounds, outcome)
+    shutil.rmtree(state, ignore_errors=True)
+    return record
+
+
+def _begin(run: Run, model: torch.nn.Module, images: ImageData) -> Record:
+    """The record before the first round: layers, graph, and the signals of `θ₀`."""
+    batches = images.sample(run.signals.batch_size, run.signals.n_batches, run.seed)
+    graph = trace(model, batches[0][0][:2])
+    layers = prunable_layers(model, operands=graph.operands)
+    signals = measure(model, layers, run.signals.names, batches=batches, seed=run.seed)
+    arrays = {s: {n: t.float().cpu().numpy() for n, t in by_name.items()} for s, by_name in signals.items()}
+    return Record(
+        layers=layers,
+        signals=arrays,
+        survival={n: np.zeros(layer.shape, dtype=np.uint8) for n, layer in layers.items()},
+        density=np.empty(0),
+        accuracy=np.empty(0),
+        loss=np.empty(0),
+        config=run.config(),
+        seed=run.seed,
+        operations=tuple(json.dumps(dataclasses.asdict(op)) for op in graph.operations),
+        edges=graph.edges(),
+        versions={"autosparse": version("autosparse"), "torch": str(torch.__version__)},
+    )
+
+
+def _add_round(record: Record, outcome: Round, rounds: int) -> Record:
+    survival = record.survival
+    if outcome.next_masks is not None:
+        kept = outcome.next_masks
+        survival = {n: s + kept[n].cpu().numpy().astype(np.uint8) for n, s in record.survival.items()}
+    return dataclasses.replace(
+        record,
+        survival=survival,
+        density=np.append(record.density, outcome.density),
+        accuracy=np.append(record.accuracy, outcome.trained.accuracy),
+        loss=np.append(record.loss, outcome.trained.loss),
+        rounds_done=record.rounds_done + (outcome.next_masks is not None),
+        complete=outcome.index == rounds,
+    )
+
+
+def masks_of_round(survival: Mapping[str, np.ndarray], layers: Mapping[str, Layer], index: int) -> Masks:
+    """The masks in force in training `index`: the weights that survived `index` removals."""
+    return Masks({n: torch.from_numpy(s >= index) for n, s in survival.items()}, layers)
+
+
+def _save_state(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    from safetensors.torch import save_file
+
+    from autosparse.files import replace_file
+
+    with replace_file(path) as temporary:
+        save_file({n: t.cpu().contiguous() for n, t in tensors.items()}, temporary, {"schema": "autosparse.state/1"})
+
+
+def _load_state(path: Path, record: Path) -> dict[str, Tensor]:
+    from autosparse.files import read_safetensors
+
+    try:
+        return read_safetensors(path, "autosparse.state/1", "rewind state")[0]
+    except AutoSparseError as error:
+        raise AutoSparseError(f"{record} cannot be resumed: {error}; delete the record to start it again") from error

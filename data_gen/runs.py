@@ -15,29 +15,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from autosparse.errors import AutoSparseError, require, settings
+from autosparse.errors import AutoSparseError
 from autosparse.masks.layers import Layer, prunable_layers
 from autosparse.masks.mask import Masks
 from autosparse.network.graph import trace
-from autosparse.network.signals import measure
+from autosparse.network.signals import SignalSettings, measure
 from autosparse.pruning.irp import IRPSettings, Round, irp
 from autosparse.scorers.records import Record, read_record, write_record
 from autosparse.training.data import DataSettings, ImageData, load_data
 from autosparse.training.loop import Recipe, fabric_for
 from autosparse.training.models import ModelSettings, create_model
-
-
-@settings
-class SignalSettings:
-    """Which signals of `θ₀` are recorded, and how many training batches their gradients take."""
-
-    names: tuple[str, ...] = ("weight", "gradient")
-    n_batches: int = 8
-    batch_size: int = 128
-
-    def __post_init__(self) -> None:
-        require(self.n_batches >= 1, "signals.n_batches", self.n_batches, "give at least 1")
-        require(self.batch_size >= 1, "signals.batch_size", self.batch_size, "give at least 1")
 
 
 @dataclasses.dataclass(frozen=True)

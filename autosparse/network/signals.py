@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from autosparse.errors import AutoSparseError
+from autosparse.errors import AutoSparseError, require, settings, suggest
 from autosparse.masks.layers import Layer
 
 Signals = dict[str, dict[str, Tensor]]  # signal -> parameter name -> tensor of the parameter's shape
@@ -18,6 +18,22 @@ Batch = tuple[Any, Any]
 Loss = Callable[[Any, Any], Tensor]
 
 SIGNALS = ("weight", "gradient")
+
+
+@settings
+class SignalSettings:
+    """Which signals of `θ₀` are recorded, and how many training batches their gradients take."""
+
+    names: tuple[str, ...] = ("weight", "gradient")
+    n_batches: int = 8
+    batch_size: int = 128
+
+    def __post_init__(self) -> None:
+        for name in self.names:
+            if name not in SIGNALS:
+                raise AutoSparseError(f"signal is {name!r}: {suggest(name, SIGNALS)}")
+        require(self.n_batches >= 1, "signals.n_batches", self.n_batches, "give at least 1")
+        require(self.batch_size >= 1, "signals.batch_size", self.batch_size, "give at least 1")
 
 
 def take_batches(batches: Iterable[Batch], n_batches: int, device: torch.device, seed: int = 0) -> list[Batch]:

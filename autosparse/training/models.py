@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import itertools
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import field
@@ -75,7 +76,7 @@ class MLP(nn.Module):
     def __init__(self, in_features: int, classes: int, width: int = 300, depth: int = 2) -> None:
         super().__init__()
         sizes = [in_features, *[width] * depth]
-        hidden = [m for i, o in zip(sizes, sizes[1:], strict=False) for m in (nn.Linear(i, o), nn.ReLU())]
+        hidden = [m for i, o in itertools.pairwise(sizes) for m in (nn.Linear(i, o), nn.ReLU())]
         self.layers = nn.Sequential(nn.Flatten(), *hidden, nn.Linear(width, classes))
 
     def forward(self, x: Tensor) -> Tensor:

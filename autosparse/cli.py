@@ -1,0 +1,474 @@
+"""The command line: composes the rooms, and imports them only inside the commands."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from autosparse.errors import AutoSparseError, AutoSparseFailure
+
+if TYPE_CHECKING:
+    from autosparse.config import BenchmarkConfig, FitConfig, GenerateConfig
+
+app = typer.Typer(
+    name="autosparse",
+    help="Learn which weights to keep before training: generate IRP records, fit a scorer, prune unseen networks.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Config = Annotated[Path, typer.Argument(help="YAML file, such as those in configs/.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Settings that override the file's: recipe.epochs=10"),
+]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line. Exit codes: 0 done, 1 failed, 2 wrong input, 130 stopped."""
+    try:
+        app(args=arguments, standalone_mode=True)
+    except AutoSparseError as error:
+        _fail(str(error), 2)
+    except AutoSparseFailure as error:
+        _fail(str(error), 1)
+    except KeyboardInterrupt:
+        _fail("stopped: run the same command again to go on", 130)
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+# -- commands -----------------------------------------------------------------------------------------------------------
+
+
+@app.command(epilog="Example: autosparse generate configs/irp/digits.yaml seeds=[0,1] irp.rounds=8")
+def generate(config: Config, overrides: Overrides = None) -> None:
+    """Run IRP on every model with every seed, and record what each weight looked like and survived.
+
+    A second start goes on after the last finished round; a finished run answers at once.
+    """
+    from autosparse.config import GenerateConfig, load_config
+
+    _generate(load_config(GenerateConfig, config, overrides or []))
+
+
+@app.command(epilog="Example: autosparse fit configs/scorer/digits.yaml fit.head=mse")
+def fit(config: Config, overrides: Overrides = None) -> None:
+    """Train a scorer on records: signals at initialization in, survival out."""
+    from autosparse.config import FitConfig, load_config
+
+    _fit(load_config(FitConfig, config, overrides or []))
+
+
+@app.command(epilog="Example: autosparse prune configs/prune.yaml criterion=snip sparsity=0.95")
+def prune(config: Config, overrides: Overrides = None) -> None:
+    """Write the masks of a freshly initialized network, by any criterion or scorer."""
+    from autosparse.config import PruneConfig, claim_directory, load_config
+    from autosparse.experiment.benchmark import build_model, find_masks
+    from autosparse.training.data import load_data
+    from autosparse.training.loop import check_fits, fabric_for
+
+    chosen = load_config(PruneConfig, config, overrides or [])
+    place = fabric_for(chosen.device).device
+    data = load_data(chosen.data, place)
+    model = build_model(chosen.model, data, chosen.seed).to(place)
+    check_fits(model, data)
+    directory = claim_directory(chosen)
+    path = directory / "masks.safetensors"
+    if path.exists():
+        _say(f"complete: {path} is there already")
+        return
+    with _quiet_warnings(), _bars() as bars:
+        task = bars.add_task(f"{chosen.criterion.name} on {chosen.model.label()}", total=None)
+        found = find_masks(
+            model,
+            data,
+            chosen.criterion,
+            chosen.sparsity,
+            recipe=chosen.recipe,
+            seed=chosen.seed,
+            device=chosen.device,
+            state=directory / "state",
+            on_epoch=lambda row: bars.update(task, description=f"training, epoch {row['epoch']:.0f}"),
+        )
+    found.masks.save(path)
+    report = found.masks.report
+    rows = [
+        [r.name, "×".join(map(str, r.shape)), f"{r.kept:,}", f"{r.total:,}", f"{100 * r.density:.2f} %"]
+        for r in found.masks.layers()
+    ]
+    _table(f"{chosen.model.label()} by {chosen.criterion.name}", ["weight", "shape", "kept", "of", "density"], rows)
+    effective = "unknown" if report.effective_sparsity is None else f"{report.effective_sparsity:.4f}"
+    _say(
+        f"sparsity {found.masks.sparsity:.4f} ({found.masks.kept:,} of {found.masks.total:,} kept), effective {effective}, "
+        f"dead layers {len(report.dead_layers)}, ties {report.ties:.2%}, "
+        f"cost {found.seconds:.1f} s = {found.epochs:.3g} epochs"
+    )
+    for note in report.notes:
+        _say(f"note: {note}")
+    _say(f"masks: {path}")
+
+
+@app.command(epilog="Example: autosparse train configs/train.yaml masks=runs/prune/masks.safetensors")
+def train(config: Config, overrides: Overrides = None) -> None:
+    """Train a network, with masks or dense. Stopped, it goes on from its last checkpoint."""
+    from autosparse.config import TrainConfig, claim_directory, load_config, plain
+    from autosparse.experiment.benchmark import build_model
+    from autosparse.experiment.tracking import track
+    from autosparse.files import read_json, replace_file, write_json
+    from autosparse.masks.mask import Masks
+    from autosparse.training.data import load_data
+    from autosparse.training.loop import fabric_for
+    from autosparse.training.loop import train as run
+
+    chosen = load_config(TrainConfig, config, overrides or [])
+    masks = None if chosen.masks is None else Masks.load(chosen.masks)
+    place = fabric_for(chosen.device, chosen.recipe.precision).device
+    data = load_data(chosen.data, place)
+    model = build_model(chosen.model, data, chosen.seed)
+    if masks is not None:
+        masks.apply_(model)
+    directory = claim_directory(chosen)
+    done = directory / "result.json"
+    if done.exists():
+        result = read_json(done, "result")
+        _say(f"complete: accuracy {100 * result['accuracy']:.2f} %, {directory / 'model.safetensors'}")
+        return
+    history: list[dict[str, float]] = []
+    total = max(1, round(chosen.recipe.length(data) / max(1, len(data.train) // chosen.recipe.batch_size)))
+    with track(directory, "train", plain(chosen), enabled=chosen.tracking) as tracker, _bars() as bars:
+        task = bars.add_task(f"train {chosen.model.label()}", total=total)
+
+        def on_epoch(row: dict[str, float]) -> None:
+            history.append(row)
+            bars.update(task, completed=int(row["epoch"]), description=_epoch_text("train", row))
+            tracker.log({k: v for k, v in row.items() if k != "epoch"}, int(row["epoch"]))
+            tracker.flush()
+            write_json(directory / "history.json", history)
+
+        trained = run(
+            model,
+            data,
+            chosen.recipe,
+            masks=masks,
+            seed=chosen.seed,
+            device=chosen.device,
+            checkpoint=directory / "checkpoint.pt",
+            on_epoch=on_epoch,
+        )
+        from safetensors.torch import save_model
+
+        with replace_file(directory / "model.safetensors") as temporary:
+            save_model(model.cpu(), str(temporary))
+        write_json(directory / "history.json", trained.history)
+        figures = {
+            k: getattr(trained, k) for k in ("accuracy", "loss", "steps", "epochs", "seconds", "images_per_second")
+        }
+        tracker.log({"test_accuracy": trained.accuracy, "test_loss": trained.loss}, int(trained.epochs))
+        tracker.artifact(directory / "model.safetensors")
+        write_json(done, figures)
+    _say(
+        f"accuracy {100 * trained.accuracy:.2f} % after the last epoch, {trained.seconds:.1f} s, "
+        f"{trained.images_per_second:,.0f} images/s; {directory / 'model.safetensors'}"
+    )
+
+
+@app.command(epilog="Example: autosparse benchmark configs/benchmark/digits.yaml seeds=[0,1,2]")
+def benchmark(config: Config, overrides: Overrides = None) -> None:
+    """Prune and train every model × criterion × sparsity × seed under one recipe; results.csv and report.html."""
+    from autosparse.config import BenchmarkConfig, load_config
+
+    _benchmark(load_config(BenchmarkConfig, config, overrides or []))
+
+
+@app.command(epilog="Example: autosparse report runs/quickstart")
+def report(directory: Annotated[Path, typer.Argument(help="A directory with results, records or scorers.")]) -> None:
+    """Write report.html, one file, and its figures as SVG."""
+    from autosparse.experiment.report import build
+
+    _say(f"report: {build(directory)}")
+
+
+@app.command(name="list", epilog="Example: autosparse list models")
+def list_(
+    what: Annotated[str, typer.Argument(help="models, data, criteria, signals or features; default: all.")] = "all",
+) -> None:
+    """Names that configs and `prune` understand."""
+    from autosparse.errors import suggest
+    from autosparse.experiment.benchmark import METHODS
+    from autosparse.network.signals import SIGNALS
+    from autosparse.pruning.criteria import PRESETS
+    from autosparse.scorers.features import FEATURES
+    from autosparse.training.data import DATA
+    from autosparse.training.models import MODELS
+
+    names: dict[str, list[str]] = {
+        "models": [*MODELS, "torchvision:NAME", "timm:NAME", "package.module:factory"],
+        "data": [*DATA, "imagefolder:PATH", "hdf5:PATH"],
+        "criteria": [*PRESETS, *METHODS, "SCORER.safetensors", "models:/NAME@ALIAS"],
+        "signals": list(SIGNALS),
+        "features": [f"{name}: {meaning}" for name, meaning in FEATURES.items()],
+    }
+    if what != "all" and what not in names:
+        raise AutoSparseError(f"list {what!r}: {suggest(what, names)}")
+    for key, values in names.items():
+        if what in ("all", key):
+            separator = "\n  " if key == "features" else ", "
+            print(f"{key}:{separator if key == 'features' else ' '}{separator.join(values)}")
+
+
+@app.command(epilog="Example: autosparse quickstart")
+def quickstart(
+    config: Annotated[Path | None, typer.Argument(help="YAML file; default: as in configs/quickstart.yaml.")] = None,
+    overrides: Overrides = None,
+) -> None:
+    """See the whole idea on small digits in under 4 minutes on 2 CPU cores.
+
+    IRP on two small networks and two seeds, a scorer fitted on their records, and a third network pruned by it at
+    initialization and trained, beside random, ERK, magnitude and SNIP.
+    """
+    from autosparse.config import (
+        BenchmarkConfig,
+        FitConfig,
+        GenerateConfig,
+        QuickstartConfig,
+        claim_directory,
+        load_config,
+    )
+    from autosparse.experiment.benchmark import Candidate
+    from autosparse.experiment.report import build
+
+    if config is not None and "=" in str(config):  # `quickstart key=value`: no file was given
+        overrides, config = [str(config), *(overrides or [])], None
+    chosen = load_config(QuickstartConfig, config, overrides or [])
+    directory = claim_directory(chosen)
+    common: dict[str, Any] = {"device": chosen.device, "tracking": chosen.tracking}
+    _say("1/3 generate: IRP on small networks")
+    _generate(
+        GenerateConfig(
+            output=str(directory / "irp"),
+            models=chosen.sources,
+            data=chosen.data,
+            recipe=chosen.recipe,
+            irp=chosen.irp,
+            signals=chosen.signals,
+            seeds=chosen.source_seeds,
+            **common,
+        ),
+        directory,
+    )
+    _say("2/3 fit: a scorer from their records")
+    scorer = _fit(
+        FitConfig(
+            output=str(directory / "scorer"),
+            records=(str(directory / "irp" / "records"),),
+            fit=chosen.fit,
+            **common,
+        ),
+        directory,
+    )
+    _say(f"3/3 benchmark: {chosen.target.label()}, which the scorer never saw, pruned at initialization and trained")
+    criteria = [Candidate(name, floor=chosen.floor) for name in ("random", "erk", "magnitude", "snip")]
+    _benchmark(
+        BenchmarkConfig(
+            output=str(directory / "benchmark"),
+            models=(chosen.target,),
+            data=chosen.data,
+            recipe=chosen.recipe,
+            criteria=(*criteria, Candidate(str(scorer), label="scorer", floor=chosen.floor)),
+            sparsities=chosen.sparsities,
+            seeds=chosen.seeds,
+            **common,
+        ),
+        directory,
+        write_report=False,
+    )
+    _say(f"report: {build(directory)}")
+
+
+# -- the three jobs, from checked configs -------------------------------------------------------------------------------
+
+
+def _generate(config: GenerateConfig, tracking: Path | None = None) -> None:
+    from autosparse.config import claim_directory, plain
+    from autosparse.experiment.tracking import track
+    from data_gen.campaign import generate as run_all
+    from data_gen.campaign import runs
+
+    todo = runs(config.models, config.data, config.recipe, config.irp, config.signals, config.seeds)
+    directory = claim_directory(config)
+    per_run = config.irp.rounds + 1
+    with track(tracking or directory, "generate", plain(config), enabled=config.tracking) as tracker, _bars() as bars:
+        task = bars.add_task("IRP", total=per_run * len(todo))
+
+        def on_round(run: Any, index: int, rounds: int, outcome: Any) -> None:
+            position = todo.index(run) * per_run + index + 1
+            text = f"{run.label()}: round {index}/{rounds}"
+            if outcome is not None:
+                text += f", density {outcome.density:.3f}, accuracy {100 * outcome.trained.accuracy:.1f} %"
+                metrics = {
+                    "accuracy": outcome.trained.accuracy,
+                    "loss": outcome.trained.loss,
+                    "density": outcome.density,
+                }
+                tracker.log({f"{run.label()}/{k}": v for k, v in metrics.items()}, index)
+                tracker.flush()
+            bars.update(task, completed=position, description=text)
+
+        campaign = run_all(todo, directory, device=config.device, on_round=on_round)
+        bars.update(task, description=f"IRP: {len(campaign.records)} of {len(todo)} records complete")
+        for path in campaign.records:
+            tracker.artifact(path)
+    for label, reason in campaign.failures.items():
+        print(f"failed: {label}: {reason}", file=sys.stderr)
+    if campaign.failures:
+        raise AutoSparseFailure(f"{len(campaign.failures)} of {len(todo)} runs failed; the others are complete")
+    _say(f"records: {len(campaign.records)} complete in {directory / 'records'}")
+
+
+def _fit(config: FitConfig, tracking: Path | None = None) -> Path:
+    from autosparse.config import claim_directory, plain
+    from autosparse.experiment.tracking import track
+    from autosparse.files import read_json, sha256, write_json
+    from autosparse.scorers.fitting import fit as run
+    from autosparse.scorers.records import find_records
+
+    records = find_records(config.records)
+    directory = claim_directory(config)
+    path, card = directory / f"{config.name}.safetensors", directory / "scorer.json"
+    hashes = sorted(sha256(record) for record in records)
+    if path.exists() and card.exists():
+        known = read_json(card, "scorer card")
+        if sorted(r["sha256"] for r in known["records"]) == hashes:
+            _say(f"complete: {path} is there already")
+            return path
+    with track(tracking or directory, "fit", plain(config), enabled=config.tracking) as tracker, _bars() as bars:
+        task = bars.add_task(f"fit on {len(records)} records", total=config.fit.epochs)
+
+        def on_epoch(row: dict[str, float]) -> None:
+            text = ", ".join(f"{k.replace('_', ' ')} {v:.4f}" for k, v in row.items() if k != "epoch")
+            bars.update(task, completed=int(row["epoch"]), description=f"fit: {text}")
+            tracker.log({k: v for k, v in row.items() if k != "epoch"}, int(row["epoch"]))
+            tracker.flush()
+
+        scorer = run(records, config.fit, name=config.name, device=config.device, on_epoch=on_epoch)
+        scorer.save(path)
+        write_json(card, scorer.card)
+        tracker.log({f"validation/{k}": v for k, v in scorer.card["validation"].items()}, config.fit.epochs)
+        tracker.artifact(card)
+        tracker.register_scorer(path, config.name)
+    figures = scorer.card["validation"]
+    if figures:
+        _say(
+            f"held-out records: AUC {figures['auc']:.3f} (|θ₀| alone {figures['auc_magnitude']:.3f}), within layers "
+            f"{figures['auc_within_layers']:.3f} ({figures['auc_magnitude_within_layers']:.3f}), "
+            f"within bins of |θ₀| {figures['auc_within_magnitude_bins']:.3f} (0.5)"
+        )
+    _say(f"scorer: {path}")
+    return path
+
+
+def _benchmark(config: BenchmarkConfig, tracking: Path | None = None, write_report: bool = True) -> None:
+    from autosparse.config import claim_directory, plain
+    from autosparse.experiment.benchmark import failures, grid, run_grid
+    from autosparse.experiment.report import build, summary
+    from autosparse.experiment.tracking import track
+    from autosparse.training.data import load_data
+    from autosparse.training.loop import fabric_for
+
+    cells = grid(config.models, config.data, config.recipe, config.criteria, config.sparsities, config.seeds)
+    data = load_data(config.data, fabric_for(config.device).device)
+    directory = claim_directory(config)
+    with track(tracking or directory, "benchmark", plain(config), enabled=config.tracking) as tracker, _bars() as bars:
+        task = bars.add_task("benchmark", total=len(cells))
+
+        def on_cell(number: int, cell: Any, result: Mapping[str, Any], known: bool) -> None:
+            accuracy = result.get("accuracy")
+            text = f"{cell.model.label()} {cell.criterion} {cell.sparsity:g} seed {cell.seed}"
+            text += f": {100 * accuracy:.1f} %" if accuracy is not None else ": failed"
+            bars.update(task, completed=number, description=text)
+            if not known and accuracy is not None:
+                tracker.log({f"{cell.criterion}/{cell.sparsity:g}/accuracy": accuracy}, cell.seed)
+                tracker.flush()
+
+        results = run_grid(cells, directory, data, device=config.device, on_cell=on_cell)
+        bars.update(task, description=f"benchmark: {len(cells)} cells")
+        tracker.artifact(directory / "results.csv")
+    for title, headers, rows in summary(directory):
+        _table(f"accuracy after the last epoch, % ({title})", headers, rows)
+    _say(f"results: {directory / 'results.csv'}")
+    if write_report:
+        _say(f"report: {build(directory)}")
+    failed = list(failures(results))
+    for line in failed:
+        print(f"failed: {line}", file=sys.stderr)
+    if failed:
+        raise AutoSparseFailure(f"{len(failed)} of {len(cells)} cells failed; the others are complete")
+
+
+# -- what a person sees -------------------------------------------------------------------------------------------------
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+def _table(title: str, headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for index, header in enumerate(headers):
+        table.add_column(header, justify="left" if index < 2 else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    console = Console()
+    if not console.is_terminal:
+        console.width = 160  # a file or a pipe has no width to fit into
+    console.print(table)
+
+
+@contextmanager
+def _bars() -> Iterator[Any]:
+    """Progress bars on a terminal; silent lines elsewhere."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = [
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+    ]
+    with Progress(*columns) as bars:
+        yield bars
+
+
+@contextmanager
+def _quiet_warnings() -> Iterator[None]:
+    """What the warnings of `prune` say is printed as notes."""
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _epoch_text(what: str, row: Mapping[str, float]) -> str:
+    return f"{what}: loss {row['loss']:.3f}, validation accuracy {100 * row['accuracy']:.1f} %"

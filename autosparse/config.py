@@ -1,0 +1,264 @@
+"""YAML and pydantic: what the commands take. Everything under this file takes plain dataclasses."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from autosparse.errors import AutoSparseError, require, settings, suggest
+from autosparse.experiment.benchmark import Candidate
+from autosparse.files import replace_file
+from autosparse.masks.schedule import check_sparsity
+from autosparse.network.signals import SignalSettings
+from autosparse.pruning.irp import IRPSettings
+from autosparse.scorers.fitting import FitSettings
+from autosparse.training.data import DataSettings
+from autosparse.training.loop import Recipe
+from autosparse.training.models import ModelSettings
+
+T = TypeVar("T")
+
+# Keys under which a bare string stands for a whole group of settings: `model: resnet20` is `model: {name: resnet20}`.
+_SHORT = {"model": "name", "models": "name", "data": "name", "criterion": "criterion", "criteria": "criterion"}
+
+
+@settings
+class GenerateConfig:
+    """`autosparse generate`: IRP runs of every model with every seed, into `output/records`."""
+
+    output: str = "runs/irp"
+    models: tuple[ModelSettings, ...] = (ModelSettings("resnet20"),)
+    data: DataSettings = DataSettings("cifar10")
+    recipe: Recipe = Recipe()
+    irp: IRPSettings = IRPSettings()
+    signals: SignalSettings = SignalSettings()
+    seeds: tuple[int, ...] = (0,)
+    device: str = "auto"
+    tracking: bool = True
+
+
+@settings
+class FitConfig:
+    """`autosparse fit`: a scorer from records (files, or directories that are searched), into `output`."""
+
+    output: str = "runs/scorer"
+    records: tuple[str, ...] = ("runs/irp",)
+    name: str = "scorer"
+    fit: FitSettings = FitSettings()
+    device: str = "cpu"
+    tracking: bool = True
+
+
+@settings
+class PruneConfig:
+    """`autosparse prune`: masks of one freshly initialized network, into `output/masks.safetensors`."""
+
+    output: str = "runs/prune"
+    model: ModelSettings = ModelSettings("resnet20")
+    data: DataSettings = DataSettings("cifar10")
+    criterion: Candidate = Candidate("snip")
+    sparsity: float = 0.95
+    recipe: Recipe = Recipe()
+    seed: int = 0
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        check_sparsity(self.sparsity)
+
+
+@settings
+class TrainConfig:
+    """`autosparse train`: train one network, with masks or dense, into `output/model.safetensors`."""
+
+    output: str = "runs/train"
+    model: ModelSettings = ModelSettings("resnet20")
+    data: DataSettings = DataSettings("cifar10")
+    recipe: Recipe = Recipe()
+    masks: str | None = None
+    seed: int = 0
+    device: str = "auto"
+    tracking: bool = True
+
+
+@settings
+class BenchmarkConfig:
+    """`autosparse benchmark`: the grid models × criteria × sparsities × seeds, into `output/results.csv`."""
+
+    output: str = "runs/benchmark"
+    models: tuple[ModelSettings, ...] = (ModelSettings("resnet20"),)
+    data: DataSettings = DataSettings("cifar10")
+    recipe: Recipe = Recipe()
+    criteria: tuple[Candidate, ...] = (Candidate("erk"), Candidate("magnitude"), Candidate("snip"))
+    sparsities: tuple[float, ...] = (0.9, 0.95, 0.98)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    device: str = "auto"
+    tracking: bool = True
+
+    def __post_init__(self) -> None:
+        for sparsity in self.sparsities:
+            check_sparsity(sparsity)
+
+
+@settings
+class QuickstartConfig:
+    """`autosparse quickstart`: generate, fit and benchmark on the digits, into one directory."""
+
+    output: str = "runs/quickstart"
+    data: DataSettings = DataSettings("digits")
+    recipe: Recipe = Recipe(epochs=15, batch_size=64, schedule="cosine")
+    sources: tuple[ModelSettings, ...] = (ModelSettings("convnet"), ModelSettings("resnet8", 8))
+    source_seeds: tuple[int, ...] = (0, 1)
+    irp: IRPSettings = IRPSettings(rounds=8, density=0.02)
+    signals: SignalSettings = SignalSettings(n_batches=8)
+    fit: FitSettings = FitSettings()
+    target: ModelSettings = ModelSettings("vgg11", 8)
+    sparsities: tuple[float, ...] = (0.8, 0.9, 0.95, 0.98)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    floor: float = 0.0
+    device: str = "cpu"
+    tracking: bool = True
+
+    def __post_init__(self) -> None:
+        require(0 <= self.floor < 1, "floor", self.floor, "it is the smallest density of a layer, in [0, 1)")
+        for sparsity in self.sparsities:
+            check_sparsity(sparsity)
+
+
+# Keys that may differ between two runs in one directory: they change what more is done, not what has been done.
+_FREE = {"output", "device", "tracking"}
+_AXES = {GenerateConfig: {"models", "seeds"}, BenchmarkConfig: {"models", "criteria", "sparsities", "seeds"}}
+
+
+def load_config(schema: type[T], path: Path | None, overrides: Sequence[str] = ()) -> T:
+    """Settings from a YAML file and `key.sub=value` overrides, checked.
+
+    Raises:
+        AutoSparseError: no such file, not YAML, a misspelt key, or a value of the wrong type or out of range.
+    """
+    values: dict[str, Any] = {}
+    if path is not None:
+        if not path.is_file():
+            raise AutoSparseError(f"config {path} does not exist: give a YAML file such as those in configs/")
+        try:
+            values = yaml.safe_load(path.read_text()) or {}
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise AutoSparseError(f"config {path} is not YAML: {' '.join(str(error).split())}") from error
+        if not isinstance(values, dict):
+            raise AutoSparseError(f"config {path} holds a {type(values).__name__}: it must hold keys with values")
+    for text in overrides:
+        _override(values, text)
+    try:
+        return TypeAdapter(schema).validate_python(_expanded(values))
+    except ValidationError as error:
+        where = f"config {path}" if path is not None else "config"
+        raise AutoSparseError(f"{where}: {_explain(schema, error)}") from None
+
+
+def _override(values: dict[str, Any], text: str) -> None:
+    key, sign, value = text.partition("=")
+    if not sign or not key:
+        raise AutoSparseError(f"override {text!r}: write key=value or key.sub=value, such as recipe.epochs=10")
+    *parents, last = key.split(".")
+    at = values
+    for part in parents:
+        inner = at.get(part)
+        if isinstance(inner, str) and part in _SHORT:
+            inner = {_SHORT[part]: inner}
+        at[part] = inner = dict(inner or {}) if isinstance(inner, (dict, type(None))) else inner
+        if not isinstance(inner, dict):
+            raise AutoSparseError(f"override {text!r}: {part} is a {type(inner).__name__}, it has no keys")
+        at = inner
+    try:
+        at[last] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise AutoSparseError(f"override {text!r}: the value is not YAML") from error
+
+
+def _expanded(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Bare names as the settings that they stand for; also inside lists."""
+
+    def expand(key: str, value: Any) -> Any:
+        short = _SHORT.get(key)
+        if isinstance(value, str) and short:
+            return {short: value}
+        if isinstance(value, list) and short:
+            return [expand(key, item) for item in value]
+        return value
+
+    return {key: expand(key, value) for key, value in values.items()}
+
+
+def _explain(schema: type, error: ValidationError) -> str:
+    """The first thing that is wrong, in one line."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        owner = _at(schema, first["loc"][:-1])
+        known = [f.name for f in dataclasses.fields(owner)] if owner is not None else []
+        return f"unknown key {where!r}: {suggest(str(first['loc'][-1]), known)}"
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "value_error":
+        return f"{where}: {message}" if where and not message.startswith(where) else message
+    return f"{where} is {first.get('input')!r}: {message[0].lower()}{message[1:]}"
+
+
+def _at(schema: Any, location: Sequence[int | str]) -> Any:
+    """The settings class at a place of the config."""
+    for part in location:
+        if isinstance(part, int):
+            continue
+        schema = typing.get_type_hints(schema).get(str(part))
+        for inner in typing.get_args(schema):
+            if dataclasses.is_dataclass(inner):
+                schema = inner
+        if schema is None:
+            return None
+    return schema if dataclasses.is_dataclass(schema) else None
+
+
+def plain(config: Any) -> dict[str, Any]:
+    """A config as YAML sees it."""
+    return TypeAdapter(type(config)).dump_python(config, mode="json")
+
+
+def claim_directory(config: Any) -> Path:
+    """The output directory, with the resolved config in it.
+
+    Raises:
+        AutoSparseError: it holds results of another config, or cannot be made.
+    """
+    directory = Path(config.output)
+    path = directory / "config.yaml"
+    free = _FREE | _AXES.get(type(config), set())
+    mine = {"command": type(config).__name__.removesuffix("Config").lower(), **plain(config)}
+    if path.exists():
+        try:
+            other = yaml.safe_load(path.read_text())
+            other = other if isinstance(other, dict) else {}
+        except yaml.YAMLError:
+            other = {}
+        for key in sorted((mine.keys() | other.keys()) - free):
+            if mine.get(key) != other.get(key):
+                raise AutoSparseError(
+                    f"output {directory} belongs to another config ({_difference(key, other.get(key), mine.get(key))}): "
+                    "choose another output, or delete the directory"
+                )
+    elif directory.is_file():
+        raise AutoSparseError(f"output {directory} is a file: choose a directory")
+    with replace_file(path) as temporary:
+        temporary.write_text(yaml.safe_dump(mine, sort_keys=False))
+    return directory
+
+
+def _difference(key: str, other: Any, mine: Any) -> str:
+    if isinstance(other, dict) and isinstance(mine, dict):
+        for sub in sorted(other.keys() | mine.keys()):
+            if other.get(sub) != mine.get(sub):
+                return _difference(f"{key}.{sub}", other.get(sub), mine.get(sub))
+    return f"there {key} is {other!r}, here {mine!r}"

@@ -1,0 +1,544 @@
+"""The graph of any network: which operations one forward pass runs, on which weights, in which order."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.conv import _ConvNd
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from autosparse.errors import AutoSparseError
+from autosparse.masks.layers import Layer, unwrap
+
+_KINDS = {
+    "activation": "relu relu6 leaky_relu gelu silu sigmoid tanh elu selu celu mish hardswish hardsigmoid hardtanh "
+    "softplus threshold log_sigmoid_forward prelu _prelu_kernel rrelu_with_noise glu clamp clamp_min clamp_max "
+    "softshrink hardshrink",
+    "norm": "native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training cudnn_batch_norm "
+    "miopen_batch_norm batch_norm_with_update native_layer_norm native_group_norm _fused_rms_norm linalg_vector_norm",
+    "add": "add sub rsub",
+    "mul": "mul div",
+    "concat": "cat stack",
+    "pool": "max_pool1d max_pool2d max_pool3d max_pool1d_with_indices max_pool2d_with_indices max_pool3d_with_indices "
+    "avg_pool1d avg_pool2d avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_avg_pool1d "
+    "adaptive_max_pool2d adaptive_max_pool3d mean amax",
+    "reshape": "view _unsafe_view reshape _reshape_alias t transpose permute expand squeeze unsqueeze clone _to_copy "
+    "flatten as_strided pixel_shuffle pixel_unshuffle roll flip constant_pad_nd movedim native_channel_shuffle "
+    "channel_shuffle contiguous im2col col2im copy",
+    "slice": "slice select split split_with_sizes unsafe_split unsafe_split_with_sizes unbind index index_select "
+    "gather narrow diagonal",
+    "softmax": "_softmax _safe_softmax _log_softmax",
+    "embedding": "embedding embedding_bag _embedding_bag _embedding_bag_forward_only",
+    "resize": "upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_linear1d upsample_bilinear2d "
+    "upsample_trilinear3d upsample_bicubic2d _upsample_bilinear2d_aa _upsample_bicubic2d_aa grid_sampler_2d",
+    "reduce": "sum var var_mean std prod max min",
+}
+KIND = {name: kind for kind, names in _KINDS.items() for name in names.split()}
+
+# The two factors of a product by their names in the operator's schema, and their contracted dimensions.
+FACTORS: dict[str, tuple[tuple[str, int], tuple[str, int]]] = {
+    "convolution": (("input", 1), ("weight", 1)),
+    "linear": (("input", -1), ("weight", -1)),
+    "mm": (("self", -1), ("mat2", -2)),
+    "bmm": (("self", -1), ("mat2", -2)),
+    "addmm": (("mat1", -1), ("mat2", -2)),
+    "_addmm_activation": (("mat1", -1), ("mat2", -2)),
+    "baddbmm": (("batch1", -1), ("batch2", -2)),
+    "addbmm": (("batch1", -1), ("batch2", -2)),
+    "mv": (("self", -1), ("vec", 0)),
+    "addmv": (("mat", -1), ("vec", 0)),
+    "dot": (("self", 0), ("tensor", 0)),
+    "vdot": (("self", 0), ("other", 0)),
+}
+# Their results are views or copies, as strides allow.
+VIEWS = ("view", "_unsafe_view", "_reshape_alias", "reshape")
+ON_VECTORS = ("mv", "addmv", "dot", "vdot")
+_SAME = ("alias", "detach", "lift_fresh", "lift", "_conj", "resolve_conj", "resolve_neg")
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One operation of the forward pass.
+
+    `kind` is the coarse class: `"input"`, `"conv"`, `"conv_transpose"`, `"linear"` (a product with a weight),
+    `"matmul"` (a product of two activations), `"norm"`, `"activation"`, `"add"`, `"mul"`, `"concat"`, `"pool"`,
+    `"reshape"`, `"slice"`, `"resize"`, `"reduce"`, `"softmax"`, `"attention"`, `"embedding"`, `"output"` or `"other"`;
+    `target` is the aten operator (`"aten.convolution.default"`, empty for inputs and outputs); `inputs` are the
+    (earlier) operations whose results it consumes; `parameters` are the names of all parameters and buffers that it
+    consumes, itself or as views, casts or maps of them, and `weights` those among them that are a factor of a product
+    or convolution; `shape` is the shape of its first result; `stride` that of a convolution or pool.
+    """
+
+    kind: str
+    target: str
+    inputs: tuple[int, ...]
+    parameters: tuple[str, ...]
+    shape: tuple[int, ...]
+    stride: tuple[int, ...] = ()
+    groups: int = 1
+    weights: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Graph:
+    """The operations of one forward pass in execution order, and the raw parameters that act as weights in it.
+
+    `operands` holds those parameters that belong to no Conv, Linear or attention module but were a factor of a matrix
+    product or convolution: what `prunable_layers` takes to make them prunable.
+    """
+
+    operations: tuple[Operation, ...]
+    operands: dict[str, Layer] = field(default_factory=dict)
+
+    def layers(self) -> tuple[str, ...]:
+        """Names of the weights that are a factor of a product or convolution, in execution order, once each."""
+        return tuple(dict.fromkeys(name for op in self.operations for name in op.weights))
+
+    def edges(self) -> tuple[tuple[str, str], ...]:
+        """Pairs of layers `(from, to)` where the output of one reaches the other with no other layer between.
+
+        A weight that is used again on its own output has an edge to itself.
+        """
+        nearest: list[dict[str, None]] = []  # per operation: the last layers before its result
+        edges: dict[tuple[str, str], None] = {}
+        for op in self.operations:
+            before = {name: None for i in op.inputs for name in nearest[i]}
+            edges.update({(source, target): None for target in op.weights for source in before})
+            nearest.append(dict.fromkeys(op.weights) if op.weights else before)
+        return tuple(edges)
+
+    def depth(self) -> dict[str, int]:
+        """Layers on the longest path from the input to each layer, itself included (so 1 for the first layer).
+
+        A weight that is used several times has the depth of its first use.
+        """
+        depths: list[int] = []
+        found: dict[str, int] = {}
+        for op in self.operations:
+            depths.append(max((depths[i] for i in op.inputs), default=0) + bool(op.weights))
+            for name in op.weights:
+                found.setdefault(name, depths[-1])
+        return found
+
+    def to_json(self) -> str:
+        """The graph as a JSON text, which `from_json` reads back."""
+        return json.dumps(dataclasses.asdict(self), separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> Graph:
+        """The graph that `to_json` wrote."""
+        data = json.loads(text)
+        return cls(
+            operations=tuple(Operation(**_tuples(op)) for op in data["operations"]),
+            operands={name: Layer(**_tuples(layer)) for name, layer in data["operands"].items()},
+        )
+
+
+def trace(model: nn.Module, example_input: Any) -> Graph:
+    """The graph of `model`, from one forward pass in eval mode that carries the provenance of every tensor.
+
+    The pass runs on the meta device and so computes nothing; a model that cannot (control flow that depends on values,
+    tensors that are neither parameters nor buffers) runs on its own device. The model is left as it was.
+
+    Args:
+        example_input: a tensor, a tuple or list of positional inputs, or a dict of keyword inputs, as the model takes
+            them; the batch size does not matter.
+
+    Raises:
+        AutoSparseError: the model does not take this input, or returns no tensor.
+    """
+    provenance = observe(model, example_input, _Provenance, batch=2)
+    return Graph(tuple(provenance.operations), provenance.operands)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Running a user's model without a trace of it left
+
+
+class Observer(TorchDispatchMode):
+    """Sees every operator of one forward pass, and is told which tensors are what."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+
+    def parameter(self, name: str, tensor: Tensor) -> None:
+        """`tensor` stands for the parameter or buffer `name`."""
+        raise NotImplementedError
+
+    def input(self, tensor: Tensor) -> None:
+        """`tensor` is an input of the model."""
+        raise NotImplementedError
+
+    def output(self, tensor: Tensor) -> None:
+        """`tensor` is an output of the model."""
+        raise NotImplementedError
+
+
+O = TypeVar("O", bound=Observer)
+
+
+def observe(model: nn.Module, example_input: Any, observer: Callable[[nn.Module], O], batch: int) -> O:
+    """An observer that has seen one forward pass of `model` on the first `batch` examples, see `trace`."""
+    model = unwrap(model)
+    device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+    example = cast_like(model, example_input)
+    few = first_of_batch(example, batch)
+    error: Exception | None = None
+    for place, inputs in itertools.product((torch.device("meta"), device), (few, example)):
+        try:
+            return _observed(model, inputs, place, observer(model))
+        except AutoSparseError:
+            raise
+        except Exception as e:  # whatever it is, the next attempt is closer to how the user runs the model
+            error = e
+    raise refusal(model, example_input, error) from error
+
+
+def _observed(model: nn.Module, example: Any, device: torch.device, seen: O) -> O:
+    def copy(t: Tensor) -> Tensor:
+        return torch.empty_like(t, device="meta") if device.type == "meta" else t.detach().to(device, copy=True)
+
+    # In inference mode operators arrive in another form.
+    with undisturbed(model), torch.inference_mode(False), torch.no_grad():
+        args, kwargs = as_call(tree_map(lambda t: copy(t) if isinstance(t, Tensor) else t, example))
+        state = {name: copy(t) for name, t in (*model.named_parameters(), *model.named_buffers())}
+        for name, t in state.items():
+            seen.parameter(name, t)
+        for t in tree_leaves((args, kwargs)):
+            if isinstance(t, Tensor):
+                seen.input(t)
+        with seen:
+            found = list(tensors_in(torch.func.functional_call(model, state, args, kwargs)))
+        if not found:
+            raise AutoSparseError(f"{type(model).__name__} returned no tensor: its forward must return at least one")
+        for t in found:
+            seen.output(t)
+    return seen
+
+
+def as_call(example_input: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments for a model: a dict is keywords, a tuple or list is positions."""
+    if isinstance(example_input, Mapping):
+        return (), dict(example_input)
+    return (tuple(example_input) if isinstance(example_input, (tuple, list)) else (example_input,)), {}
+
+
+def cast_like(model: nn.Module, example_input: Any) -> Any:
+    """`example_input` with its floating tensors in the model's precision, if it has one for all of its parameters."""
+    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    if len(dtypes) != 1:
+        return example_input
+    dtype = dtypes.pop()
+    return tree_map(
+        lambda t: t.detach().to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t, example_input
+    )
+
+
+def refusal(model: nn.Module, example_input: Any, error: Exception | None) -> AutoSparseError:
+    """The error for a model that does not run on `example_input`."""
+    shapes = [tuple(t.shape) for t in tree_leaves(example_input) if isinstance(t, Tensor)]
+    shape = str(shapes[0] if len(shapes) == 1 else shapes)
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return AutoSparseError(
+        f"{type(model).__name__} cannot run on example_input of shape {shape} ({type(error).__name__}: {reason}): "
+        "give example_input of the shape the model takes"
+    )
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Eval mode with plain (not fused) attention; afterwards the modes, attributes and RNG are as they were."""
+    modules = list(model.modules())
+    # Forward passes may cache tensors as attributes; a meta tensor left there would break the model later.
+    saved = [(m.__dict__, dict(m.__dict__), dict(m._parameters), dict(m._buffers)) for m in modules]
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    devices = sorted({t.get_device() for t in (*model.parameters(), *model.buffers()) if t.is_cuda})
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices))
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        try:
+            torch.backends.mha.set_fastpath_enabled(False)
+            model.eval()
+            yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fastpath)
+            for live, attributes, parameters, buffers in saved:
+                live.clear()
+                live.update(attributes)
+                for current, before in ((live["_parameters"], parameters), (live["_buffers"], buffers)):
+                    current.clear()
+                    current.update(before)
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors in a model's output: of tuples, dicts, dataclasses and other plain objects, to any depth."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from tensors_in(item)
+    elif isinstance(value, (tuple, list, set)):
+        for item in value:
+            yield from tensors_in(item)
+    elif hasattr(value, "__dict__") and not isinstance(value, (type, nn.Module)) and not callable(value):
+        for item in vars(value).values():
+            yield from tensors_in(item)
+
+
+def first_of_batch(example: Any, count: int) -> Any:
+    """The first `count` of the batch, where all tensors agree on a batch size."""
+    tensors = [t for t in tree_leaves(example) if isinstance(t, Tensor)]
+    if any(t.dim() == 0 for t in tensors) or len({t.shape[0] for t in tensors}) != 1:
+        return example
+    return tree_map(lambda t: t[:count] if isinstance(t, Tensor) else t, example)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Provenance
+
+
+class _Origin(NamedTuple):
+    """Where a tensor comes from.
+
+    `operations` whose results, and parameters that it holds. `fixed`: it is made of parameters and buffers alone (a
+    weight, as far as products are concerned), not of data. `bits` is set while the tensor is a rearrangement of one raw
+    parameter: per element, bit d tells whether its index in dimension d of that parameter is above 0.
+    """
+
+    operations: tuple[int, ...] = ()
+    parameters: tuple[str, ...] = ()
+    fixed: bool = True
+    bits: Tensor | None = None
+
+
+class _Provenance(Observer):
+    """Records every operator that data passes through, with the provenance of its operands.
+
+    Operators on parameters alone are not recorded: their results stand for the parameters (weight standardisation,
+    weight norm, casts, chunks of a stacked projection). Products are recorded always, except matrix times vector of
+    parameters alone, which is how spectral norm is measured.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.operations: list[Operation] = []
+        self.operands: dict[str, Layer] = {}
+        self._parameters = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        self._owned = owned(model)
+        self._origins: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        # The last write into a storage; the weak reference keeps the storage's address from being used again.
+        self._written: dict[int, tuple[StorageWeakRef, _Origin]] = {}
+
+    def parameter(self, name: str, tensor: Tensor) -> None:
+        bits = None
+        if name in self._parameters and name not in self._owned and 2 <= tensor.dim() <= 8:
+            bits = _index_bits(tensor.shape)
+        self._origins[tensor] = _Origin(parameters=(name,), bits=bits)
+
+    def input(self, tensor: Tensor) -> None:
+        self._origins[tensor] = self._record(Operation("input", "", (), (), tuple(tensor.shape)))
+
+    def output(self, tensor: Tensor) -> None:
+        origin = self._origin(tensor) or _Origin()
+        self._record(Operation("output", "", origin.operations, origin.parameters, tuple(tensor.shape)))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        arguments = named_arguments(func, args, kwargs)
+        operands = [t for t in tree_leaves(list(arguments.values())) if isinstance(t, Tensor)]
+        results = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
+        known = [(t, origin) for t in operands if (origin := self._origin(t)) is not None]
+        name = base_name(func)
+        if not known or not results or takes_no_values(name):
+            return result
+        written = written_arguments(func, arguments)
+        joined = _join(origin for _, origin in known)
+        is_product = name in FACTORS and not (joined.fixed and name in ON_VECTORS)
+        if name in _SAME and len(known) == 1:
+            new = known[0][1]
+        elif joined.fixed and not is_product:
+            new = joined
+        elif is_product:
+            new = self._product(name, func, arguments, joined, results[0])
+        else:
+            stride = _pair(arguments.get("stride") or arguments.get("kernel_size")) if KIND.get(name) == "pool" else ()
+            kind = KIND.get(name, "attention" if "scaled_dot_product" in name else "other")
+            new = self._record(
+                Operation(kind, str(func), joined.operations, joined.parameters, tuple(results[0].shape), tuple(stride))
+            )
+        rearranged = _bits_after(func, name, args, kwargs, known, results) if new.fixed else [None] * len(results)
+        for t, bits in zip(results, rearranged, strict=True):
+            self._origins[t] = new._replace(bits=bits)
+        for t in written:
+            self._origins[t] = new._replace(bits=None)
+            reference = StorageWeakRef(t.untyped_storage())
+            self._written[reference.cdata] = (reference, new._replace(bits=None))
+        return result
+
+    def _product(self, name: str, func: Any, arguments: dict[str, Any], joined: _Origin, result: Tensor) -> _Origin:
+        """Record a product or convolution; what it returns is a weight again only if both factors are raw weights."""
+        transposed = bool(arguments.get("transposed"))
+        groups = int(arguments.get("groups", 1))
+        factors = [(arguments[key], dim, self._origin(arguments[key])) for key, dim in FACTORS[name]]
+        weights = {
+            weight: (tensor, dim, origin)
+            for tensor, dim, origin in factors
+            if origin is not None and origin.fixed
+            for weight in self._weights(origin)
+        }
+        if any(
+            weight in self._owned for weight in weights
+        ):  # then a raw parameter beside it is its input, not a weight
+            weights = {weight: use for weight, use in weights.items() if weight in self._owned}
+        for weight, (tensor, dim, origin) in weights.items():
+            if weight not in self._owned and weight not in self.operands:
+                if name == "convolution":
+                    out_dim, in_dim = (1, 0) if transposed else (0, 1)
+                else:
+                    out_dim, in_dim = _dims(self._parameters[weight], origin.bits, dim % max(tensor.dim(), 1))
+                self.operands[weight] = Layer(weight, "matmul", self._parameters[weight], out_dim, in_dim, groups)
+        if name == "convolution":
+            kind = "conv_transpose" if transposed else "conv"
+        else:
+            kind = "linear" if weights else "matmul"
+        stride = tuple(arguments["stride"]) if name == "convolution" else ()
+        parameters = (*weights, *(p for p in joined.parameters if p not in weights))
+        new = self._record(
+            Operation(
+                kind, str(func), joined.operations, parameters, tuple(result.shape), stride, groups, tuple(weights)
+            )
+        )
+        return new._replace(fixed=joined.fixed and not any(weight in self._owned for weight in weights))
+
+    def _weights(self, origin: _Origin) -> list[str]:
+        """Of the parameters that a factor is made of, the largest: weight norm's directions, not its magnitudes."""
+        sizes = {n: math.prod(self._parameters[n]) for n in origin.parameters if len(self._parameters.get(n, ())) > 1}
+        return [name for name, size in sizes.items() if size == max(sizes.values())]
+
+    def _origin(self, tensor: Any) -> _Origin | None:
+        if not isinstance(tensor, Tensor):
+            return None
+        origin = self._origins.get(tensor)
+        if self._written and (write := self._written.get(tensor.untyped_storage()._cdata)) is not None:
+            # Written through another view after this tensor was made: it holds what was written too.
+            newest = max(write[1].operations, default=-1)
+            if origin is None:
+                return write[1]
+            if newest > max(origin.operations, default=-1):
+                return _join((origin, write[1]))
+        return origin
+
+    def _record(self, operation: Operation) -> _Origin:
+        self.operations.append(operation)
+        return _Origin(operations=(len(self.operations) - 1,), fixed=False)
+
+
+def base_name(func: Any) -> str:
+    """The operator's name without its overload and the underscore of an in-place variant: `"relu"` of `aten.relu_`."""
+    name: str = func._schema.name.removeprefix("aten::")
+    return name if name in KIND or name in FACTORS or name.endswith("__") else name.removesuffix("_")
+
+
+def named_arguments(func: Any, args: Any, kwargs: Any) -> dict[str, Any]:
+    """The arguments of an operator by their names in its schema."""
+    return {a.name: value for a, value in zip(func._schema.arguments, args, strict=False)} | (kwargs or {})
+
+
+def written_arguments(func: Any, arguments: Mapping[str, Any]) -> list[Tensor]:
+    """The tensors that an operator changes in place."""
+    changed = [a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    return [t for name in changed for t in tree_leaves(arguments.get(name)) if isinstance(t, Tensor)]
+
+
+def takes_no_values(name: str) -> bool:
+    """Whether the operator reads only the shape and type of its operand (`zeros_like`, `new_zeros`)."""
+    return name.startswith("new_") or name.endswith("_like")
+
+
+def owned(model: nn.Module) -> set[str]:
+    """Names of the weights of Conv, Linear and attention modules, whose layout is known without a trace."""
+    weights = {
+        id(p)
+        for m in model.modules()
+        if isinstance(m, (_ConvNd, nn.Linear, nn.MultiheadAttention))
+        for key, p in m.named_parameters(recurse=False)
+        if key.endswith("weight")
+    }
+    return {name for name, p in model.named_parameters() if id(p) in weights}
+
+
+def _join(origins: Any) -> _Origin:
+    listed = list(origins)
+    return _Origin(
+        tuple(sorted({i for o in listed for i in o.operations})),
+        tuple(dict.fromkeys(p for o in listed for p in o.parameters)),
+        all(o.fixed for o in listed),
+    )
+
+
+def _index_bits(shape: torch.Size) -> Tensor:
+    bits = torch.zeros(shape, dtype=torch.uint8, device="cpu")
+    for d, size in enumerate(shape):
+        bits.narrow(d, min(1, size), max(size - 1, 0)).bitwise_or_(1 << d)
+    return bits
+
+
+def _bits_after(
+    func: Callable[..., Any], name: str, args: Any, kwargs: Any, known: Any, results: list[Tensor]
+) -> list[Tensor | None]:
+    """Index bits of the results of an operator on one raw parameter: rearranged by views, kept by elementwise maps."""
+    tracked = [(t, origin.bits) for t, origin in known if origin.bits is not None]
+    nothing: list[Tensor | None] = [None] * len(results)
+    if len(tracked) != 1:
+        return nothing
+    tensor, bits = tracked[0]
+    if name in VIEWS:
+        return [bits.reshape(results[0].shape)]
+    if getattr(func, "is_view", False):
+        moved = func(*tree_map(lambda a: bits if a is tensor else a, args), **(kwargs or {}))
+        return [t for t in tree_leaves(moved) if isinstance(t, Tensor)]
+    return [bits if t.shape == bits.shape else None for t in results]
+
+
+def _dims(shape: tuple[int, ...], bits: Tensor | None, contracted: int) -> tuple[int, int]:
+    """Out and in dimension of a raw parameter, from its rearrangement as a factor contracted along `contracted`."""
+    if bits is None:
+        return 0, 1
+    out = next((d for d in range(bits.dim() - 1, -1, -1) if d != contracted and bits.dim() - d <= 2), None)
+    inner = _largest(shape, _varying(bits, contracted), but=None)
+    outer = _largest(shape, _varying(bits, out) if out is not None else [], but=inner)
+    return outer, inner
+
+
+def _varying(bits: Tensor, dim: int) -> list[int]:
+    """Dimensions of the parameter whose index changes along `dim` of its rearrangement."""
+    if bits.numel() == 0:
+        return []
+    change = bits ^ bits.narrow(dim, 0, 1)
+    return [d for d in range(8) if bool((change & (1 << d)).any())]
+
+
+def _largest(shape: tuple[int, ...], candidates: list[int], but: int | None) -> int:
+    allowed = [d for d in candidates if d != but] or [d for d in range(len(shape)) if d != but]
+    return max(allowed, key=lambda d: shape[d])
+
+
+def _pair(value: Any) -> tuple[int, ...]:
+    return () if value is None else (value,) if isinstance(value, int) else tuple(value)
+
+
+def _tuples(data: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}

@@ -1,0 +1,82 @@
+"""Many IRP runs from one config."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from autosparse.errors import AutoSparseError, AutoSparseFailure, require
+from autosparse.network.signals import SignalSettings
+from autosparse.pruning.irp import IRPSettings, Round
+from autosparse.training.data import DataSettings, load_data
+from autosparse.training.loop import Recipe, check_fits
+from autosparse.training.models import ModelSettings, create_model
+from data_gen.runs import Run, generate_record
+
+
+@dataclass
+class Campaign:
+    """What came of it: the records that are complete, and the reason of each run that failed."""
+
+    records: list[Path] = field(default_factory=list)
+    failures: dict[str, str] = field(default_factory=dict)
+
+
+def runs(
+    models: Sequence[ModelSettings],
+    data: DataSettings,
+    recipe: Recipe,
+    irp: IRPSettings,
+    signals: SignalSettings,
+    seeds: Sequence[int],
+) -> list[Run]:
+    """One run for each seed and model.
+
+    Raises:
+        AutoSparseError: no model or seed, or two runs of one name.
+    """
+    require(len(models) > 0, "models", list(models), "give at least one")
+    require(len(seeds) > 0, "seeds", list(seeds), "give at least one")
+    found = [Run(model, data, recipe, irp, signals, seed) for seed in seeds for model in models]
+    labels = [run.label() for run in found]
+    for label in labels:
+        require(labels.count(label) == 1, "run", label, "two runs have this name; drop the repeated model or seed")
+    return found
+
+
+def generate(
+    todo: Sequence[Run],
+    directory: Path,
+    *,
+    device: str = "auto",
+    on_round: Callable[[Run, int, int, Round | None], None] | None = None,
+    on_epoch: Callable[[dict[str, float]], None] | None = None,
+) -> Campaign:
+    """Do the runs one after another into `directory/records/NAME.h5`; one that fails does not stop the rest.
+
+    Raises:
+        AutoSparseError: an input is wrong in a way that concerns every run (the data cannot be read).
+    """
+    campaign = Campaign()
+    images = load_data(todo[0].data)
+    for model in {run.model.label(): run.model for run in todo}.values():  # wrong input is told before hours are spent
+        check_fits(
+            create_model(model, in_channels=images.channels, classes=images.classes, image_size=images.image_size),
+            images,
+        )
+    for run in todo:
+        path = directory / "records" / f"{run.label()}.h5"
+
+        def report(index: int, rounds: int, outcome: Round | None, run: Run = run) -> None:
+            if on_round is not None:
+                on_round(run, index, rounds, outcome)
+
+        try:
+            generate_record(run, path, device=device, data=images, on_round=report, on_epoch=on_epoch)
+            campaign.records.append(path)
+        except (AutoSparseError, AutoSparseFailure) as error:
+            if len(todo) == 1:
+                raise
+            campaign.failures[run.label()] = str(error)
+    return campaign

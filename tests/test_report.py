@@ -1,0 +1,368 @@
+"""The report on synthetic results, with statistics worked out by hand."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from autosparse.errors import AutoSparseError
+from autosparse.experiment import report
+from autosparse.experiment.report import Result
+
+COLUMNS = [
+    *("model", "data", "criterion", "sparsity", "sparsity_got", "effective_sparsity", "seed", "accuracy", "loss"),
+    *("dense_accuracy", "mask_seconds", "mask_epochs", "mask_cost", "train_seconds", "train_epochs", "dead_layers"),
+    *("ties", "floor", "recipe", "error"),
+]
+LAYERS = {
+    "resnet8": ["conv1", *(f"layer{i}.0.conv{j}" for i in (1, 2, 3) for j in (1, 2)), "layer2.0.shortcut.0", "fc"],
+    "vgg11": [*(f"features.{i}" for i in (0, 3, 6, 8, 11, 13, 16, 18)), "classifier"],
+}
+# name: accuracy lost at 80 % and at 99 % sparsity, cost
+CRITERIA = {
+    "magnitude": (2.0, 38.0, 0.0),
+    "snip": (2.2, 33.0, 0.01),
+    "erk": (2.5, 30.0, 0.0),
+    "synflow": (2.0, 29.0, 0.02),
+    "synflow/shuffle": (1.9, 26.0, 0.02),
+    "scorer:gnn": (1.4, 24.0, 0.05),
+    "movement": (1.6, 27.0, 0.17),
+    "irp": (0.2, 15.0, 7.0),
+}
+
+
+def row(**values: Any) -> dict[str, Any]:
+    base = {
+        "model": "resnet8", "data": "cifar10", "criterion": "snip", "sparsity": 0.9, "sparsity_got": 0.9,
+        "effective_sparsity": 0.9, "seed": 0, "accuracy": 0.6, "loss": 1.0, "dense_accuracy": 0.77, "mask_seconds": 1,
+        "mask_epochs": 0, "mask_cost": 0, "train_seconds": 9, "train_epochs": 16, "dead_layers": 0, "ties": 0,
+        "floor": "", "recipe": "1a2b3c", "error": "",
+    }  # fmt: skip
+    return {**base, **values}
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]], columns: list[str] = COLUMNS) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def write_benchmark(folder: Path, seeds: int = 3, sparsities: tuple[float, ...] = (0.8, 0.9, 0.95, 0.98, 0.99)) -> None:
+    """A made-up benchmark of two models, with a criterion whose layers die, one failed cell, and a cell file each."""
+    rng = np.random.default_rng(0)
+    rows = []
+    (folder / "cells").mkdir(parents=True)
+    for model, names in LAYERS.items():
+        for seed in range(seeds):
+            top = 0.774 + 0.05 * (model == "vgg11") + 0.003 * rng.standard_normal()
+            rows.append(row(model=model, criterion="dense", sparsity=0, seed=seed, accuracy=top, dense_accuracy=top))
+            for criterion, (near, far, cost) in CRITERIA.items():
+                for s in sparsities:
+                    depth = math.log(0.2 / (1 - s)) / math.log(20)
+                    accuracy = top - (near + (far - near) * depth**1.5) / 100 + 0.006 * rng.standard_normal()
+                    total = np.array([400 * 2 ** min(i, 6) for i in range(len(names))])
+                    density = (1 - s) * np.exp(0.4 * rng.standard_normal(len(names)) - 0.5 * np.arange(len(names)) + 2)
+                    kept = np.minimum(total, np.maximum(1, np.round(density * total))).astype(int)
+                    if criterion == "magnitude" and s >= 0.98:
+                        kept[len(names) // 2] = 0
+                    failed = criterion == "movement" and s == 0.99 and seed == 1
+                    rows.append(
+                        row(
+                            model=model, criterion=criterion, sparsity=s, sparsity_got=s, seed=seed,
+                            effective_sparsity=1 - (1 - s) * 0.97, accuracy="" if failed else accuracy,
+                            dense_accuracy=top, mask_cost=cost, dead_layers=int((kept == 0).sum()),
+                            floor="0.005" if criterion == "snip" else "",
+                            error="CUDA <out> of memory" if failed else "",
+                        )
+                    )  # fmt: skip
+                    cell = {
+                        "model": model,
+                        "criterion": criterion,
+                        "sparsity": s,
+                        "seed": seed,
+                        "layers": [
+                            {"name": f"{n}.weight", "kept": int(k), "total": int(t)}
+                            for n, k, t in zip(names, kept, total, strict=True)
+                        ],
+                        "history": [{"epoch": 1, "loss": 1.0, "accuracy": 0.5}],
+                    }
+                    name = re.sub(r"[^\w.-]", "_", f"{model}-{criterion}-{s}-{seed}.json")
+                    (folder / "cells" / name).write_text(json.dumps(cell))
+    write_rows(folder / "results.csv", rows)
+
+
+def write_record(path: Path, model: str, seed: int = 0, rounds: int = 10, done: int | None = None) -> None:
+    """A made-up IRP record in which survival follows magnitude and noise."""
+    import h5py
+
+    rng = np.random.default_rng(seed)
+    done = rounds if done is None else done
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with h5py.File(path, "w") as file:
+        file.attrs.update(
+            {
+                "schema": report.SCHEMA, "config": json.dumps({"model": {"name": model, "width": None, "options": {}}}), "seed": seed,
+                "rounds_done": done, "complete": done == rounds, "torch": "2.15.0",
+            }
+        )  # fmt: skip
+        for i, size in enumerate((200, 2000, 5000)):
+            weight = rng.standard_normal((size // 10, 10)).astype("f4") / (i + 1)
+            worth = np.abs(weight) * (i + 1) + 0.5 * rng.random(weight.shape)
+            rank = worth.ravel().argsort().argsort().reshape(weight.shape) / size
+            group = file.create_group(f"layers/layer{i}.weight")
+            group["weight"] = group["gradient"] = weight
+            group["survival"] = np.minimum(done, np.log(1 / np.maximum(1 - rank, 1e-9)) / -math.log(0.7)).astype("u1")
+        density = 0.7 ** np.arange(done + 1)
+        file["rounds/density"] = density
+        file["rounds/accuracy"] = 0.78 - 0.01 * seed - 0.15 * np.arange(done + 1) ** 3 / rounds**3
+        file["rounds/loss"] = np.ones(done + 1)
+
+
+def write_scorer(folder: Path, name: str = "gnn-small") -> None:
+    folder.mkdir(parents=True)
+    card = {
+        "name": name, "head": "hazard", "features": ["|weight|", "growth", "fan-in"], "weights": 1234567,
+        "validation": {"loss": 0.31, "auc": 0.92, "auc_within_layers": 0.91, "auc_magnitude": 0.9,
+                       "auc_magnitude_within_layers": 0.91, "auc_within_magnitude_bins": 0.56},
+        "records": [{"name": "a", "sha256": "0"}, {"name": "b", "sha256": "1"}],
+        "history": [{"epoch": e, "train_loss": 1 / e, "validation_loss": 0.3 + 0.8 / e} for e in range(1, 9)],
+    }  # fmt: skip
+    (folder / "scorer.json").write_text(json.dumps(card))
+
+
+def write_everything(folder: Path) -> None:
+    write_benchmark(folder / "benchmark")
+    for i, model in enumerate(("convnet-16", "resnet8")):
+        for seed in range(3):
+            done = 6 if (model, seed) == ("resnet8", 2) else 10
+            write_record(folder / "records" / f"{model}-{seed}.h5", model, seed + 3 * i, done=done)
+    write_scorer(folder / "scorer")
+
+
+def result(criterion: str, accuracy: float, seed: int = 0, **values: Any) -> Result:
+    base = {"model": "m", "data": "d", "sparsity": 0.9, "recipe": "r"}
+    return Result(**{**base, "criterion": criterion, "accuracy": accuracy, "seed": seed, **values})
+
+
+# Two seeds of each; SNIP: mean 0.62, std sqrt(2 · 0.02²) = 0.0283; differences −0.10 and −0.02.
+ROWS = [
+    result("snip", 0.60, 0, mask_cost=0.01),
+    result("snip", 0.64, 1, mask_cost=0.03),
+    result("irp", 0.70, 0, dead_layers=1.0),
+    result("irp", 0.66, 1, dead_layers=2.0),
+]
+
+
+def test_stat_by_hand() -> None:
+    assert report.stat([1.0, 2.0, 4.0, math.nan]) == pytest.approx((7 / 3, math.sqrt(7 / 3), 3))
+    one = report.stat([0.5])
+    assert one.mean == 0.5 and math.isnan(one.std) and one.n == 1
+    assert report.in_percent(one) == "50.0 ± –"
+    assert report.in_percent(report.stat([])) == "–"
+    assert report.in_percent(report.Stat(-0.0123, 0.004, 3), signed=True) == "−1.2 ± 0.4"
+
+
+def test_aggregate_by_hand() -> None:
+    cells = report.aggregate([*ROWS, result("snip", math.nan, 2, error="boom"), result("dense", 0.9, sparsity=0.0)])
+    assert set(cells) == {("m", "snip", 0.9), ("m", "irp", 0.9)}
+    snip, irp = cells["m", "snip", 0.9], cells["m", "irp", 0.9]
+    assert snip.accuracy == pytest.approx((0.62, 0.02 * math.sqrt(2), 2))
+    assert snip.mask_cost.mean == pytest.approx(0.02) and snip.dead_layers.n == 0
+    assert irp.dead_layers.mean == 1.5
+    assert report.best_of_column(cells) == {("m", 0.9): {"irp"}}
+
+
+def test_recipes_are_never_averaged() -> None:
+    rows = [*ROWS, result("snip", 0.1, 0, recipe="other")]
+    with pytest.raises(AutoSparseError, match="2 "):
+        report.aggregate(rows)
+    assert [t.title for t in report.summary(rows)] == ["d, recipe r", "d, recipe other"]
+
+
+def test_paired_difference_takes_shared_seeds() -> None:
+    rows = [*ROWS, result("snip", 0.99, 7)]
+    assert report.paired_difference(rows, "m", 0.9, "snip", "irp") == pytest.approx((-0.06, 0.04 * math.sqrt(2), 2))
+
+
+def test_dense_accuracy_prefers_its_own_rows() -> None:
+    rows = [result("snip", 0.5, 0, dense_accuracy=0.8), result("irp", 0.5, 0, dense_accuracy=0.8)]
+    assert report.dense_accuracy(rows, "m")[::2] == (0.8, 1)
+    assert report.dense_accuracy([*rows, result("dense", 0.9, sparsity=0.0)], "m").mean == 0.9
+
+
+def test_repeated_rows_and_floors() -> None:
+    first, again = result("snip", 0.5), result("snip", 0.6)
+    assert report.without_repeats([first, again]) == [again]
+    assert report.without_repeats([first, result("snip", math.nan, error="boom")]) == [first]
+    rows = [result("snip", 0.5), result("snip", 0.6, floor="0.01")]
+    assert report.without_repeats(rows) == rows
+    floors = report.floors_by_criterion(rows)
+    assert [report.with_floor_named(r, floors).criterion for r in rows] == ["snip (floor none)", "snip (floor 0.01)"]
+
+
+def test_summary_table() -> None:
+    ((title, headers, lines),) = report.summary([*ROWS, result("dense", 0.8, sparsity=0.0)])
+    assert title == "d, recipe r"
+    assert headers == ["model", "criterion", "90 %", "mask cost", "seeds", "dead layers"]
+    assert lines == [
+        ["m", "dense", "80.0 ± –", "0", "1", "0"],
+        ["m", "snip", "62.0 ± 2.8", "0.02", "2", "–"],
+        ["m", "irp", "68.0 ± 2.8", "–", "2", "1.5"],
+    ]
+
+
+def test_load_results_reads_costs_and_skips_bad_lines(tmp_path: Path) -> None:
+    rows = [row(mask_cost="", mask_epochs=8), row(accuracy="", seed=1), row(accuracy=61.0), row(sparsity="x")]
+    write_rows(tmp_path / "results.csv", rows)
+    loaded, notes = report.load_results(tmp_path / "results.csv")
+    assert [r.mask_cost for r in loaded] == [0.5, 0.0]
+    assert [r.error for r in loaded] == ["", "no accuracy"] and [r.ok for r in loaded] == [True, False]
+    assert [note.split()[1] for note in notes] == ["4", "5"]
+    write_rows(tmp_path / "results.csv", rows, [c for c in COLUMNS if c not in ("accuracy", "error")])
+    with pytest.raises(AutoSparseError, match="accuracy"):
+        report.load_results(tmp_path / "results.csv")
+
+
+def test_magnitude_bins_by_hand() -> None:
+    sums, counts = report.magnitude_bins(
+        np.array([[-4.0, 1.0], [3.0, -2.0]]), np.array([[1.0, 0.0], [0.5, 0.25]]), bins=2
+    )
+    assert sums.tolist() == [0.25, 1.5] and counts.tolist() == [2, 2]
+    assert report.magnitude_bins(np.ones(1), np.ones(1), bins=3)[1].tolist() == [1, 0, 0]
+
+
+def test_survival_curves_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report.magnitude_bins, "__defaults__", (2,))
+    # Within layers the greater half survives; over both layers the second layer's weights are the smaller half.
+    layers = [(np.array([5.0, -9.0]), np.array([0, 4])), (np.array([0.1, 0.2]), np.array([2, 4]))]
+    within, overall, ticket_within, ticket_overall = report.survival_curves(layers)
+    assert within.tolist() == [0.25, 1.0] and overall.tolist() == [0.75, 0.5]
+    assert ticket_within.tolist() == [0.0, 1.0] and ticket_overall.tolist() == [0.5, 0.5]
+
+
+def test_cells_of_other_settings_do_not_count() -> None:
+    cell = {"model": "m", "criterion": "snip", "sparsity": 0.9, "seed": 1, "data": "d", "recipe": "r", "floor": ""}
+    assert report.row_of_cell(ROWS, {**cell, "accuracy": 0.6400001}) == ROWS[1]
+    assert report.row_of_cell(ROWS, cell) == ROWS[1]
+    for other in ({"accuracy": 0.7}, {"recipe": "s"}, {"floor": 0.1}, {"sparsity": 0.8}, {"seed": 3}):
+        assert report.row_of_cell(ROWS, {**cell, **other}) is None
+
+
+def test_model_name_of_a_record() -> None:
+    assert (
+        report.model_name({"model": {"name": "convnet", "width": 16, "options": {"depth": 4}}}) == "convnet-w16-depth4"
+    )
+    assert report.model_name({"model": "vgg"}) == "vgg"
+    assert report.model_name({}) == report.model_name(None) == ""
+
+
+def test_frontier_keeps_what_nothing_cheaper_reaches() -> None:
+    assert report.frontier([(1, 0.5), (0, 0.4), (0, 0.6), (2, 0.7), (2, 0.65)]) == [(0, 0.6), (2, 0.7)]
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "text"), [(0.9, "90.0"), (0.98312, "98.3"), (0.9903, "99.03"), (0.99999, "99.9990"), (1.0, "100")]
+)
+def test_sparsity_text(sparsity: float, text: str) -> None:
+    assert report.sparsity_text(sparsity) == text
+
+
+def test_report_of_everything(tmp_path: Path) -> None:
+    import matplotlib
+
+    settings = dict(matplotlib.rcParams)
+    write_everything(tmp_path)
+    page = report.build(tmp_path)
+    html = page.read_text()
+    figures = {f.stem: f.read_bytes() for f in (tmp_path / "figures").iterdir()}
+    assert set(figures) == {
+        "accuracy-sparsity", "accuracy-cost", "layer-density", "survival-magnitude", "irp-rounds", "scorer-loss",
+    }  # fmt: skip
+    assert html.count("<svg ") == len(figures) and "<script" not in html and str(tmp_path) not in html
+    assert not re.search(r'(src|href)="(?!#)', html)  # nothing is fetched
+    identifiers = re.findall(r' id="([^"]+)"', html)
+    assert len(identifiers) == len(set(identifiers))
+    assert set(re.findall(r"url\(#([^)]+)\)", html)) <= set(identifiers)
+    for line in (
+        "CUDA &lt;out&gt; of memory",
+        "Floor per layer 0.005: snip.",
+        "Dead layers: resnet8, magnitude, 98 % (3 of 3 seeds): layer2.0.conv2.weight.",
+        "Unfinished record: records/resnet8-2.h5, 7 trainings done",
+        "AUC is not worth",
+        "torch 2.15.0",
+    ):
+        assert line in html
+    assert dict(matplotlib.rcParams) == settings
+    report.build(tmp_path)
+    assert page.read_text() == html
+    assert {f.stem: f.read_bytes() for f in (tmp_path / "figures").iterdir()} == figures
+
+
+def test_names_are_escaped(tmp_path: Path) -> None:
+    rows = [row(model="<b>$m$", criterion=c, data="a&b", seed=s) for c in ("<i>x</i>", "_y") for s in (0, 1)]
+    write_rows(tmp_path / "results.csv", rows)
+    html = report.build(tmp_path).read_text()
+    assert "<b>$m$" not in html and "<i>x" not in html and "a&amp;b" in html
+
+
+def test_recipes_get_sections_of_their_own(tmp_path: Path) -> None:
+    write_rows(tmp_path / "a" / "results.csv", [row(recipe="one")])
+    write_rows(
+        tmp_path / "b" / "results.csv", [row(recipe="two", accuracy=0.1), row(recipe="two", accuracy="", seed=3)]
+    )
+    html = report.build(tmp_path).read_text()
+    assert "cifar10, recipe one" in html and "cifar10, recipe two" in html
+    assert "60.0 ± –" in html and "10.0 ± –" in html
+    assert "Failed: resnet8, snip, on cifar10 (90 % seed 3): no accuracy" in html
+
+
+def test_unreadable_files_become_notes(tmp_path: Path) -> None:
+    write_rows(tmp_path / "results.csv", [row()])
+    (tmp_path / "torn.h5").write_bytes(b"nothing")
+    write_record(tmp_path / "other.h5", "m")
+    import h5py
+
+    with h5py.File(tmp_path / "other.h5", "a") as file:
+        file.attrs["schema"] = "something/2"
+    (tmp_path / "cells").mkdir()
+    (tmp_path / "cells" / "a.json").write_text("[1]")
+    (tmp_path / "cells" / "b.json").write_text(
+        '{"model": "unknown", "criterion": "c", "sparsity": 0.9, "seed": 0, "layers": []}'
+    )
+    (tmp_path / "cells" / "c.json").write_text('{"model": "lacks a criterion"}')
+    (tmp_path / "scorer.json").write_text("{")
+    write_scorer(tmp_path / "mlartifacts" / "copy")
+    html = report.build(tmp_path).read_text()
+    for name in ("torn.h5", "other.h5", "cells/a.json", "cells/c.json", "scorer.json"):
+        assert f"<li>{name} ignored: " in html
+    assert "Fitted scorers" not in html and report.collect(tmp_path).densities == {}
+    assert "1 cell file without a row in results.csv ignored" in html
+
+
+def test_only_failures_still_make_a_report(tmp_path: Path) -> None:
+    write_rows(tmp_path / "results.csv", [row(accuracy="", error="boom")])
+    html = report.build(tmp_path).read_text()
+    assert "No pruned network has a result yet" in html and "boom" in html
+    assert report.summary(tmp_path)[0].rows == [["resnet8", "dense", "0", "1", "0"]]
+
+
+def test_a_card_may_be_empty(tmp_path: Path) -> None:
+    (tmp_path / "scorer.json").write_text("{}")
+    assert "Fitted scorers" in report.build(tmp_path).read_text()
+
+
+def test_nothing_to_report(tmp_path: Path) -> None:
+    with pytest.raises(AutoSparseError, match=r"nothing to report in .*results\.csv.*h5.*scorer\.json"):
+        report.build(tmp_path)
+    with pytest.raises(AutoSparseError, match="not a directory"):
+        report.build(tmp_path / "missing")
+    assert list(tmp_path.iterdir()) == []

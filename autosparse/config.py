@@ -25,7 +25,10 @@ from autosparse.training.models import ModelSettings
 T = TypeVar("T")
 
 # Keys under which a bare string stands for a whole group of settings: `model: resnet20` is `model: {name: resnet20}`.
-_SHORT = {"model": "name", "models": "name", "data": "name", "criterion": "criterion", "criteria": "criterion"}
+_SHORT = {
+    **dict.fromkeys(("model", "models", "sources", "target", "data"), "name"),
+    **dict.fromkeys(("criterion", "criteria"), "criterion"),
+}
 
 
 @settings

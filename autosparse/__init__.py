@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from autosparse.errors import AutoSparseError, AutoSparseFailure
+    from autosparse.experiment.tracking import load_scorer
     from autosparse.masks.mask import Masks
     from autosparse.masks.selection import NM, Block, Channel
     from autosparse.pruning.prune import prune
-    from autosparse.scorers.fitting import load_scorer
 
 __version__ = "0.1.0"
 
@@ -27,7 +27,7 @@ _WHERE = {
     "Channel": "autosparse.masks.selection",
     "Masks": "autosparse.masks.mask",
     "NM": "autosparse.masks.selection",
-    "load_scorer": "autosparse.scorers.fitting",
+    "load_scorer": "autosparse.experiment.tracking",
     "prune": "autosparse.pruning.prune",
 }
 

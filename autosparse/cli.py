@@ -428,7 +428,7 @@ def _table(title: str, headers: Sequence[str], rows: Sequence[Sequence[str]]) ->
 
     table = Table(title=title, title_justify="left", title_style="bold")
     for index, header in enumerate(headers):
-        table.add_column(header, justify="left" if index < 2 else "right", no_wrap=True)
+        table.add_column(header, justify="left" if index < 2 else "right")
     for row in rows:
         table.add_row(*row)
     console = Console()

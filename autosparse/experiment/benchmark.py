@@ -20,10 +20,11 @@ from typing import Any
 from torch import nn
 
 from autosparse.errors import AutoSparseError, AutoSparseFailure, require, settings, suggest
+from autosparse.experiment.tracking import load_scorer
 from autosparse.files import read_json, replace_file, sha256, write_json
 from autosparse.masks.layers import prunable_layers
 from autosparse.masks.mask import Masks
-from autosparse.masks.schedule import check_sparsity
+from autosparse.masks.schedule import SCHEDULES, check_sparsity
 from autosparse.masks.selection import SCOPES, parse_granularity
 from autosparse.network.graph import trace
 from autosparse.pruning.criteria import PRESETS, Criterion
@@ -79,14 +80,15 @@ class Candidate:
     rounds: int = 5
 
     def __post_init__(self) -> None:
-        is_file = self.criterion.endswith(".safetensors") or self.criterion.startswith("models:/")
-        if not is_file and self.criterion not in (*PRESETS, *METHODS):
+        if not is_scorer(self.criterion) and self.criterion not in (*PRESETS, *METHODS):
             raise AutoSparseError(
                 f"criterion is {self.criterion!r}: {suggest(self.criterion, [*PRESETS, *METHODS])}; "
                 "or a scorer's file, NAME.safetensors"
             )
         if self.scope is not None:
             require(self.scope in SCOPES, "scope", self.scope, f"known: {', '.join(SCOPES)}")
+        if self.schedule is not None:
+            require(self.schedule in SCHEDULES, "schedule", self.schedule, f"known: {', '.join(SCHEDULES)}")
         if self.granularity is not None:
             parse_granularity(self.granularity)
         require(0 <= self.floor < 1, "floor", self.floor, "it is the smallest density of a layer, in [0, 1)")
@@ -110,15 +112,13 @@ class Found:
     epochs: float
 
 
-def resolve(text: str, directory: Path | None = None) -> str | Criterion:
+def resolve(text: str) -> str | Criterion:
     """A preset's name as it is, a scorer's file or `models:/` URI as the scorer."""
-    from autosparse.scorers.fitting import load_scorer
+    return load_scorer(text) if is_scorer(text) else text
 
-    if text.startswith("models:/"):
-        from autosparse.experiment.tracking import download_scorer
 
-        return load_scorer(download_scorer(text, directory))
-    return load_scorer(text) if text.endswith(".safetensors") else text
+def is_scorer(text: str) -> bool:
+    return text.endswith(".safetensors") or text.startswith("models:/")
 
 
 def find_masks(
@@ -181,7 +181,7 @@ def _irp_masks(
     chosen = IRPSettings(
         rounds=candidate.rounds,
         density=1 - check_sparsity(sparsity),
-        schedule={"exponential": "geometric", None: "geometric"}.get(candidate.schedule, candidate.schedule or ""),
+        schedule="linear" if candidate.schedule == "linear" else "geometric",
         scope=candidate.scope or "global",
         floor=candidate.floor,
     )

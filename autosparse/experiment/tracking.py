@@ -10,10 +10,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from autosparse.errors import AutoSparseError
+
+if TYPE_CHECKING:
+    from autosparse.scorers.fitting import Scorer
 
 FLUSH_AT = 500  # metrics; MLflow takes 1000 in a batch
 KEY_LENGTH, VALUE_LENGTH, PARAMS_IN_BATCH = 250, 6000, 100  # MLflow's limits
@@ -178,6 +181,18 @@ def download_scorer(uri: str, directory: Path | None = None) -> Path:
             f"scorer {uri!r} holds {len(files)} safetensors files: register a folder with exactly one"
         )
     return files[0]
+
+
+def load_scorer(source: str | Path, directory: Path | None = None) -> Scorer:
+    """A trained scorer from its safetensors file or from MLflow's registry, `"models:/NAME/VERSION"` or `"models:/NAME@ALIAS"`.
+
+    AutoSparseError: no such file or model, or one that is no scorer of this version.
+    """
+    from autosparse.scorers.fitting import read_scorer
+
+    if str(source).startswith("models:/"):
+        source = download_scorer(str(source), directory)
+    return read_scorer(source)
 
 
 def require_mlflow() -> None:

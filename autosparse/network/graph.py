@@ -399,9 +399,8 @@ class _Provenance(Observer):
             if origin is not None and origin.fixed
             for weight in self._weights(origin)
         }
-        if any(
-            weight in self._owned for weight in weights
-        ):  # then a raw parameter beside it is its input, not a weight
+        if any(weight in self._owned for weight in weights):
+            # Then a raw parameter beside it is its input (learned queries), not a weight.
             weights = {weight: use for weight, use in weights.items() if weight in self._owned}
         for weight, (tensor, dim, origin) in weights.items():
             if weight not in self._owned and weight not in self.operands:

@@ -141,7 +141,7 @@ class Scorer:
             save_file({n: t.cpu() for n, t in self.network.state_dict().items()}, temporary, metadata=metadata)
 
 
-def load_scorer(path: str | Path) -> Scorer:
+def read_scorer(path: str | Path) -> Scorer:
     """Read a scorer saved by `Scorer.save`; no pickle.
 
     Raises:

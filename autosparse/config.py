@@ -114,7 +114,7 @@ class QuickstartConfig:
 
     output: str = "runs/quickstart"
     data: DataSettings = DataSettings("digits")
-    recipe: Recipe = Recipe(epochs=15, batch_size=64, schedule="cosine")
+    recipe: Recipe = Recipe(epochs=15, schedule="cosine")
     sources: tuple[ModelSettings, ...] = (ModelSettings("convnet"), ModelSettings("resnet8", 8))
     source_seeds: tuple[int, ...] = (0, 1)
     irp: IRPSettings = IRPSettings(rounds=8, density=0.02)
@@ -123,7 +123,7 @@ class QuickstartConfig:
     target: ModelSettings = ModelSettings("vgg11", 8)
     sparsities: tuple[float, ...] = (0.8, 0.9, 0.95, 0.98)
     seeds: tuple[int, ...] = (0, 1, 2)
-    floor: float = 0.0
+    floor: float = 0.005
     device: str = "cpu"
     tracking: bool = True
 
@@ -154,6 +154,9 @@ def load_config(schema: type[T], path: Path | None, overrides: Sequence[str] = (
             raise AutoSparseError(f"config {path} is not YAML: {' '.join(str(error).split())}") from error
         if not isinstance(values, dict):
             raise AutoSparseError(f"config {path} holds a {type(values).__name__}: it must hold keys with values")
+        command = values.pop("command", _command(schema))  # a resolved config.yaml is a config too
+        if command != _command(schema):
+            raise AutoSparseError(f"config {path} is one of autosparse {command}: run that, or give another config")
     for text in overrides:
         _override(values, text)
     try:
@@ -161,6 +164,10 @@ def load_config(schema: type[T], path: Path | None, overrides: Sequence[str] = (
     except ValidationError as error:
         where = f"config {path}" if path is not None else "config"
         raise AutoSparseError(f"{where}: {_explain(schema, error)}") from None
+
+
+def _command(schema: type) -> str:
+    return schema.__name__.removesuffix("Config").lower()
 
 
 def _override(values: dict[str, Any], text: str) -> None:
@@ -239,8 +246,8 @@ def claim_directory(config: Any) -> Path:
     directory = Path(config.output)
     path = directory / "config.yaml"
     free = _FREE | _AXES.get(type(config), set())
-    mine = {"command": type(config).__name__.removesuffix("Config").lower(), **plain(config)}
-    if path.exists():
+    mine = {"command": _command(type(config)), **plain(config)}
+    if path.exists() and _has_results(directory):
         try:
             other = yaml.safe_load(path.read_text())
             other = other if isinstance(other, dict) else {}
@@ -257,6 +264,16 @@ def claim_directory(config: Any) -> Path:
     with replace_file(path) as temporary:
         temporary.write_text(yaml.safe_dump(mine, sort_keys=False))
     return directory
+
+
+def _has_results(directory: Path) -> bool:
+    """Whether there is more than the config, the tracking and the locks of a run that failed on its input."""
+    for path in directory.iterdir():
+        if path.name == "config.yaml" or path.name.startswith((".", "mlflow.db", "mlartifacts")):
+            continue
+        if path.is_file() or any(inner.is_file() and not inner.name.startswith(".") for inner in path.rglob("*")):
+            return True
+    return False
 
 
 def _difference(key: str, other: Any, mine: Any) -> str:

@@ -341,8 +341,10 @@ def _fit(config: FitConfig, tracking: Path | None = None) -> Path:
     from autosparse.files import read_json, sha256, write_json
     from autosparse.scorers.fitting import fit as run
     from autosparse.scorers.records import find_records
+    from autosparse.training.loop import fabric_for
 
     records = find_records(config.records)
+    device = str(fabric_for(config.device).device)
     directory = claim_directory(config)
     path, card = directory / f"{config.name}.safetensors", directory / "scorer.json"
     hashes = sorted(sha256(record) for record in records)
@@ -360,7 +362,7 @@ def _fit(config: FitConfig, tracking: Path | None = None) -> Path:
             tracker.log({k: v for k, v in row.items() if k != "epoch"}, int(row["epoch"]))
             tracker.flush()
 
-        scorer = run(records, config.fit, name=config.name, device=config.device, on_epoch=on_epoch)
+        scorer = run(records, config.fit, name=config.name, device=device, on_epoch=on_epoch)
         scorer.save(path)
         write_json(card, scorer.card)
         tracker.log({f"validation/{k}": v for k, v in scorer.card["validation"].items()}, config.fit.epochs)
@@ -380,7 +382,8 @@ def _fit(config: FitConfig, tracking: Path | None = None) -> Path:
 def _benchmark(config: BenchmarkConfig, tracking: Path | None = None, write_report: bool = True) -> None:
     from autosparse.config import claim_directory, plain
     from autosparse.experiment.benchmark import failures, grid, run_grid
-    from autosparse.experiment.report import build, summary
+    from autosparse.experiment.report import build
+    from autosparse.experiment.results import summary
     from autosparse.experiment.tracking import track
     from autosparse.training.data import load_data
     from autosparse.training.loop import fabric_for

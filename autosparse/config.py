@@ -267,11 +267,11 @@ def claim_directory(config: Any) -> Path:
 
 
 def _has_results(directory: Path) -> bool:
-    """Whether there is more than the config, the tracking and the locks of a run that failed on its input."""
-    for path in directory.iterdir():
-        if path.name == "config.yaml" or path.name.startswith((".", "mlflow.db", "mlartifacts")):
-            continue
-        if path.is_file() or any(inner.is_file() and not inner.name.startswith(".") for inner in path.rglob("*")):
+    """Whether there is more than the config, tracking, locks and unfinished state of a run that failed on its input."""
+    for path in directory.rglob("*"):
+        top, *_ = parts = path.relative_to(directory).parts
+        ours = top == "config.yaml" or top.startswith("mlflow.db") or top == "mlartifacts"
+        if path.is_file() and not ours and not any(p.startswith(".") or p.endswith(".state") for p in parts):
             return True
     return False
 

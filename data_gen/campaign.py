@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from autosparse.errors import AutoSparseError, AutoSparseFailure, require
+from autosparse.experiment.benchmark import check_prunable
 from autosparse.network.signals import SignalSettings
 from autosparse.pruning.irp import IRPSettings, Round
 from autosparse.training.data import DataSettings, load_data
-from autosparse.training.loop import Recipe, check_fits
+from autosparse.training.loop import Recipe
 from autosparse.training.models import ModelSettings, create_model
 from data_gen.runs import Run, generate_record
 
@@ -61,7 +62,7 @@ def generate(
     campaign = Campaign()
     images = load_data(todo[0].data)
     for model in {run.model.label(): run.model for run in todo}.values():  # wrong input is told before hours are spent
-        check_fits(
+        check_prunable(
             create_model(model, in_channels=images.channels, classes=images.classes, image_size=images.image_size),
             images,
         )

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from autosparse.errors import AutoSparseError
+from autosparse.files import read_json, read_safetensors, replace_file, write_json
 from autosparse.masks.layers import Layer, prunable_layers
 from autosparse.masks.mask import Masks
 from autosparse.network.graph import trace
@@ -148,9 +149,11 @@ def _continue(
     state = path.with_name(f"{path.stem}.state")
     rewind: dict[str, Tensor] | None = None
     if done is None:
-        shutil.rmtree(state, ignore_errors=True)
         record = _begin(run, model, images)
         masks, start = None, 0
+        _claim_state(state, run)
+        if (state / "rewind.safetensors").exists():
+            rewind = _load_state(state / "rewind.safetensors", path)
     else:
         record, start = done, len(done.density)
         masks = masks_of_round(done.survival, done.layers, done.rounds_done)
@@ -181,6 +184,14 @@ def _continue(
             on_round(outcome.index, run.irp.rounds, outcome)
     shutil.rmtree(state, ignore_errors=True)
     return record
+
+
+def _claim_state(state: Path, run: Run) -> None:
+    """Keep what a stop in the first round left, when it is this run's."""
+    owner = state / "run.json"
+    if not owner.exists() or read_json(owner, "state of a run") != run.config():
+        shutil.rmtree(state, ignore_errors=True)
+        write_json(owner, run.config())
 
 
 def _begin(run: Run, model: torch.nn.Module, images: ImageData) -> Record:
@@ -229,15 +240,11 @@ def masks_of_round(survival: Mapping[str, np.ndarray], layers: Mapping[str, Laye
 def _save_state(path: Path, tensors: Mapping[str, Tensor]) -> None:
     from safetensors.torch import save_file
 
-    from autosparse.files import replace_file
-
     with replace_file(path) as temporary:
         save_file({n: t.cpu().contiguous() for n, t in tensors.items()}, temporary, {"schema": "autosparse.state/1"})
 
 
 def _load_state(path: Path, record: Path) -> dict[str, Tensor]:
-    from autosparse.files import read_safetensors
-
     try:
         return read_safetensors(path, "autosparse.state/1", "rewind state")[0]
     except AutoSparseError as error:

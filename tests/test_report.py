@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from autosparse.errors import AutoSparseError
-from autosparse.experiment import report
-from autosparse.experiment.report import Result
+from autosparse.experiment import figures, report, results
+from autosparse.experiment.results import Result
 
 COLUMNS = [
     *("model", "data", "criterion", "sparsity", "sparsity_got", "effective_sparsity", "seed", "accuracy", "loss"),
@@ -110,7 +110,7 @@ def write_record(path: Path, model: str, seed: int = 0, rounds: int = 10, done: 
     with h5py.File(path, "w") as file:
         file.attrs.update(
             {
-                "schema": report.SCHEMA, "config": json.dumps({"model": {"name": model, "width": None, "options": {}}}), "seed": seed,
+                "schema": results.SCHEMA, "config": json.dumps({"model": {"name": model, "width": None, "options": {}}}), "seed": seed,
                 "rounds_done": done, "complete": done == rounds, "torch": "2.15.0",
             }
         )  # fmt: skip
@@ -163,54 +163,54 @@ ROWS = [
 
 
 def test_stat_by_hand() -> None:
-    assert report.stat([1.0, 2.0, 4.0, math.nan]) == pytest.approx((7 / 3, math.sqrt(7 / 3), 3))
-    one = report.stat([0.5])
+    assert results.stat([1.0, 2.0, 4.0, math.nan]) == pytest.approx((7 / 3, math.sqrt(7 / 3), 3))
+    one = results.stat([0.5])
     assert one.mean == 0.5 and math.isnan(one.std) and one.n == 1
-    assert report.in_percent(one) == "50.0 ± –"
-    assert report.in_percent(report.stat([])) == "–"
-    assert report.in_percent(report.Stat(-0.0123, 0.004, 3), signed=True) == "−1.2 ± 0.4"
+    assert results.in_percent(one) == "50.0 ± –"
+    assert results.in_percent(results.stat([])) == "–"
+    assert results.in_percent(results.Stat(-0.0123, 0.004, 3), signed=True) == "−1.2 ± 0.4"
 
 
 def test_aggregate_by_hand() -> None:
-    cells = report.aggregate([*ROWS, result("snip", math.nan, 2, error="boom"), result("dense", 0.9, sparsity=0.0)])
+    cells = results.aggregate([*ROWS, result("snip", math.nan, 2, error="boom"), result("dense", 0.9, sparsity=0.0)])
     assert set(cells) == {("m", "snip", 0.9), ("m", "irp", 0.9)}
     snip, irp = cells["m", "snip", 0.9], cells["m", "irp", 0.9]
     assert snip.accuracy == pytest.approx((0.62, 0.02 * math.sqrt(2), 2))
     assert snip.mask_cost.mean == pytest.approx(0.02) and snip.dead_layers.n == 0
     assert irp.dead_layers.mean == 1.5
-    assert report.best_of_column(cells) == {("m", 0.9): {"irp"}}
+    assert results.best_of_column(cells) == {("m", 0.9): {"irp"}}
 
 
 def test_recipes_are_never_averaged() -> None:
     rows = [*ROWS, result("snip", 0.1, 0, recipe="other")]
     with pytest.raises(AutoSparseError, match="2 "):
-        report.aggregate(rows)
-    assert [t.title for t in report.summary(rows)] == ["d, recipe r", "d, recipe other"]
+        results.aggregate(rows)
+    assert [t.title for t in results.summary(rows)] == ["d, recipe r", "d, recipe other"]
 
 
 def test_paired_difference_takes_shared_seeds() -> None:
     rows = [*ROWS, result("snip", 0.99, 7)]
-    assert report.paired_difference(rows, "m", 0.9, "snip", "irp") == pytest.approx((-0.06, 0.04 * math.sqrt(2), 2))
+    assert results.paired_difference(rows, "m", 0.9, "snip", "irp") == pytest.approx((-0.06, 0.04 * math.sqrt(2), 2))
 
 
 def test_dense_accuracy_prefers_its_own_rows() -> None:
     rows = [result("snip", 0.5, 0, dense_accuracy=0.8), result("irp", 0.5, 0, dense_accuracy=0.8)]
-    assert report.dense_accuracy(rows, "m")[::2] == (0.8, 1)
-    assert report.dense_accuracy([*rows, result("dense", 0.9, sparsity=0.0)], "m").mean == 0.9
+    assert results.dense_accuracy(rows, "m")[::2] == (0.8, 1)
+    assert results.dense_accuracy([*rows, result("dense", 0.9, sparsity=0.0)], "m").mean == 0.9
 
 
 def test_repeated_rows_and_floors() -> None:
     first, again = result("snip", 0.5), result("snip", 0.6)
-    assert report.without_repeats([first, again]) == [again]
-    assert report.without_repeats([first, result("snip", math.nan, error="boom")]) == [first]
+    assert results.without_repeats([first, again]) == [again]
+    assert results.without_repeats([first, result("snip", math.nan, error="boom")]) == [first]
     rows = [result("snip", 0.5), result("snip", 0.6, floor="0.01")]
-    assert report.without_repeats(rows) == rows
-    floors = report.floors_by_criterion(rows)
-    assert [report.with_floor_named(r, floors).criterion for r in rows] == ["snip (floor none)", "snip (floor 0.01)"]
+    assert results.without_repeats(rows) == rows
+    floors = results.floors_by_criterion(rows)
+    assert [results.with_floor_named(r, floors).criterion for r in rows] == ["snip (floor none)", "snip (floor 0.01)"]
 
 
 def test_summary_table() -> None:
-    ((title, headers, lines),) = report.summary([*ROWS, result("dense", 0.8, sparsity=0.0)])
+    ((title, headers, lines),) = results.summary([*ROWS, result("dense", 0.8, sparsity=0.0)])
     assert title == "d, recipe r"
     assert headers == ["model", "criterion", "90 %", "mask cost", "seeds", "dead layers"]
     assert lines == [
@@ -223,57 +223,57 @@ def test_summary_table() -> None:
 def test_load_results_reads_costs_and_skips_bad_lines(tmp_path: Path) -> None:
     rows = [row(mask_cost="", mask_epochs=8), row(accuracy="", seed=1), row(accuracy=61.0), row(sparsity="x")]
     write_rows(tmp_path / "results.csv", rows)
-    loaded, notes = report.load_results(tmp_path / "results.csv")
+    loaded, notes = results.load_results(tmp_path / "results.csv")
     assert [r.mask_cost for r in loaded] == [0.5, 0.0]
     assert [r.error for r in loaded] == ["", "no accuracy"] and [r.ok for r in loaded] == [True, False]
     assert [note.split()[1] for note in notes] == ["4", "5"]
     write_rows(tmp_path / "results.csv", rows, [c for c in COLUMNS if c not in ("accuracy", "error")])
     with pytest.raises(AutoSparseError, match="accuracy"):
-        report.load_results(tmp_path / "results.csv")
+        results.load_results(tmp_path / "results.csv")
 
 
 def test_magnitude_bins_by_hand() -> None:
-    sums, counts = report.magnitude_bins(
+    sums, counts = results.magnitude_bins(
         np.array([[-4.0, 1.0], [3.0, -2.0]]), np.array([[1.0, 0.0], [0.5, 0.25]]), bins=2
     )
     assert sums.tolist() == [0.25, 1.5] and counts.tolist() == [2, 2]
-    assert report.magnitude_bins(np.ones(1), np.ones(1), bins=3)[1].tolist() == [1, 0, 0]
+    assert results.magnitude_bins(np.ones(1), np.ones(1), bins=3)[1].tolist() == [1, 0, 0]
 
 
 def test_survival_curves_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(report.magnitude_bins, "__defaults__", (2,))
+    monkeypatch.setattr(results.magnitude_bins, "__defaults__", (2,))
     # Within layers the greater half survives; over both layers the second layer's weights are the smaller half.
     layers = [(np.array([5.0, -9.0]), np.array([0, 4])), (np.array([0.1, 0.2]), np.array([2, 4]))]
-    within, overall, ticket_within, ticket_overall = report.survival_curves(layers)
+    within, overall, ticket_within, ticket_overall = results.survival_curves(layers)
     assert within.tolist() == [0.25, 1.0] and overall.tolist() == [0.75, 0.5]
     assert ticket_within.tolist() == [0.0, 1.0] and ticket_overall.tolist() == [0.5, 0.5]
 
 
 def test_cells_of_other_settings_do_not_count() -> None:
     cell = {"model": "m", "criterion": "snip", "sparsity": 0.9, "seed": 1, "data": "d", "recipe": "r", "floor": ""}
-    assert report.row_of_cell(ROWS, {**cell, "accuracy": 0.6400001}) == ROWS[1]
-    assert report.row_of_cell(ROWS, cell) == ROWS[1]
+    assert results.row_of_cell(ROWS, {**cell, "accuracy": 0.6400001}) == ROWS[1]
+    assert results.row_of_cell(ROWS, cell) == ROWS[1]
     for other in ({"accuracy": 0.7}, {"recipe": "s"}, {"floor": 0.1}, {"sparsity": 0.8}, {"seed": 3}):
-        assert report.row_of_cell(ROWS, {**cell, **other}) is None
+        assert results.row_of_cell(ROWS, {**cell, **other}) is None
 
 
 def test_model_name_of_a_record() -> None:
     assert (
-        report.model_name({"model": {"name": "convnet", "width": 16, "options": {"depth": 4}}}) == "convnet-w16-depth4"
+        results.model_name({"model": {"name": "convnet", "width": 16, "options": {"depth": 4}}}) == "convnet-w16-depth4"
     )
-    assert report.model_name({"model": "vgg"}) == "vgg"
-    assert report.model_name({}) == report.model_name(None) == ""
+    assert results.model_name({"model": "vgg"}) == "vgg"
+    assert results.model_name({}) == results.model_name(None) == ""
 
 
 def test_frontier_keeps_what_nothing_cheaper_reaches() -> None:
-    assert report.frontier([(1, 0.5), (0, 0.4), (0, 0.6), (2, 0.7), (2, 0.65)]) == [(0, 0.6), (2, 0.7)]
+    assert figures.frontier([(1, 0.5), (0, 0.4), (0, 0.6), (2, 0.7), (2, 0.65)]) == [(0, 0.6), (2, 0.7)]
 
 
 @pytest.mark.parametrize(
     ("sparsity", "text"), [(0.9, "90.0"), (0.98312, "98.3"), (0.9903, "99.03"), (0.99999, "99.9990"), (1.0, "100")]
 )
 def test_sparsity_text(sparsity: float, text: str) -> None:
-    assert report.sparsity_text(sparsity) == text
+    assert results.sparsity_text(sparsity) == text
 
 
 def test_report_of_everything(tmp_path: Path) -> None:
@@ -344,7 +344,7 @@ def test_unreadable_files_become_notes(tmp_path: Path) -> None:
     html = report.build(tmp_path).read_text()
     for name in ("torn.h5", "other.h5", "cells/a.json", "cells/c.json", "scorer.json"):
         assert f"<li>{name} ignored: " in html
-    assert "Fitted scorers" not in html and report.collect(tmp_path).densities == {}
+    assert "Fitted scorers" not in html and results.collect(tmp_path).densities == {}
     assert "1 cell file without a row in results.csv ignored" in html
 
 
@@ -352,7 +352,7 @@ def test_only_failures_still_make_a_report(tmp_path: Path) -> None:
     write_rows(tmp_path / "results.csv", [row(accuracy="", error="boom")])
     html = report.build(tmp_path).read_text()
     assert "No pruned network has a result yet" in html and "boom" in html
-    assert report.summary(tmp_path)[0].rows == [["resnet8", "dense", "0", "1", "0"]]
+    assert results.summary(tmp_path)[0].rows == [["resnet8", "dense", "0", "1", "0"]]
 
 
 def test_a_card_may_be_empty(tmp_path: Path) -> None:

@@ -91,8 +91,18 @@ class Candidate:
             require(self.schedule in SCHEDULES, "schedule", self.schedule, f"known: {', '.join(SCHEDULES)}")
         if self.granularity is not None:
             parse_granularity(self.granularity)
+        for key in ("steps", "n_batches", "batch_size"):
+            value = getattr(self, key)
+            require(value is None or value >= 1, key, value, "give at least 1")
+            require(value is None or self.criterion != "irp", f"{key} of irp", value, "it has none; leave it out")
+        require(
+            self.granularity in (None, "unstructured") or self.criterion != "irp",
+            "granularity of irp",
+            self.granularity,
+            "it removes single weights; leave it out",
+        )
         require(0 <= self.floor < 1, "floor", self.floor, "it is the smallest density of a layer, in [0, 1)")
-        require(self.rounds >= 1, "rounds", self.rounds, "give at least 1")
+        require(1 <= self.rounds <= 255, "rounds", self.rounds, "it must lie in 1 … 255")
 
     @property
     def name(self) -> str:
@@ -291,6 +301,12 @@ def build_model(model: ModelSettings, data: ImageData, seed: int = 0) -> nn.Modu
     return create_model(model, in_channels=data.channels, classes=data.classes, image_size=data.image_size, seed=seed)
 
 
+def check_prunable(model: nn.Module, data: ImageData) -> None:
+    """Raise `AutoSparseError` unless the model takes the images, has an output for every class, and prunable weights."""
+    check_fits(model, data)
+    prunable_layers(model, operands=trace(model, data.normalise(data.train.images[:2])).operands)
+
+
 def run_cell(
     cell: Cell,
     data: ImageData,
@@ -385,7 +401,7 @@ def run_grid(
     results = {key: read_json(folder / f"{key}.json", "result") for key in keys if (folder / f"{key}.json").exists()}
     fresh = {key: cell for key, cell in zip(keys, cells, strict=True) if key not in results}
     for model in {cell.model.label(): cell.model for cell in fresh.values()}.values():
-        check_fits(build_model(model, data), data.to("cpu"))  # wrong input is told before hours are spent
+        check_prunable(build_model(model, data), data.to("cpu"))  # wrong input is told before hours are spent
     for criterion in {c.candidate.criterion for c in fresh.values() if c.candidate is not None}:
         resolve(criterion)
     for number, (key, cell) in enumerate(zip(keys, cells, strict=True), 1):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -79,8 +79,8 @@ def unwrap(model: nn.Module) -> nn.Module:
 def prunable_layers(
     model: nn.Module,
     *,
-    include: Sequence[str] | None = None,
-    exclude: Sequence[str] | None = None,
+    include: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
     operands: Mapping[str, Layer] | None = None,
 ) -> dict[str, Layer]:
     """The prunable weights of `model`, in `state_dict` order.
@@ -88,12 +88,15 @@ def prunable_layers(
     Weights of Conv, transposed Conv, Linear and attention input projections; of other raw parameters only `operands`,
     those that a trace saw in a matrix product or convolution (`Graph.operands`). Never embeddings, positions, norms or
     biases. A tied weight counts once, under its first name; one tied to an embedding is an embedding. `include` and
-    `exclude` are shell patterns on names (`"layer1.*"`), each of which must match something.
+    `exclude` are shell patterns on names (`"layer1.*"`; one or several), each of which must match something.
 
     Raises:
-        AutoSparseError: nothing is prunable, or a pattern matches nothing.
+        AutoSparseError: nothing is prunable, a lazy parameter has no shape yet, or a pattern matches nothing.
     """
     model = unwrap(model)
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise AutoSparseError(f"parameter {name!r} is uninitialized: run the lazy model once before pruning it")
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))}
     owners: dict[int, Layer] = {}
     for prefix, module in model.named_modules():
@@ -105,8 +108,6 @@ def prunable_layers(
                 owners[id(parameter)] = layer
     found: dict[str, Layer] = {}
     for name, parameter in model.named_parameters():  # first name of each tied parameter, in state_dict order
-        if isinstance(parameter, nn.parameter.UninitializedParameter):
-            raise AutoSparseError(f"parameter {name!r} is uninitialized: run the lazy model once before pruning it")
         if id(parameter) in owners:
             known = owners[id(parameter)]
             found[name] = known if known.name == name else Layer(**{**known.__dict__, "name": name})
@@ -131,10 +132,12 @@ def _layer(name: str, key: str, module: nn.Module, shape: tuple[int, ...]) -> La
     return None
 
 
-def _filter(layers: dict[str, Layer], include: Sequence[str] | None, exclude: Sequence[str] | None) -> dict[str, Layer]:
-    def matching(patterns: Iterable[str], what: str) -> set[str]:
+def _filter(
+    layers: dict[str, Layer], include: str | Sequence[str] | None, exclude: str | Sequence[str] | None
+) -> dict[str, Layer]:
+    def matching(patterns: str | Sequence[str], what: str) -> set[str]:
         names: set[str] = set()
-        for pattern in patterns:
+        for pattern in [patterns] if isinstance(patterns, str) else patterns:
             hits = fnmatch.filter(layers, pattern)
             if not hits:
                 raise AutoSparseError(

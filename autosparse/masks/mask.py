@@ -53,7 +53,7 @@ class Masks(Mapping[str, Tensor]):
     """One boolean tensor per prunable weight, with the weight's own shape and name; `True` = keep.
 
     Raises:
-        AutoSparseError: a tensor is not boolean, or its layer has another shape.
+        AutoSparseError: there are none, a tensor is not boolean, or its layer is not given or has another shape.
     """
 
     def __init__(
@@ -67,12 +67,14 @@ class Masks(Mapping[str, Tensor]):
         for name, tensor in tensors.items():
             if tensor.dtype != torch.bool:
                 raise AutoSparseError(f"mask {name!r} has dtype {tensor.dtype}: masks are boolean")
+            if layers is not None and name not in layers:
+                raise AutoSparseError(f"mask {name!r} has no layer: the layers given are {', '.join(layers) or 'none'}")
             if layers is not None and layers[name].shape != tuple(tensor.shape):
                 raise AutoSparseError(
                     f"mask {name!r} has shape {tuple(tensor.shape)}, its layer {layers[name].shape}: they must agree"
                 )
         self._tensors = dict(tensors)
-        self.layer_info = dict(layers) if layers is not None else {}
+        self.layer_info = {n: layers[n] for n in tensors} if layers is not None else {}
         self.report = report or MaskReport()
 
     def __getitem__(self, name: str) -> Tensor:
@@ -83,6 +85,14 @@ class Masks(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._tensors)
+
+    def __eq__(self, other: object) -> bool:
+        """The same names and the same bits; reports do not count."""
+        if not isinstance(other, Masks):
+            return NotImplemented
+        return self.keys() == other.keys() and all(torch.equal(t, other[n].to(t.device)) for n, t in self.items())
+
+    __hash__ = None  # type: ignore[assignment]
 
     def __repr__(self) -> str:
         return f"Masks({len(self)} layers, {self.kept:,} of {self.total:,} weights kept, sparsity {self.sparsity:.4f})"
@@ -181,7 +191,7 @@ class Masks(Mapping[str, Tensor]):
             "layers": json.dumps({n: asdict(layer) for n, layer in self.layer_info.items()}),
             "report": json.dumps(asdict(self.report)),
         }
-        tensors = {n: t.contiguous().cpu() for n, t in self._tensors.items()}
+        tensors = {n: t.cpu().clone(memory_format=torch.contiguous_format) for n, t in self._tensors.items()}
         with replace_file(Path(path)) as temporary:
             save_file(tensors, temporary, metadata=metadata)
 

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from numbers import Integral, Real
+
 from autosparse.errors import AutoSparseError, require
 
 SCHEDULES = ("exponential", "geometric", "linear")
 
 
 def check_density(density: float, name: str = "density") -> float:
-    require(isinstance(density, (int, float)) and 0 < density <= 1, name, density, "it must lie in (0, 1]")
+    require(isinstance(density, Real) and 0 < density <= 1, name, density, "it must lie in (0, 1]")
     return float(density)
 
 
 def check_sparsity(sparsity: float) -> float:
     require(
-        isinstance(sparsity, (int, float)) and 0 <= sparsity < 1,
+        isinstance(sparsity, Real) and 0 <= sparsity < 1,
         "sparsity",
         sparsity,
         "it is the share of weights removed, at least 0 and under 1 (0.95 keeps 5 %)",
@@ -35,7 +37,7 @@ def densities(density: float, steps: int, schedule: str = "exponential") -> list
     [0.5, 0.25]
     """
     check_density(density)
-    require(isinstance(steps, int) and steps >= 1, "steps", steps, "give a whole number of at least 1")
+    require(isinstance(steps, Integral) and steps >= 1, "steps", steps, "give a whole number of at least 1")
     if schedule in ("exponential", "geometric"):
         path = [density ** (t / steps) for t in range(1, steps)]
     elif schedule == "linear":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 import re
 from collections.abc import Mapping
@@ -90,20 +91,31 @@ def erk_densities(layers: Mapping[str, Layer], density: float) -> dict[str, floa
         dense |= over
 
 
-def apportion(densities: Mapping[str, float], room: Mapping[str, int], sizes: Mapping[str, int], total: int) -> dict:
-    """Whole counts near `densities·sizes`, none above `room`, that sum exactly to `total` (largest remainders first)."""
-    ideal = {n: min(densities[n] * sizes[n], room[n]) for n in sizes}
-    counts = {n: math.floor(ideal[n] + 1e-9) for n in sizes}
-    left = total - sum(counts.values())
-    while left != 0:
+def apportion(
+    shares: Mapping[str, float], total: int, least: Mapping[str, int], room: Mapping[str, int]
+) -> dict[str, int]:
+    """Whole counts in proportion to `shares`, each in `least … room`, that sum exactly to `total`.
+
+    Largest remainders first. `Σ least ≤ total ≤ Σ room` must hold.
+    """
+
+    def scaled(factor: float) -> dict[str, float]:
+        return {n: min(max(factor * share, least[n]), room[n]) for n, share in shares.items()}
+
+    low, high = 0.0, max((room[n] / share for n, share in shares.items() if share > 0), default=0.0)
+    ideal = scaled(1.0)
+    if abs(sum(ideal.values()) - total) >= 1:  # bounds bite: the others take or give what these lack or have too much
+        for _ in range(200):
+            middle = (low + high) / 2
+            low, high = (middle, high) if sum(scaled(middle).values()) < total else (low, middle)
+        ideal = scaled(high)
+    counts = {n: max(math.floor(value + 1e-9), least[n]) for n, value in ideal.items()}
+    while (left := total - sum(counts.values())) != 0:
         step = 1 if left > 0 else -1
-        movable = [n for n in sizes if (counts[n] < room[n] if step > 0 else counts[n] > 0)]
+        movable = [n for n in counts if (counts[n] < room[n] if step > 0 else counts[n] > least[n])]
         movable.sort(key=lambda n: -step * (ideal[n] - counts[n]))
-        if not movable:
-            raise AutoSparseError(f"{total} weights cannot be kept: only {sum(room.values())} are left to choose from")
         for name in movable[: abs(left)]:
             counts[name] += step
-        left = total - sum(counts.values())
     return counts
 
 
@@ -128,20 +140,23 @@ def select(
             Erdős–Rényi-kernel densities. Per-layer counts are rounded so that their sum is exact.
         granularity: `None` (single weights), `NM`, `Block` or `Channel`. Blocks and channels have their mean score, and
             the count kept is the nearest that whole ones allow. `NM` keeps the best n of every m along the input
-            dimension whatever the density; layers that m does not divide stay dense and are listed in the report.
-        floor: smallest density of any layer, in [0, 1); at least one weight when it is positive.
+            dimension (fewer where `within` leaves fewer) whatever the density; layers that m does not divide stay
+            dense and are listed in the report.
+        floor: smallest density of any layer, in [0, 1); at least one weight when it is positive, and whole units. N:M
+            patterns have none.
         within: only these weights may be kept (what earlier steps left).
         seed: weights that tie at the cut are chosen by this seed, the same way every time.
 
     Raises:
-        AutoSparseError: a score is not finite, all are zero, or floor and density contradict each other.
+        AutoSparseError: scores are not those of the layers, one is not finite, all are zero, or floor and density
+            contradict each other.
     """
     check_density(density)
     require(scope in SCOPES, "scope", scope, f"known are {', '.join(SCOPES)}")
     require(0 <= floor < 1, "floor", floor, "it is the smallest density of a layer, in [0, 1)")
-    _check(scores, within)
+    _check(scores, layers, within)
     if isinstance(granularity, NM):
-        return _select_nm(scores, granularity, layers, within)
+        return _select_nm(scores, granularity, layers, within, seed)
     units = {name: _units(s, layers[name], granularity) for name, s in scores.items()}
     allowed = None if within is None else {n: _units(within[n], layers[n], granularity)[0] > 0 for n in units}
     keys = {n: u[0] if allowed is None else u[0].masked_fill(~allowed[n], -math.inf) for n, u in units.items()}
@@ -151,14 +166,19 @@ def select(
     if total > sum(room.values()):
         raise AutoSparseError(f"{total} weights cannot be kept: earlier steps left only {sum(room.values())}")
     generator = torch.Generator().manual_seed(seed)
+    least = dict.fromkeys(sizes, 0)
+    if floor > 0:
+        keys, least = _raise_floor(keys, units, sizes, room, floor, generator)
+        if sum(least.values()) > total:
+            raise AutoSparseError(
+                f"floor {floor} asks for {sum(least.values())} weights over all layers, the density keeps {total}: lower it"
+            )
     if scope == "global":
         groups = [(list(scores), total)]
     else:
         wanted = erk_densities(layers, density) if scope == "erk" else dict.fromkeys(sizes, density)
-        wanted = {n: max(d, floor) for n, d in wanted.items()}
-        groups = [([n], c) for n, c in apportion(wanted, room, sizes, total).items()]
-    if scope == "global" and floor > 0:
-        keys = _raise_floor(keys, units, sizes, room, floor, total, generator)
+        counts = apportion({n: wanted[n] * sizes[n] for n in sizes}, total, least, room)
+        groups = [([n], c) for n, c in counts.items()]
     tied, chosen = 0, {}
     for names, count in groups:
         flat = torch.cat([keys[n] for n in names])
@@ -175,8 +195,19 @@ def select(
     return masks
 
 
-def _check(scores: Mapping[str, Tensor], within: Mapping[str, Tensor] | None) -> None:
-    """Scores must be finite and not all zero where a choice is left."""
+def _check(scores: Mapping[str, Tensor], layers: Mapping[str, Layer], within: Mapping[str, Tensor] | None) -> None:
+    """Scores must be those of the layers, finite, and not all zero where a choice is left."""
+    if scores.keys() != layers.keys():
+        name = min(scores.keys() ^ layers.keys())
+        raise AutoSparseError(
+            f"scores {'lack' if name in layers else 'name'} {name!r}: a criterion must score each of the "
+            f"{len(layers)} layers and nothing else"
+        )
+    for name, score in scores.items():
+        if tuple(score.shape) != layers[name].shape:
+            raise AutoSparseError(
+                f"scores of {name!r} have shape {tuple(score.shape)}: they must have the weight's, {layers[name].shape}"
+            )
     some = False
     for name, score in scores.items():
         if not torch.isfinite(score).all():
@@ -193,10 +224,14 @@ def _check(scores: Mapping[str, Tensor], within: Mapping[str, Tensor] | None) ->
         )
 
 
+def _floating(score: Tensor) -> Tensor:
+    score = score.detach()
+    return score if score.dtype == torch.float64 else score.float()
+
+
 def _units(score: Tensor, layer: Layer, granularity: Granularity) -> tuple[Tensor, Tensor | None]:
     """Flat mean scores of what is kept or removed whole, and how many weights each holds (`None`: one)."""
-    score = score.detach()
-    score = score if score.dtype == torch.float64 else score.float()
+    score = _floating(score)
     if granularity is None:
         flat = score.flatten()
         return flat, None
@@ -230,75 +265,97 @@ def _held(kept: Tensor, sizes: Tensor | None) -> int:
     return int(kept.sum() if sizes is None else sizes[kept].sum())
 
 
-def _top(flat: Tensor, sizes: Tensor | None, count: int, generator: torch.Generator) -> tuple[Tensor, int]:
-    """Boolean choice of the highest entries that hold `count` weights, and how many entries tie at the cut."""
+def _top(
+    flat: Tensor, sizes: Tensor | None, count: int, generator: torch.Generator, at_least: bool = False
+) -> tuple[Tensor, int]:
+    """Boolean choice of the highest entries that hold `count` weights, and how many entries tie at the cut.
+
+    Where units of several weights cannot hold just `count`: the nearest, or (`at_least`) the next above. Entries of
+    −inf are never chosen, those of +inf always.
+    """
+    kept = torch.zeros_like(flat, dtype=torch.bool)
     if count <= 0 or flat.numel() == 0:
-        return torch.zeros_like(flat, dtype=torch.bool), 0
-    available = int((flat > -math.inf).sum())
+        return kept, 0
+    available, forced = int((flat > -math.inf).sum()), int((flat == math.inf).sum())
+    order = None
     if sizes is None:
-        number = min(count, available)
+        number = count
     elif int(sizes.min()) == int(sizes.max()):
-        number = min(round(count / int(sizes[0])), available)
-    else:  # units of several sizes: the prefix of the ranking whose weight count is nearest
-        order = flat.argsort(descending=True, stable=True)
-        held = sizes[order].cumsum(0)[:available]
-        number = int((held - count).abs().argmin()) + 1
-        if count < int(held[0]) / 2:
-            number = 0
+        share = count / int(sizes[0])
+        number = math.ceil(share) if at_least else round(share)
+    else:  # units of several sizes: a prefix of the ranking, in which chance orders what ties
+        shuffled = torch.randperm(flat.numel(), generator=generator).to(flat.device)
+        order = shuffled[flat[shuffled].argsort(descending=True, stable=True)]
+        held = sizes[order].cumsum(0)[:available].tolist()
+        above = bisect.bisect_left(held, count)
+        below = held[above - 1] if above else 0
+        nearer = at_least or (above < len(held) and held[above] - count <= count - below)
+        number = above + 1 if nearer else above
+    number = min(max(number, forced), available)
     if number == 0:
-        return torch.zeros_like(flat, dtype=torch.bool), 0
+        return kept, 0
+    if order is not None:
+        kept[order[:number]] = True
+        at_cut = flat == flat[order[number - 1]]
+        return kept, int(at_cut.sum()) if bool((at_cut & ~kept).any()) else 0
     cut = flat.kthvalue(flat.numel() - number + 1).values
     kept = flat > cut
-    at_cut = (flat == cut).nonzero().flatten()
+    tied = (flat == cut).nonzero().flatten()
     need = number - int(kept.sum())
-    if need < at_cut.numel():
-        lucky = torch.randperm(at_cut.numel(), generator=generator)[:need].to(flat.device)
-        kept[at_cut[lucky]] = True
-        return kept, at_cut.numel()
-    kept[at_cut] = True
+    if need < tied.numel():
+        lucky = torch.randperm(tied.numel(), generator=generator)[:need].to(flat.device)
+        kept[tied[lucky]] = True
+        return kept, tied.numel()
+    kept[tied] = True
     return kept, 0
 
 
 def _raise_floor(
-    keys: dict[str, Tensor],
+    keys: Mapping[str, Tensor],
     units: Mapping[str, tuple[Tensor, Tensor | None]],
     sizes: Mapping[str, int],
     room: Mapping[str, int],
     floor: float,
-    total: int,
     generator: torch.Generator,
-) -> dict[str, Tensor]:
-    """Put each layer's best `floor` share beyond competition."""
-    least = {n: min(math.ceil(floor * size), room[n]) for n, size in sizes.items()}
-    if sum(least.values()) > total:
-        raise AutoSparseError(
-            f"floor {floor} asks for {sum(least.values())} weights over all layers, the density keeps {total}: lower it"
-        )
-    raised = {}
+) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """Put each layer's best `floor` share beyond competition; how many weights that is, in whole units."""
+    raised, least = {}, {}
     for name, key in keys.items():
-        best, _ = _top(key, units[name][1], least[name], generator)
-        raised[name] = key.masked_fill(best, math.inf)
-    return raised
+        count = min(math.ceil(floor * sizes[name]), room[name])
+        best, _ = _top(key, units[name][1], count, generator, at_least=True)
+        raised[name], least[name] = key.masked_fill(best, math.inf), _held(best, units[name][1])
+    return raised, least
 
 
 def _select_nm(
-    scores: Mapping[str, Tensor], pattern: NM, layers: Mapping[str, Layer], within: Mapping[str, Tensor] | None
+    scores: Mapping[str, Tensor],
+    pattern: NM,
+    layers: Mapping[str, Layer],
+    within: Mapping[str, Tensor] | None,
+    seed: int,
 ) -> Masks:
-    chosen, dense = {}, []
+    generator = torch.Generator().manual_seed(seed)
+    chosen, dense, tied, total = {}, [], 0, 0
     for name, score in scores.items():
         layer = layers[name]
+        allowed = torch.ones_like(score, dtype=torch.bool) if within is None else within[name].to(score.device)
+        total += score.numel()
         if layer.shape[layer.in_dim] % pattern.m:
-            chosen[name] = torch.ones_like(score, dtype=torch.bool)
+            chosen[name] = allowed.clone()
             dense.append(name)
             continue
-        key = score.detach() if within is None else score.detach().masked_fill(~within[name], -math.inf)
-        moved = key.movedim(layer.in_dim, -1)
+        moved = _floating(score).masked_fill(~allowed, -math.inf).movedim(layer.in_dim, -1)
         groups = moved.reshape(-1, pattern.m)
-        best = groups.argsort(dim=1, descending=True, stable=True)[:, : pattern.n]
-        kept = torch.zeros_like(groups, dtype=torch.bool).scatter_(1, best, True)
+        shuffled = torch.rand(groups.shape, generator=generator).argsort(dim=1).to(groups.device)  # chance orders ties
+        ranking = shuffled.gather(1, groups.gather(1, shuffled).argsort(dim=1, descending=True, stable=True))
+        kept = torch.zeros_like(groups, dtype=torch.bool).scatter_(1, ranking[:, : pattern.n], True)
+        kept &= groups > -math.inf
+        cut = groups.gather(1, ranking[:, pattern.n - 1 : pattern.n])
+        at_cut = (groups == cut) & (cut > -math.inf)
+        tied += int((at_cut & (at_cut & ~kept).any(1, keepdim=True)).sum())
         chosen[name] = kept.view(moved.shape).movedim(-1, layer.in_dim).contiguous()
     if len(dense) == len(chosen):
         raise AutoSparseError(f"pattern {pattern.n}:{pattern.m} fits no layer: M must divide the input channels of one")
     masks = Masks(chosen, {n: layers[n] for n in scores})
-    masks.report = MaskReport(dense_layers=tuple(dense))
+    masks.report = MaskReport(ties=tied / total, dense_layers=tuple(dense))
     return masks

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import defaultdict
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves, tree_map
 
+from autosparse.errors import AutoSparseError
 from autosparse.network.graph import Observer, base_name, named_arguments, observe, written_arguments
 
 
@@ -104,3 +108,121 @@ def shared_storage(tensor: Tensor) -> int:
 def is_pointwise(func: Any) -> bool:
     """Whether every element of the result depends only on the elements at its place in the (broadcast) operands."""
     return torch.Tag.pointwise in func.tags
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Replaying
+
+
+@dataclasses.dataclass(frozen=True)
+class Value:
+    """What stands for a tensor of the tape; a tensor of role `"constant"` is the real thing."""
+
+    tensor: Tensor
+    role: str
+
+
+V = TypeVar("V", bound=Value)
+
+
+class Replay(Generic[V]):
+    """Runs a tape with other values in place of its tensors; a subclass says what becomes of them in each operator."""
+
+    def __init__(self, tape: Tape, device: torch.device) -> None:
+        self.tape = tape
+        self.device = device
+        self.shared = tape.writes_seen_through_views()
+        self.values: dict[int, V] = {}
+
+    def step(self, step: Step) -> list[V]:
+        """The values of the operator's results."""
+        raise NotImplementedError
+
+    def constant(self, tensor: Tensor) -> V:
+        """The value of a tensor that depends on neither parameters nor inputs."""
+        raise NotImplementedError
+
+    def run(self) -> list[V]:
+        """The values of the outputs."""
+        for i, step in enumerate(self.tape.steps):
+            values = self.step(step)
+            for t, value in zip(step.results, values, strict=True):
+                if i in self.shared and any(t is w for w in step.written):
+                    self._write_through(t, value)
+                else:
+                    self.values[id(t)] = value
+        return [self.value(t) for t in self.tape.outputs]
+
+    def value(self, t: Tensor) -> V:
+        if id(t) not in self.values:
+            if t.is_meta:
+                raise NotImplementedError("a tensor of unknown origin")
+            self.values[id(t)] = self.constant(t.detach().to(self.device, copy=True))
+        return self.values[id(t)]
+
+    def call(self, step: Step) -> list[Tensor]:
+        """The results of the operator itself on what stands for its tensors."""
+
+        def stand_in(a: Any) -> Any:
+            if isinstance(a, Tensor):
+                return self.value(a).tensor
+            return self.device if isinstance(a, torch.device) else a
+
+        args, kwargs = tree_map(stand_in, (step.args, step.kwargs))
+        return [t for t in tree_leaves(step.func(*args, **kwargs)) if isinstance(t, Tensor)]
+
+    def _write_through(self, t: Tensor, value: V) -> None:
+        """Write into the memory that stands for `t`'s, because other tensors of the tape look at it too."""
+        old = self.values[id(t)]
+        if value.tensor is old.tensor:  # constants are written by the operator itself
+            return
+        if old.role == "constant":
+            (old.tensor if old.tensor._base is None else old.tensor._base).zero_()
+        old.tensor.copy_(value.tensor)
+        if value.role != old.role:
+            for step in self.tape.steps:
+                for other in (*step.operands, *step.results):
+                    if id(other) in self.values and shared_storage(other) == shared_storage(t):
+                        self.values[id(other)] = dataclasses.replace(self.values[id(other)], role=value.role)
+
+
+def first_names(model: nn.Module, tensors: Mapping[str, Tensor], what: str = "mask") -> dict[str, str]:
+    """The first name of the parameter of each of `tensors`, which differs from its name there if it is tied.
+
+    Raises:
+        AutoSparseError: one fits no parameter.
+    """
+    first = {id(p): name for name, p in model.named_parameters()}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, tensor in tensors.items():
+        if name not in parameters:
+            raise AutoSparseError(
+                f"{what} {name!r} fits no parameter of {type(model).__name__}: its parameters are like "
+                f"{next(iter(parameters), 'none')!r}"
+            )
+        if tensor.shape != parameters[name].shape:
+            raise AutoSparseError(
+                f"{what} {name!r} has shape {tuple(tensor.shape)}: give one of shape {tuple(parameters[name].shape)}"
+            )
+    return {name: first[id(parameters[name])] for name in tensors}
+
+
+def multiply(name: str, arguments: Mapping[str, Any], a: Tensor, b: Tensor) -> Tensor:
+    """The product or convolution `name` of two other factors, without what it adds."""
+    if name == "convolution":
+        geometry = [arguments[k] for k in ("stride", "padding", "dilation", "transposed", "output_padding", "groups")]
+        result: Tensor = torch.ops.aten.convolution.default(a, b, None, *geometry)
+        return result
+    if name == "linear":
+        return F.linear(a, b)
+    product = torch.matmul(a, b)
+    return product.sum(0) if name == "addbmm" else product
+
+
+def either_factor(name: str, a: Tensor, b: Tensor) -> Tensor:
+    """The matrix product `name` linearised at ones: row i of the first plus column j of the second factor, summed up."""
+    if b.dim() == 1:
+        return a.sum(-1) + b.sum()
+    columns = b.sum(-1).unsqueeze(-2) if name == "linear" else b.sum(-2, keepdim=True)
+    result = a.sum(-1, keepdim=True) + columns
+    return result.sum(0) if name == "addbmm" else result

@@ -10,17 +10,26 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves, tree_map
 
-from autosparse.errors import AutoSparseError
 from autosparse.masks.layers import unwrap
 from autosparse.network.graph import FACTORS, KIND, ON_VECTORS, VIEWS, owned, takes_no_values
-from autosparse.network.linearize import Step, Tape, is_pointwise, record, shared_storage
+from autosparse.network.linearize import (
+    Replay,
+    Step,
+    Tape,
+    Value,
+    either_factor,
+    first_names,
+    is_pointwise,
+    multiply,
+    record,
+)
 
 
 @dataclass(frozen=True)
@@ -74,15 +83,15 @@ def effective_masks(model: nn.Module, masks: Mapping[str, Tensor], example_input
 
 def _effective(model: nn.Module, masks: Mapping[str, Tensor], example_input: Any) -> tuple[dict[str, Tensor], bool]:
     model = unwrap(model)
-    first_names = _first_names(model, masks)
+    names = first_names(model, masks)
     tape = record(model, example_input)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     cuda = [device.index or 0] if device.type == "cuda" else []
     with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(cuda):
         leaves = {name: (mask != 0).to(device).float().requires_grad_() for name, mask in masks.items()}
         try:
-            outputs = _Replay(tape, model, {first_names[n]: leaf for n, leaf in leaves.items()}, device).run()
-            reached = [t.sum() for t in outputs if t.requires_grad]
+            outputs = _Replay(tape, model, {names[n]: leaf for n, leaf in leaves.items()}, device).run()
+            reached = [v.dependence.sum() for v in outputs if v.dependence.requires_grad]
             gradients: Any = [None] * len(leaves)
             if reached:
                 gradients = torch.autograd.grad(
@@ -96,36 +105,18 @@ def _effective(model: nn.Module, masks: Mapping[str, Tensor], example_input: Any
     }, True
 
 
-def _first_names(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, str]:
-    """The first name of each masked parameter, which differs from its name in `masks` if it is tied."""
-    first = {id(p): name for name, p in model.named_parameters()}
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    for name, mask in masks.items():
-        if name not in parameters:
-            raise AutoSparseError(
-                f"mask {name!r} fits no parameter of {type(model).__name__}: its parameters are like "
-                f"{next(iter(parameters), 'none')!r}"
-            )
-        if mask.shape != parameters[name].shape:
-            raise AutoSparseError(
-                f"mask {name!r} has shape {tuple(mask.shape)}: give one of shape {tuple(parameters[name].shape)}"
-            )
-    return {name: first[id(parameters[name])] for name in masks}
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The replay
 
 
-class _Value(NamedTuple):
+@dataclass(frozen=True)
+class _Value(Value):
     """What stands for a tensor of the tape.
 
     `role` is `"data"` (the tensor is its dependence on the input, float32, 0 or 1), `"weight"` (made of parameters; the
     tensor is its mask) or `"constant"` (the tensor is the real thing). `owned`: of a Conv, Linear or attention module.
     """
 
-    tensor: Tensor
-    role: str
     owned: bool = False
 
     @property
@@ -179,14 +170,11 @@ _MOVES = frozenset(_MOVED.split())
 _POINTWISE = {"add", "mul", "activation"}
 
 
-class _Replay:
+class _Replay(Replay[_Value]):
     """Runs a tape on dependences."""
 
     def __init__(self, tape: Tape, model: nn.Module, masks: Mapping[str, Tensor], device: torch.device) -> None:
-        self.tape = tape
-        self.device = device
-        self.shared = tape.writes_seen_through_views()
-        self.values: dict[int, _Value] = {}
+        super().__init__(tape, device)
         modules = owned(model)
         for name, p in model.named_parameters():
             present = torch.ones((), dtype=torch.float32, device=device).expand(p.shape)
@@ -196,51 +184,22 @@ class _Replay:
         for t in tape.inputs:
             self.values[id(t)] = _Value(torch.ones(t.shape, dtype=torch.float32, device=device), "data")
 
-    def run(self) -> list[Tensor]:
-        """The dependence of the outputs."""
-        for i, step in enumerate(self.tape.steps):
-            values = self._step(step)
-            for t, value in zip(step.results, values, strict=True):
-                if i in self.shared and any(t is w for w in step.written):
-                    self._write_through(t, value)
-                else:
-                    self.values[id(t)] = value
-        return [self._value(t).dependence for t in self.tape.outputs]
+    def constant(self, tensor: Tensor) -> _Value:
+        return _Value(tensor, "constant")
 
-    def _value(self, t: Tensor) -> _Value:
-        if id(t) not in self.values:
-            if t.is_meta:
-                raise NotImplementedError("a tensor of unknown origin")
-            self.values[id(t)] = _Value(t.detach().to(self.device, copy=True), "constant")
-        return self.values[id(t)]
-
-    def _write_through(self, t: Tensor, value: _Value) -> None:
-        """Write into the memory that stands for `t`'s, because other tensors of the tape look at it too."""
-        old = self.values[id(t)]
-        if value.tensor is old.tensor:  # constants are written by the operator itself
-            return
-        if old.role == "constant":
-            (old.tensor if old.tensor._base is None else old.tensor._base).zero_()
-        old.tensor.copy_(value.tensor)
-        if value.role != old.role:
-            for step in self.tape.steps:
-                for other in (*step.operands, *step.results):
-                    if id(other) in self.values and shared_storage(other) == shared_storage(t):
-                        self.values[id(other)] = self.values[id(other)]._replace(role=value.role)
-
-    def _step(self, step: Step) -> list[_Value]:
-        operands = [self._value(t) for t in step.operands]
+    def step(self, step: Step) -> list[_Value]:
+        operands = [self.value(t) for t in step.operands]
         roles = {v.role for v in operands}
         if roles <= {"constant"} or takes_no_values(step.name):
-            return [_Value(t, "constant") for t in tree_leaves(self._call(step)) if isinstance(t, Tensor)]
+            return [_Value(t, "constant") for t in self.call(step)]
         if step.name in FACTORS and not ("data" not in roles and step.name in ON_VECTORS):
             return [self._product(step)]
         if "data" not in roles:
-            tensors = _on_weights(step, operands, self._call)
+            tensors = _on_weights(step, operands, self.call)
             return [_Value(t, "weight", any(v.owned for v in operands)) for t in tensors]
         sources = [v.tensor for v in operands if v.role == "data"]
         try:
-            tensors = self._on_data(step, [(t, self._value(t)) for t in step.operands])
+            tensors = self._on_data(step, [(t, self.value(t)) for t in step.operands])
         except (RuntimeError, TypeError, ValueError, IndexError):  # a form of the operator that the rules do not know
             tensors = []
         if [t.shape for t in tensors] != step.shapes:
@@ -249,24 +208,13 @@ class _Replay:
         own = bool(self.shared) and not getattr(step.func, "is_view", False)
         return [_Value(t.clone() if own else t, "data") for t in tensors]
 
-    def _call(self, step: Step) -> Any:
-        """The operator on what stands for its tensors: constants as they are, data and weights as dependences."""
-
-        def stand_in(a: Any) -> Any:
-            if isinstance(a, Tensor):
-                return self._value(a).tensor
-            return self.device if isinstance(a, torch.device) else a
-
-        args, kwargs = tree_map(stand_in, (step.args, step.kwargs))
-        return step.func(*args, **kwargs)
-
     def _product(self, step: Step) -> _Value:
         """A product or convolution: of data with weights, of two activations (either is a path), or of two weights."""
         arguments = step.arguments
-        a, b = (self._value(arguments[key]) for key, _ in FACTORS[step.name])
+        a, b = (self.value(arguments[key]) for key, _ in FACTORS[step.name])
         if "data" not in (a.role, b.role):
             if a.owned == b.owned:
-                both = _multiply(step.name, arguments, a.pattern, b.pattern)
+                both = multiply(step.name, arguments, a.pattern, b.pattern)
                 return _Value(_some(both, 0.5), "data" if a.owned else "weight")
             # What a layer's weight multiplies is data, here an input of its own: a table of coordinates, learned queries.
             source = torch.ones((), dtype=torch.float32, device=self.device)
@@ -274,13 +222,13 @@ class _Replay:
         if a.role == b.role == "data":
             if step.name == "convolution":
                 ones = [torch.ones_like(v.tensor) for v in (a, b)]
-                result = _multiply(step.name, arguments, _entering(a.tensor, 0.5), ones[1])
-                result = result + _multiply(step.name, arguments, ones[0], _entering(b.tensor, 0.5))
+                result = multiply(step.name, arguments, _entering(a.tensor, 0.5), ones[1])
+                result = result + multiply(step.name, arguments, ones[0], _entering(b.tensor, 0.5))
             else:
-                result = _either(step.name, _entering(a.tensor, 0.5), _entering(b.tensor, 0.5))
+                result = either_factor(step.name, _entering(a.tensor, 0.5), _entering(b.tensor, 0.5))
         else:
             x, y = (_entering(v.tensor, 0.5) if v.role == "data" else v.pattern for v in (a, b))
-            result = _multiply(step.name, arguments, x, y)
+            result = multiply(step.name, arguments, x, y)
         addend = next(
             (
                 arguments[k]
@@ -289,7 +237,7 @@ class _Replay:
             ),
             None,
         )
-        if addend is not None and (added := self._value(addend)).role == "data":
+        if addend is not None and (added := self.value(addend)).role == "data":
             result = result + added.tensor
         return _Value(_some(result, 0.5), "data")
 
@@ -325,11 +273,11 @@ class _Replay:
         if name == "constant_pad_nd":
             return [F.pad(first, arguments["pad"])]
         if name == "copy":
-            return [self._value(arguments["src"]).dependence.expand(step.shapes[0])]
+            return [self.value(arguments["src"]).dependence.expand(step.shapes[0])]
         if name in ("fill", "zero"):
             return [torch.zeros_like(first)]
         if name == "where" and operands[0][1].role == "constant":
-            a, b = (self._value(arguments[key]).dependence for key in ("self", "other"))
+            a, b = (self.value(arguments[key]).dependence for key in ("self", "other"))
             return [torch.where(operands[0][1].tensor, a, b)]
         if name == "masked_fill" and operands[1][1].role == "constant":
             return [first.masked_fill(operands[1][1].tensor, 0.0)]
@@ -353,7 +301,7 @@ class _Replay:
         def stand_in(a: Any) -> Any:
             if not isinstance(a, Tensor):
                 return self.device if isinstance(a, torch.device) else a
-            value = self._value(a)
+            value = self.value(a)
             if value.role == "constant" and not a.is_floating_point() and KIND.get(step.name) != "concat":
                 return value.tensor  # an index
             return _entering(value.dependence) if enter else value.dependence
@@ -375,7 +323,7 @@ def _on_weights(step: Step, operands: list[_Value], call: Any) -> list[Tensor]:
     if step.name in VIEWS:
         return [operands[0].tensor.reshape(shapes[0])]
     if getattr(step.func, "is_view", False) or (kind in ("reshape", "slice", "concat") and not step.written):
-        moved = [t for t in tree_leaves(call(step)) if isinstance(t, Tensor)]
+        moved = call(step)
         if [t.shape for t in moved] == shapes:
             return [t.float() for t in moved]
     weights = [v.tensor for v in operands if v.role == "weight"]
@@ -389,26 +337,6 @@ def _on_weights(step: Step, operands: list[_Value], call: Any) -> list[Tensor]:
         else:
             found.append(torch.ones_like(weights[0].flatten()[0]).expand(shape))
     return found
-
-
-def _multiply(name: str, arguments: Mapping[str, Any], a: Tensor, b: Tensor) -> Tensor:
-    if name == "convolution":
-        geometry = [arguments[k] for k in ("stride", "padding", "dilation", "transposed", "output_padding", "groups")]
-        result: Tensor = torch.ops.aten.convolution.default(a, b, None, *geometry)
-        return result
-    if name == "linear":
-        return F.linear(a, b)
-    product = torch.matmul(a, b)
-    return product.sum(0) if name == "addbmm" else product
-
-
-def _either(name: str, a: Tensor, b: Tensor) -> Tensor:
-    """Row i of the first or column j of the second factor: the dependence of element (i, j) of a matrix product."""
-    if b.dim() == 1:
-        return a.sum(-1) + b.sum()
-    columns = b.sum(-1).unsqueeze(-2) if name == "linear" else b.sum(-2, keepdim=True)
-    result = a.sum(-1, keepdim=True) + columns
-    return result.sum(0) if name == "addbmm" else result
 
 
 def _either_of(tensors: Any) -> Tensor:

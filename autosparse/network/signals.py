@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
 
 from autosparse.errors import AutoSparseError, require, settings, suggest
-from autosparse.masks.layers import Layer
+from autosparse.masks.layers import Layer, unwrap
 
 Signals = dict[str, dict[str, Tensor]]  # signal -> parameter name -> tensor of the parameter's shape
 Batch = tuple[Any, Any]
@@ -43,7 +44,7 @@ def take_batches(batches: Iterable[Batch], n_batches: int, device: torch.device,
         AutoSparseError: there are none, or an item is not a pair.
     """
     taken: list[Batch] = []
-    with _seeded(seed, device):
+    with seeded(seed, device):
         for item in batches:
             if not isinstance(item, (tuple, list)) or len(item) != 2:
                 raise AutoSparseError(
@@ -83,6 +84,7 @@ def measure(
     for name in names:
         if name not in SIGNALS:
             raise AutoSparseError(f"signal is {name!r}: known are {', '.join(SIGNALS)}")
+    model = unwrap(model)
     own = dict(model.named_parameters())
     with torch.no_grad():
         weights = {
@@ -103,19 +105,26 @@ def _gradient(
 ) -> dict[str, Tensor]:
     leaves = {n: w.detach().requires_grad_() for n, w in weights.items()}
     buffers = {n: b.clone() for n, b in model.named_buffers()}
-    sizes = [_batch_size(targets) for _, targets in batches]
+    sizes = [batch_size(batch) for batch in batches]
     total: list[Tensor] | None = None
     device = next(iter(weights.values())).device
-    with scoring_mode(model), _seeded(seed, device), torch.enable_grad():
+    with scoring_mode(model), seeded(seed, device), torch.enable_grad():
         for (inputs, targets), size in zip(batches, sizes, strict=True):
             outputs = forward(model, {**leaves, **buffers}, inputs)
             try:
                 value = loss(outputs, targets)
+            except torch.OutOfMemoryError:
+                raise
             except (RuntimeError, ValueError, IndexError, TypeError) as error:
                 raise AutoSparseError(
                     f"the loss cannot take outputs {_describe(outputs)} and targets {_describe(targets)}: "
                     f"{_first_line(error)}; give loss=, or targets that fit the model"
                 ) from error
+            if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
+                raise AutoSparseError(
+                    f"the loss is {_describe(value)} without a gradient or not a single number: "
+                    "it must be the batch's mean as a tensor that depends on the weights (not under inference_mode)"
+                )
             grads = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
             share = size / sum(sizes)
             found = [
@@ -136,10 +145,12 @@ def forward(model: nn.Module, state: Mapping[str, Tensor], inputs: Any) -> Any:
         AutoSparseError: the model cannot take the inputs.
     """
     args, kwargs = (
-        ((), inputs) if isinstance(inputs, dict) else (inputs if isinstance(inputs, tuple) else (inputs,), {})
+        ((), dict(inputs)) if isinstance(inputs, Mapping) else (inputs if isinstance(inputs, tuple) else (inputs,), {})
     )
     try:
         return torch.func.functional_call(model, dict(state), args, kwargs)
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, ValueError, AssertionError, IndexError, TypeError) as error:
         raise AutoSparseError(
             f"{type(model).__name__} cannot take batches {_describe(inputs)}: {_first_line(error)}; "
@@ -162,25 +173,38 @@ def scoring_mode(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Draw from `seed` on `device` and on the CPU; the global RNG states come back."""
     devices = [device.index or 0] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
+        seed_device(seed, device)
         yield
+
+
+def seed_device(seed: int, device: torch.device) -> None:
+    """Seed the global RNG of `device` and of the CPU, and no other's, as `torch.manual_seed` would."""
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
+    elif device.type != "cpu":
+        torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
 
 
 def _move(value: Any, device: torch.device) -> Any:
     if isinstance(value, Tensor):
         return value.to(device)
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return {key: _move(item, device) for key, item in value.items()}
     if isinstance(value, (tuple, list)):
         return tuple(_move(item, device) for item in value)
     return value
 
 
-def _batch_size(targets: Any) -> int:
-    return len(targets) if isinstance(targets, Tensor) and targets.dim() else 1
+def batch_size(batch: Batch) -> int:
+    """Samples in a batch: the length of the first target that has one, or else of the first input."""
+    inputs, targets = batch
+    return next((len(t) for t in tree_leaves((targets, inputs)) if isinstance(t, Tensor) and t.dim()), 1)
 
 
 def _describe(value: Any) -> str:

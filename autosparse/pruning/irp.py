@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -70,8 +71,20 @@ class Round:
 
 
 def full_state(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of every parameter and buffer: what a rewind puts back."""
-    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+    """A copy of every parameter and buffer (those that are not in `state_dict` too): what a rewind puts back."""
+    return {name: value.detach().clone() for name, value in _everything(model)}
+
+
+def _everything(model: nn.Module) -> list[tuple[str, Tensor]]:
+    return [*model.named_parameters(), *model.named_buffers()]
+
+
+@torch.no_grad()
+def _put_back(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    for name, value in _everything(model):
+        if name not in state or state[name].shape != value.shape:
+            raise AutoSparseError(f"the state to rewind to does not fit {name!r}: it is another model's; start again")
+        value.copy_(state[name])
 
 
 def irp(
@@ -102,7 +115,8 @@ def irp(
         checkpoint: file for the round in flight.
 
     Raises:
-        AutoSparseError: the rewind step lies beyond the training.
+        AutoSparseError: the rewind step lies beyond the training, the floor asks for more weights than the last density
+            keeps, or masks or state to continue from are another model's.
         AutoSparseFailure: a training diverged; the rounds before it were given already.
     """
     length = recipe.length(data)
@@ -113,6 +127,9 @@ def irp(
     elif set(masks) != names:
         raise AutoSparseError("the masks to continue from are another model's: delete the record and start again")
     path = settings.densities()
+    total = sum(layer.numel for layer in layers.values())
+    fewest = sum(math.ceil(settings.floor * layer.numel) for layer in layers.values())
+    require(fewest <= round(settings.density * total), "irp.floor", settings.floor, "irp.density keeps fewer; lower it")
     origin = rewind
     if origin is None:
         if settings.rewind_step:
@@ -122,7 +139,7 @@ def irp(
             on_rewind_state(dict(origin))
     for index in range(start, settings.rounds + 1):
         clock = time.perf_counter()
-        model.load_state_dict(origin)
+        _put_back(model, origin)
         trained = train(
             model,
             data,

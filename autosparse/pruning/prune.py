@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import islice
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -18,7 +20,7 @@ from autosparse.masks.schedule import check_sparsity, densities
 from autosparse.masks.selection import NM, Granularity, parse_granularity, select
 from autosparse.network.graph import trace
 from autosparse.network.reachability import reachability
-from autosparse.network.signals import Batch, Loss, measure, take_batches
+from autosparse.network.signals import Batch, Loss, batch_size, measure, take_batches
 from autosparse.pruning.criteria import PRESETS, Context, Criterion, Preset
 
 
@@ -36,8 +38,8 @@ def prune(
     schedule: str | None = None,
     loss: Loss | None = None,
     seed: int = 0,
-    include: Sequence[str] | None = None,
-    exclude: Sequence[str] | None = None,
+    include: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
     floor: float = 0.0,
 ) -> Masks:
     """Choose the weights that stay; nothing of `model` changes.
@@ -49,11 +51,11 @@ def prune(
         sparsity: share of the prunable weights removed, in [0, 1); with an N:M pattern `None`, or what the pattern sets.
         criterion: a preset's name (`autosparse list criteria`) or anything that is a `Criterion`, such as a scorer.
         batches: `(inputs, targets)` pairs; the first `n_batches` are taken once and used in every step.
-        n_batches: default is what the preset or criterion needs.
+        n_batches: default is what the preset or criterion needs; fewer are taken if there are fewer.
         example_input: what the model takes (a tuple is positional, a dict keywords), for data-free criteria and for
             tracing; default the first batch.
         scope, granularity, steps, schedule: `None` is what the preset says; else global, unstructured, one step,
-            exponential.
+            exponential. Steps towards n:m go through n_t:m.
         loss: `loss(outputs, targets)`; cross-entropy by default.
         seed: of random scores, ties, loaders and dropout.
         include, exclude: shell patterns on parameter names.
@@ -73,7 +75,7 @@ def prune(
     >>> masks.kept, masks.total
     (80, 160)
     """
-    model = unwrap(model)
+    model, seed = unwrap(model), int(seed)
     preset = _preset(criterion)
     pattern = parse_granularity(granularity)
     density = _density(sparsity, pattern)
@@ -81,9 +83,15 @@ def prune(
     steps = preset.steps if steps is None else steps
     path = densities(density, steps, schedule or preset.schedule)
     wanted = n_batches if n_batches is not None else (preset.n_batches or rule.n_batches)
-    require(wanted >= 0, "n_batches", n_batches, "give a whole number, at least 1 where gradients are needed")
+    fewest = 1 if "gradient" in rule.signals else 0
+    require(
+        isinstance(wanted, Integral) and wanted >= fewest,
+        "n_batches",
+        wanted,
+        f"give a whole number of at least {fewest}",
+    )
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    if wanted and batches is None and "gradient" in rule.signals:
+    if batches is None and "gradient" in rule.signals:
         raise AutoSparseError(f"criterion {rule.name!r} needs gradients: give batches, pairs of (inputs, targets)")
     taken = [] if batches is None else take_batches(batches, max(wanted, 1), device, seed)
     example = example_input if example_input is not None else (taken[0][0] if taken else None)
@@ -93,7 +101,15 @@ def prune(
     )
     used = taken[:wanted]
     masks: Masks | None = None
-    for step, target in enumerate(path, 1):
+    measured = 0
+    for target in path:
+        shape = pattern
+        if isinstance(pattern, NM):  # steps thin the pattern out, so that the last finds it whole
+            n = max(pattern.n, math.ceil(target * pattern.m - 1e-9))
+            if n == pattern.m:
+                continue
+            shape = NM(n, pattern.m)
+        measured += 1
         signals = measure(model, layers, rule.signals, batches=used, masks=masks, loss=loss, seed=seed)
         scores = rule(signals, Context(layers, target, graph, masks, seed))
         masks = select(
@@ -101,25 +117,25 @@ def prune(
             target,
             layers=layers,
             scope=scope or preset.scope,
-            granularity=pattern if step == len(path) or not isinstance(pattern, NM) else None,
+            granularity=shape,
             floor=floor,
             within=masks,
             seed=seed,
         )
     assert masks is not None
     masks = masks.to(device)
-    images = sum(len(t) if isinstance(t, Tensor) and t.dim() else 1 for _, t in used) * len(path)
+    images = sum(batch_size(batch) for batch in used) * measured
     masks.report = replace(
         masks.report,
         origin={
             "criterion": rule.name,
-            "sparsity": sparsity,
+            "sparsity": None if sparsity is None else float(sparsity),
             "scope": scope or preset.scope,
             "granularity": str(granularity) if granularity is not None else "unstructured",
             "steps": len(path),
             "n_batches": len(used),
             "images": images if "gradient" in rule.signals else 0,
-            "floor": floor,
+            "floor": float(floor),
             "seed": seed,
         },
     )

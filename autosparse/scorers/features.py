@@ -29,8 +29,8 @@ FEATURES: dict[str, str] = {
     "log_saliency": "log(|θ·g| / rms_l(θ·g) + 1e-3)",
     "log_abs_weight_network": "log(|θ| / rms(θ) + 1e-3)",
     "log_saliency_network": "log(|θ·g| / rms(θ·g) + 1e-3)",
-    "layer_weight_scale": "log(rms_l(θ) / rms(θ))",
-    "layer_gradient_scale": "log(rms_l(g) / rms(g))",
+    "layer_weight_scale": "log(rms_l(θ) / rms(θ)), at least −10",
+    "layer_gradient_scale": "log(rms_l(g) / rms(g)), at least −10",
     "layer_size": "log(N_l / N)",
     "layer_fan_in": "log fan-in",
     "layer_fan_out": "log fan-out",
@@ -101,7 +101,11 @@ def contexts(
     graph: Graph | None = None,
     masks: Mapping[str, Tensor] | None = None,
 ) -> dict[str, LayerContext]:
-    """The context of every layer; with `masks` over the weights that are left."""
+    """The context of every layer; with `masks` over the weights that are left.
+
+    Raises:
+        AutoSparseError: a signal is not finite.
+    """
     sums: dict[str, tuple[int, float, float, float]] = {}
     for name in layers:
         weight = signals["weight"][name]
@@ -113,6 +117,11 @@ def contexts(
             _square_sum(gradient, None, kept),
             _square_sum(weight, gradient, kept) if gradient is not None else 0.0,
         )
+        for signal, square_sum in zip(("weight", "gradient"), sums[name][1:3], strict=True):
+            if not math.isfinite(square_sum):
+                raise AutoSparseError(
+                    f"signal {signal!r} of {name!r} is not finite: the weights or batches hold NaN or inf"
+                )
     network = [_rms(sum(s[k] for s in sums.values()), sum(s[0] for s in sums.values())) for k in (1, 2, 3)]
     total = sum(layer.numel for layer in layers.values())
     place = depths(layers, graph)
@@ -130,7 +139,7 @@ def contexts(
             network_weight_rms=network[0],
             network_saliency_rms=network[2],
             constants={
-                "layer_weight_scale": math.log(weight_rms / network[0]),
+                "layer_weight_scale": max(math.log(weight_rms / network[0]), -10.0),
                 "layer_gradient_scale": max(math.log(gradient_rms / network[1]), -10.0),
                 "layer_size": math.log(layer.numel / total),
                 "layer_fan_in": math.log(layer.fan_in),

@@ -148,7 +148,13 @@ def read_scorer(path: str | Path) -> Scorer:
         AutoSparseError: the file is missing, damaged or something else, or its features are not those of this version.
     """
     tensors, metadata = read_safetensors(Path(path), SCHEMA, "scorer")
-    config = json.loads(metadata["config"])
+    try:
+        return _build(Path(path), tensors, json.loads(metadata["config"]), json.loads(metadata["card"]))
+    except (KeyError, TypeError, RuntimeError, json.JSONDecodeError) as error:
+        raise AutoSparseError(f"scorer {path} is damaged: its weights do not fit its own configuration") from error
+
+
+def _build(path: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any], card: Mapping[str, Any]) -> Scorer:
     unknown = [name for name in config["features"] if name not in FEATURES]
     if unknown or config["feature_version"] != VERSION:
         what = f"feature {unknown[0]!r}" if unknown else f"feature version {config['feature_version']}"
@@ -157,10 +163,7 @@ def read_scorer(path: str | Path) -> Scorer:
             "fit it again with this version"
         )
     network = MLPScorer(len(config["features"]), heads.outputs(config["head"]), config["hidden"])
-    try:
-        network.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise AutoSparseError(f"scorer {path} is damaged: its weights do not fit its own configuration") from error
+    network.load_state_dict(tensors)
     network.eval()
     return Scorer(
         network,
@@ -168,7 +171,7 @@ def read_scorer(path: str | Path) -> Scorer:
         tuple(config["features"]),
         config["n_batches"],
         config["batch_size"],
-        json.loads(metadata["card"]),
+        card,
         config["name"],
     )
 
@@ -310,14 +313,14 @@ class Rows:
 
 
 def split_records(sources: Sequence[_Source], how: str, share: float, seed: int) -> tuple[list[int], list[int]]:
-    """Indices for training and validation, by whole run or whole architecture.
+    """Indices for training and validation, by whole run (of which there may be copies) or whole architecture.
 
     Raises:
         AutoSparseError: there is only one run or architecture.
     """
     if how == "none":
         return list(range(len(sources))), []
-    keys = [s.model if how == "model" else str(s.path) for s in sources]
+    keys = [s.model if how == "model" else json.dumps(s.config, sort_keys=True) for s in sources]
     distinct = sorted(set(keys))
     if len(distinct) < 2:
         raise AutoSparseError(
@@ -402,7 +405,10 @@ def _train(
         network.parameters(), lr=fit_settings.lr, weight_decay=fit_settings.weight_decay, fused=True
     )
     steps = fit_settings.epochs * max(1, math.ceil(train_rows.per_epoch / fit_settings.batch_size))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, fit_settings.lr, total_steps=steps + 1, pct_start=0.1)
+    rise = max(1, round(0.1 * steps))  # whole, since OneCycleLR divides by the length of the rise
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, fit_settings.lr, total_steps=steps + 1, pct_start=(rise + 1) / (steps + 1)
+    )
     history: list[dict[str, float]] = []
     best, best_state = math.inf, None
     done = 0
@@ -479,7 +485,7 @@ def _validation_loss(
 
 
 def _standardise(network: MLPScorer, part: Rows, held: Table | None, generator: torch.Generator) -> None:
-    """Mean and standard deviation of the features over one epoch's rows (at most a million)."""
+    """Mean, standard deviation and range of the features over one epoch's rows (at most a million)."""
     seen, parts = 0, []
     for x, _, _ in part.epoch(held, generator):
         parts.append(x)
@@ -487,6 +493,8 @@ def _standardise(network: MLPScorer, part: Rows, held: Table | None, generator: 
         if seen >= 1_000_000:
             break
     sample = torch.cat(parts).double()
+    network.low.copy_(sample.amin(0).float())
+    network.high.copy_(sample.amax(0).float())
     network.mean.copy_(sample.mean(0).float())
     network.std.copy_(sample.std(0).clamp(min=1e-3).float() if len(sample) > 1 else torch.ones_like(network.std))
 
@@ -522,7 +530,13 @@ def validate(scorer: Scorer, paths: Sequence[Path]) -> dict[str, float]:
         )
     if not figures:
         return {}
-    return {key: float(np.nanmean([f[key] for f in figures])) for key in figures[0]}
+    return {key: _mean([f[key] for f in figures]) for key in figures[0]}
+
+
+def _mean(values: Sequence[float]) -> float:
+    """Mean of the values that exist; NaN where none does."""
+    known = [v for v in values if not math.isnan(v)]
+    return sum(known) / len(known) if known else math.nan
 
 
 def _deciles(values: np.ndarray) -> list[np.ndarray]:

@@ -67,7 +67,11 @@ def loss(head: str, predicted: Tensor, survived: Tensor, fell: Tensor) -> Tensor
 
 
 def score(head: str, predicted: Tensor, density: float) -> Tensor:
-    """One score per weight, higher = keep: `log S(−log ρ)` at the target density ρ, or the predicted survival."""
+    """One score per weight, higher = keep: `log S(−log ρ)` at the target density ρ, or the predicted survival.
+
+    At ρ = 1 everything survives for sure, so that the order is that of the limit ρ → 1.
+    """
     if head == "mse":
         return predicted[:, 0]
-    return -(F.softplus(predicted) @ torch.tensor(exposure(0.0, -math.log(density)), device=predicted.device))
+    until = max(-math.log(density), 1e-6)
+    return -(F.softplus(predicted) @ torch.tensor(exposure(0.0, until), device=predicted.device))

@@ -103,44 +103,72 @@ def read_record(path: Path, signals: Iterable[str] | None = None) -> Record:
     Raises:
         AutoSparseError: the file is missing, truncated, no record of AutoSparse, contradicts itself, or lacks a signal.
     """
+    wanted = None if signals is None else list(signals)
     with open_record(path) as file:
-        groups = sorted(_leaves(file["layers"]), key=lambda item: int(item[1].attrs["position"]))
-        layers: dict[str, Layer] = {}
-        survival: dict[str, np.ndarray] = {}
-        found: dict[str, dict[str, np.ndarray]] = {}
-        rounds = int(file.attrs["rounds_done"])
-        for name, group in groups:
-            values = json.loads(group.attrs["layer"])
-            layer = layers[name] = Layer(**{**values, "shape": tuple(values["shape"])})
-            wanted = [key for key in group if key != "survival"] if signals is None else list(signals)
-            for key in (*wanted, "survival"):
-                if key not in group:
-                    stored = ", ".join(sorted(k for k in group if k != "survival"))
-                    raise AutoSparseError(f"record {path} has no signal {key!r} for {name!r}: it stores {stored}")
-                if group[key].shape != layer.shape:
-                    raise AutoSparseError(f"record {path} is damaged: {name}/{key} has shape {group[key].shape}")
-            for key in wanted:
-                found.setdefault(key, {})[name] = group[key][()]
-            survival[name] = group["survival"][()]
-            if survival[name].size and int(survival[name].max()) > rounds:
-                raise AutoSparseError(f"record {path} is damaged: {name} survived more than its {rounds} rounds")
-        return Record(
-            layers=layers,
-            signals=found,
-            survival=survival,
-            density=file["rounds/density"][()],
-            accuracy=file["rounds/accuracy"][()],
-            loss=file["rounds/loss"][()],
-            config=json.loads(file.attrs["config"]),
-            seed=int(file.attrs["seed"]),
-            rounds_done=rounds,
-            complete=bool(file.attrs["complete"]),
-            operations=tuple(file["graph/operations"].asstr()[()]),
-            edges=tuple((str(a), str(b)) for a, b in file["graph/edges"].asstr()[()]),
-            versions={
-                key.removesuffix("_version"): str(file.attrs[key]) for key in file.attrs if key.endswith("_version")
-            },
-        )
+        try:
+            record = _read(file, path, wanted)
+        except AutoSparseError:
+            raise
+        except Exception as error:  # what HDF5 raises on damaged bytes is anything
+            raise AutoSparseError(
+                f"record {path} is damaged: {type(error).__name__} {error}; generate it again"
+            ) from error
+    _check(record, path)
+    return record
+
+
+def _read(file: h5py.File, path: Path, signals: list[str] | None) -> Record:
+    groups = sorted(_leaves(file["layers"]), key=lambda item: int(item[1].attrs["position"]))
+    layers: dict[str, Layer] = {}
+    survival: dict[str, np.ndarray] = {}
+    found: dict[str, dict[str, np.ndarray]] = {}
+    for name, group in groups:
+        values = json.loads(group.attrs["layer"])
+        layers[name] = Layer(**{**values, "shape": tuple(values["shape"])})
+        wanted = [key for key in group if key != "survival"] if signals is None else signals
+        for key in (*wanted, "survival"):
+            if key not in group:
+                stored = ", ".join(sorted(k for k in group if k != "survival"))
+                raise AutoSparseError(f"record {path} has no signal {key!r} for {name!r}: it stores {stored}")
+        for key in wanted:
+            found.setdefault(key, {})[name] = group[key][()]
+        survival[name] = group["survival"][()]
+    return Record(
+        layers=layers,
+        signals=found,
+        survival=survival,
+        density=file["rounds/density"][()],
+        accuracy=file["rounds/accuracy"][()],
+        loss=file["rounds/loss"][()],
+        config=json.loads(file.attrs["config"]),
+        seed=int(file.attrs["seed"]),
+        rounds_done=int(file.attrs["rounds_done"]),
+        complete=bool(file.attrs["complete"]),
+        operations=tuple(file["graph/operations"].asstr()[()]),
+        edges=tuple((str(a), str(b)) for a, b in file["graph/edges"].asstr()[()]),
+        versions={key.removesuffix("_version"): str(file.attrs[key]) for key in file.attrs if key.endswith("_version")},
+    )
+
+
+def _check(record: Record, path: Path) -> None:
+    """Raise `AutoSparseError` where a record contradicts itself."""
+
+    def require(holds: bool, what: str) -> None:
+        if not holds:
+            raise AutoSparseError(f"record {path} is damaged: {what}; generate it again")
+
+    require(len(record.layers) > 0, "it holds no layer")
+    rounds = record.rounds_done
+    for name, layer in record.layers.items():
+        for key, arrays in {**record.signals, "survival": record.survival}.items():
+            require(
+                arrays[name].shape == layer.shape, f"{name}/{key} has shape {arrays[name].shape}, not {layer.shape}"
+            )
+        require(int(record.survival[name].max()) <= rounds, f"{name} survived more than its {rounds} rounds")
+    trainings = len(record.density)
+    require(trainings in (rounds, rounds + 1), f"{trainings} densities of {rounds} rounds")
+    for key in ("accuracy", "loss"):
+        require(len(getattr(record, key)) == trainings, f"{key} has {len(getattr(record, key))} of {trainings} rows")
 
 
 def open_record(path: Path) -> h5py.File:
@@ -155,7 +183,7 @@ def open_record(path: Path) -> h5py.File:
         file = h5py.File(path, "r")
     except OSError as error:
         raise AutoSparseError(f"record {path} is truncated or not HDF5: {error}; generate it again") from error
-    schema = file.attrs.get("schema", "no schema")
+    schema = str(file.attrs.get("schema", "no schema"))
     parts = ("layers", "rounds/density", "rounds/accuracy", "rounds/loss", "graph/operations", "graph/edges")
     if schema != SCHEMA or any(part not in file for part in parts):
         file.close()
@@ -171,21 +199,21 @@ def _leaves(group: h5py.Group, prefix: str = "") -> list[tuple[str, h5py.Group]]
 
 
 def find_records(paths: Iterable[str | Path]) -> list[Path]:
-    """Record files named by files and directories (searched for `*.h5`), sorted, once each.
+    """Record files named by files and directories (searched for `*.h5`), sorted, once each; MLflow's copies are left out.
 
     Raises:
         AutoSparseError: a path does not exist, or there is no record at all.
     """
-    found: set[Path] = set()
+    found: dict[Path, Path] = {}
     for path in map(Path, paths):
         if path.is_dir():
-            found.update(path.rglob("*.h5"))
+            found.update({p.resolve(): p for p in path.rglob("*.h5") if "mlartifacts" not in p.relative_to(path).parts})
         elif path.is_file():
-            found.add(path)
+            found[path.resolve()] = path
         else:
             raise AutoSparseError(f"records path {path} does not exist: generate records first, or check the path")
     if not found:
         raise AutoSparseError(
             f"no records (*.h5) under {', '.join(map(str, paths))}: make some with autosparse generate"
         )
-    return sorted(found)
+    return sorted(found.values())

@@ -22,8 +22,8 @@ class DataSettings:
 
     `name`: one of `autosparse list data`, `imagefolder:PATH` (PATH/train/CLASS/…, PATH/test/CLASS/…) or `hdf5:PATH`
     (train/images, train/labels, test/images, test/labels; uint8, NHWC). `root`: where torchvision keeps and puts its
-    data sets. `image_size`: shrink (or grow) the images to this side. `limit`, `limit_test`: class-balanced subsets of
-    so many training and test images. `validation`: share of the training images held out, class by class. `augment`:
+    data sets. `image_size`: shrink (or grow) the images to this side. `limit`, `limit_test`: subsets of so many training
+    and test images, the same share of every class. `validation`: share of the training images held out, class by class. `augment`:
     `"none"`, `"crop"` (pad by an eighth, random crop), `"crop+flip"`; `None` is what the data set takes (crop+flip for
     natural images, none for digits). `seed` draws subset and split; not the run's seed, so that all runs see one split.
     """
@@ -170,10 +170,11 @@ class _Raw:
 
 
 def load_data(data: DataSettings | str, device: torch.device | str = "cpu") -> ImageData:
-    """Read a data set, take the balanced subset, split off the validation images, resize, and put all on the device.
+    """Read a data set, take the stratified subset, split off the validation images, resize, and put all on the device.
 
     Raises:
-        AutoSparseError: unknown name, files that are missing, damaged or of another form, a subset larger than the set.
+        AutoSparseError: unknown name, files that are missing, damaged or of another form, a subset larger than the set,
+            no training image left.
     """
     chosen = DataSettings(data) if isinstance(data, str) else data
     raw, augment = _read(chosen)
@@ -181,7 +182,14 @@ def load_data(data: DataSettings | str, device: torch.device | str = "cpu") -> I
     test_images, test_labels = _subset(
         raw.test_images, raw.test_labels, chosen.limit_test, chosen.seed, "data.limit_test"
     )
-    held = _stratified(train_labels, round(chosen.validation * len(train_labels)), chosen.seed + 1)
+    held_out = round(chosen.validation * len(train_labels))
+    require(
+        held_out < len(train_labels),
+        "data.validation",
+        chosen.validation,
+        f"of {len(train_labels)} training images it leaves none to train on; lower it",
+    )
+    held = _stratified(train_labels, held_out, chosen.seed + 1)
     train = _split(train_images[~held], train_labels[~held], chosen.image_size)
     validation = _split(train_images[held], train_labels[held], chosen.image_size)
     test = _split(test_images, test_labels, chosen.image_size)
@@ -299,23 +307,28 @@ def _tiny_imagenet(root: Path) -> _Raw:
                 f"data tiny_imagenet: {folder} does not exist and cannot be downloaded ({error}): "
                 "unpack tiny-imagenet-200.zip there, or set data.root"
             ) from error
-    classes = {name: i for i, name in enumerate(sorted(p.name for p in (folder / "train").iterdir()))}
-    train = [(path, classes[path.parent.parent.name]) for path in sorted(folder.glob("train/*/images/*.JPEG"))]
-    rows = [line.split("\t") for line in (folder / "val" / "val_annotations.txt").read_text().splitlines()]
-    test = [(folder / "val" / "images" / row[0], classes[row[1]]) for row in rows]
+    try:
+        classes = {name: i for i, name in enumerate(sorted(p.name for p in (folder / "train").iterdir()))}
+        train = [(path, classes[path.parent.parent.name]) for path in sorted(folder.glob("train/*/images/*.JPEG"))]
+        rows = [line.split("\t") for line in (folder / "val" / "val_annotations.txt").read_text().splitlines()]
+        test = [(folder / "val" / "images" / row[0], classes[row[1]]) for row in rows]
+    except (OSError, KeyError, IndexError) as error:
+        raise AutoSparseError(
+            f"data tiny_imagenet: {folder} is incomplete ({error}): delete it and unpack tiny-imagenet-200.zip again"
+        ) from error
     return _Raw(*_images(train, 64), *_images(test, 64))
 
 
 def _images(files: list[tuple[Path, int]], side: int) -> tuple[np.ndarray, np.ndarray]:
     """Decode image files to `(N, side, side, 3)`: the shorter side is resized, the centre cut out."""
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image, ImageOps
 
     images = np.empty((len(files), side, side, 3), dtype=np.uint8)
     for index, (path, _) in enumerate(files):
         try:
             with Image.open(path) as image:
                 images[index] = np.asarray(ImageOps.fit(image.convert("RGB"), (side, side)))
-        except (OSError, UnidentifiedImageError) as error:
+        except (OSError, SyntaxError, ValueError) as error:  # whatever Pillow raises on a damaged file
             raise AutoSparseError(f"image {path} cannot be read: {error}; remove or replace it") from error
     return images, np.array([label for _, label in files], dtype=np.int64)
 
@@ -349,7 +362,7 @@ def _hdf5(path: Path) -> _Raw:
     try:
         with h5py.File(path, "r") as file:
             for key in ("train/images", "train/labels", "test/images", "test/labels"):
-                if key not in file:
+                if not isinstance(file.get(key), h5py.Dataset):
                     raise AutoSparseError(
                         f"data hdf5:{path}: has no dataset {key!r}; it needs train/ and test/ of both"
                     )
@@ -361,10 +374,14 @@ def _hdf5(path: Path) -> _Raw:
             raise AutoSparseError(
                 f"data hdf5:{path}: {split}/images is {images.dtype} {images.shape}; it must be uint8 (N, H, W, 1 or 3)"
             )
+        if len(images) == 0:
+            raise AutoSparseError(f"data hdf5:{path}: {split}/images holds no images; give at least one")
         if labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
             raise AutoSparseError(
                 f"data hdf5:{path}: {split}/labels is {labels.dtype} {labels.shape}; it must be integers ({len(images)},)"
             )
+        if labels.min() < 0:
+            raise AutoSparseError(f"data hdf5:{path}: {split}/labels holds {labels.min()}; classes are 0, 1, …")
     if arrays[0].shape[1] != arrays[0].shape[2] or arrays[0].shape[1:] != arrays[2].shape[1:]:
         raise AutoSparseError(f"data hdf5:{path}: images must be square and of one size, got {arrays[0].shape[1:]}")
     return _Raw(arrays[0], arrays[1].astype(np.int64), arrays[2], arrays[3].astype(np.int64))

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import itertools
 import math
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from autosparse.errors import AutoSparseError, AutoSparseFailure, require, settings
 from autosparse.files import replace_file
+from autosparse.masks.layers import unwrap
 from autosparse.masks.mask import Masks
+from autosparse.network.signals import seed_device
 from autosparse.training.data import ImageData
 
 OPTIMIZERS = ("sgd", "adamw")
@@ -34,8 +38,8 @@ class Recipe:
     `optimizer`: `"sgd"` (Nesterov) or `"adamw"`. `schedule` of the learning rate over the whole length: `"multistep"`
     (× `gamma` at each of `milestones`, shares of the length), `"cosine"` (to 0), `"onecycle"` (linear up to `lr`, then
     linear to 0), `"constant"`; `warmup` is the share of the length with a linear rise (`"onecycle"`: 0.3 if 0). Length:
-    `epochs`, or `steps` when that is given. `clip_norm`: largest gradient norm. `precision`: `"fp32"` or `"bf16"`
-    (autocast). Weight decay is on all parameters.
+    `epochs`, or `steps` when that is given. `clip_norm`: largest gradient norm, over the kept weights. `precision`:
+    `"fp32"` or `"bf16"` (autocast). Weight decay is on all parameters.
     """
 
     epochs: int = 160
@@ -136,6 +140,8 @@ def fabric_for(device: str = "auto", precision: str = "fp32") -> Any:
 
 def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     parameters = [p for p in model.parameters() if p.requires_grad]
+    if not parameters:
+        raise AutoSparseError(f"{type(model).__name__} has nothing to train: let some parameters require gradients")
     if recipe.optimizer == "adamw":
         return torch.optim.AdamW(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True)
     return torch.optim.SGD(
@@ -148,24 +154,33 @@ def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     )
 
 
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Everything in eval mode; the modes, which may differ from layer to layer, come back."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
 @torch.no_grad()
 def check_fits(model: nn.Module, data: ImageData) -> None:
     """Raise `AutoSparseError` unless the model takes the images and has an output for every class."""
     device = next(model.parameters()).device
     images = data.normalise(data.train.images[:2].to(data.device)).to(device)
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     try:
-        with torch.random.fork_rng(devices=[]):
+        with eval_mode(model), torch.random.fork_rng(devices=[]):
             outputs = model(images)
-    except (RuntimeError, ValueError, AssertionError, IndexError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, AssertionError, IndexError, TypeError) as error:
         raise AutoSparseError(
             f"{type(model).__name__} cannot take batches of shape {tuple(images.shape)}: {_first_line(error)}; "
             "change data.image_size, or give a model for these images"
         ) from error
-    finally:
-        for module, mode in modes:
-            module.training = mode
     if not isinstance(outputs, Tensor) or outputs.dim() != 2 or outputs.shape[1] < data.classes:
         got = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
         raise AutoSparseError(
@@ -186,15 +201,13 @@ def evaluate(
     total = len(getattr(data, split))
     if total == 0:
         return math.nan, math.nan
-    mode = model.training
-    model.eval()
     correct = torch.zeros((), device=data.device)
     loss = torch.zeros((), device=data.device)
-    for images, labels in data.batches(split):
-        logits = model(_layout(images, channels_last)).float()
-        correct += (logits.argmax(1) == labels).sum()
-        loss += F.cross_entropy(logits, labels, reduction="sum")
-    model.train(mode)
+    with eval_mode(model):
+        for images, labels in data.batches(split):
+            logits = model(_layout(images, channels_last)).float()
+            correct += (logits.argmax(1) == labels).sum()
+            loss += F.cross_entropy(logits, labels, reduction="sum")
     return float(correct) / total, float(loss) / total
 
 
@@ -226,11 +239,12 @@ def train(
         device: `"auto"`, `"cpu"`, `"cuda"`, `"cuda:1"`; the model and the data end up there.
         start_step, stop_step: train this part of the recipe's steps only (late rewinding).
         checkpoint: file to write at epoch ends, `checkpoint_every` seconds apart or more, and to resume from; it is
-            removed at the end.
+            removed at the end. It must be of this very training: recipe, seed, masks, steps and data.
         on_epoch: called with each new row of the history.
 
     Raises:
-        AutoSparseError: the model cannot take the images, or the masks are another model's.
+        AutoSparseError: the model cannot take the images, or the masks are another model's, or the checkpoint another
+            training's.
         AutoSparseFailure: the loss is no longer finite; the message says at which step and what to try.
     """
     fabric = fabric_for(device, recipe.precision)
@@ -245,9 +259,13 @@ def train(
     per_epoch, length = steps_per_epoch(data, recipe.batch_size), recipe.length(data)
     stop = length if stop_step is None else min(stop_step, length)
     result = Trained(steps=start_step)
+    of = "" if checkpoint is None else _fingerprint(data, recipe, masks, seed, start_step, stop)
     if checkpoint is not None and checkpoint.exists():
-        _restore(checkpoint, model, optimizer.optimizer, result)
+        _restore(checkpoint, of, model, optimizer.optimizer, result)
     handle = masks.enforce(model, optimizer.optimizer) if masks is not None else None
+    # Weights that are not there must not take part in the gradient's norm.
+    own = dict(unwrap(model).named_parameters())
+    alive = [(own[n], m.to(fabric.device)) for n, m in (masks or {}).items() if own[n].requires_grad]
     devices = [fabric.device.index or 0] if fabric.device.type == "cuda" else []
     clock, saved, seen = time.perf_counter(), time.perf_counter(), 0
     before = result.seconds
@@ -258,7 +276,6 @@ def train(
             epoch = result.steps // per_epoch
             first = result.steps % per_epoch
             last = min(per_epoch, first + stop - result.steps)
-            torch.manual_seed(_mix(seed, epoch, 1))
             network.train()
             total = torch.zeros((), device=fabric.device)
             batches = data.epoch(recipe.batch_size, _mix(seed, epoch, 0))
@@ -266,10 +283,14 @@ def train(
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(recipe, result.steps, length)
                 optimizer.zero_grad(set_to_none=True)
+                seed_device(_mix(seed, result.steps, 1), fabric.device)
                 logits = network(_layout(images, recipe.channels_last))
                 loss = F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
                 fabric.backward(loss)
                 if recipe.clip_norm is not None:
+                    for parameter, mask in alive:
+                        if parameter.grad is not None:
+                            parameter.grad.mul_(mask)
                     fabric.clip_gradients(network, optimizer, max_norm=recipe.clip_norm)
                 optimizer.step()
                 total += loss.detach()
@@ -292,12 +313,14 @@ def train(
             if on_epoch is not None:
                 on_epoch(row)
             if checkpoint is not None and result.steps < stop and time.perf_counter() - saved >= checkpoint_every:
-                _save(checkpoint, model, optimizer.optimizer, result)
+                _save(checkpoint, of, model, optimizer.optimizer, result)
                 saved = time.perf_counter()
         if handle is not None:
             handle.remove()
         result.images_per_second = seen / max(time.perf_counter() - clock, 1e-9)
         result.accuracy, result.loss = evaluate(network, data, "test", recipe.channels_last)
+        if len(data.test) > 0:
+            _check_finite(result.loss, result, recipe)
     result.epochs = (result.steps - start_step) / per_epoch
     result.seconds = before + time.perf_counter() - clock
     if checkpoint is not None:
@@ -310,7 +333,7 @@ def _mix(*numbers: int) -> int:
     return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=7).digest(), "little")
 
 
-def _check_finite(total: Tensor, result: Trained, recipe: Recipe) -> None:
+def _check_finite(total: Tensor | float, result: Trained, recipe: Recipe) -> None:
     if not math.isfinite(float(total)):
         raise AutoSparseFailure(
             f"training diverged: the loss is not finite by step {result.steps} (lr {recipe.lr}, {recipe.optimizer}); "
@@ -318,25 +341,42 @@ def _check_finite(total: Tensor, result: Trained, recipe: Recipe) -> None:
         )
 
 
-def _save(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, result: Trained) -> None:
+def _fingerprint(
+    data: ImageData, recipe: Recipe, masks: Masks | None, seed: int, start_step: int, stop_step: int
+) -> str:
+    """What a checkpoint belongs to: with anything else it would go on silently wrong."""
+    digest = hashlib.sha256(repr((recipe, seed, start_step, stop_step, data.augment, data.classes)).encode())
+    digest.update(data.train.labels.cpu().numpy().tobytes())
+    for name, mask in sorted((masks or {}).items()):
+        digest.update(name.encode())
+        digest.update(np.packbits(mask.cpu().numpy()).tobytes())
+    return digest.hexdigest()
+
+
+def _save(path: Path, of: str, model: nn.Module, optimizer: torch.optim.Optimizer, result: Trained) -> None:
     state = {
+        "of": of,
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
         "steps": result.steps,
         "seconds": result.seconds,
         "history": result.history,
     }
+    buffer = io.BytesIO()  # torch's own writer does not say so when the disk is full
+    torch.save(state, buffer)
     with replace_file(path) as temporary:
-        torch.save(state, temporary)
+        temporary.write_bytes(buffer.getbuffer())
 
 
-def _restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, result: Trained) -> None:
+def _restore(path: Path, of: str, model: nn.Module, optimizer: torch.optim.Optimizer, result: Trained) -> None:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
+        if state.get("of") != of:
+            raise ValueError("it is of another training (recipe, seed, masks, steps or data differ)")
+        result.steps, result.seconds, result.history = state["steps"], state["seconds"], state["history"]
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
     except Exception as error:
         raise AutoSparseError(
             f"checkpoint {path} cannot be resumed: {_first_line(error)}; delete it to train from the start"
         ) from error
-    result.steps, result.seconds, result.history = state["steps"], state["seconds"], state["history"]

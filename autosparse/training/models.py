@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from autosparse.errors import AutoSparseError, require, settings, suggest
+from autosparse.network.signals import seeded
 
 
 @settings
@@ -77,7 +78,7 @@ class MLP(nn.Module):
         super().__init__()
         sizes = [in_features, *[width] * depth]
         hidden = [m for i, o in itertools.pairwise(sizes) for m in (nn.Linear(i, o), nn.ReLU())]
-        self.layers = nn.Sequential(nn.Flatten(), *hidden, nn.Linear(width, classes))
+        self.layers = nn.Sequential(nn.Flatten(), *hidden, nn.Linear(sizes[-1], classes))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers(x)
@@ -224,8 +225,7 @@ def create_model(
         AutoSparseError: unknown name, a package that is not installed, or options that the factory refuses.
     """
     chosen = ModelSettings(model) if isinstance(model, str) else model
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed, torch.device("cpu")):
         try:
             return _build(chosen, in_channels, classes, image_size)
         except TypeError as error:

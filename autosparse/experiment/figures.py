@@ -1,0 +1,444 @@
+"""The figures of a report, as SVG."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from html import escape
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from autosparse.experiment.results import (
+    BINS,
+    DENSE,
+    CellKey,
+    Record,
+    Result,
+    aggregate,
+    dense_accuracy,
+    number,
+    plural,
+    scorer_name,
+    stat,
+    unique,
+)
+
+# Okabe and Ito's colours without the yellow, which is too light on white; the line style changes when they run out.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A4F9E", "#555555")
+LINES = ("-", "--", ":", "-.")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "h")
+STYLE = {
+    "svg.hashsalt": "autosparse",
+    "svg.fonttype": "path",
+    "text.parse_math": False,  # a criterion called a$b is no formula
+    "font.size": 9,
+    "axes.titlesize": 9.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e4e4e4",
+    "grid.linewidth": 0.6,
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "lines.linewidth": 1.4,
+    "lines.markersize": 4.5,
+}
+WIDTH = 9.6  # inches: 920 CSS pixels, a page's width
+
+
+class Look(NamedTuple):
+    """How a criterion looks, the same in every figure."""
+
+    color: str
+    linestyle: str
+    marker: str
+
+
+def looks(names: Iterable[str]) -> dict[str, Look]:
+    """A look for each name, in order of first appearance."""
+    return {
+        name: Look(COLOURS[i % len(COLOURS)], LINES[i // len(COLOURS) % len(LINES)], MARKERS[i % len(MARKERS)])
+        for i, name in enumerate(unique(names))
+    }
+
+
+def panels(count: int, columns: int = 3, height: float = 2.7) -> tuple[Any, list[Any]]:
+    """A figure of page width with `count` axes; no pyplot, hence no global state."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    figure: Any = Figure(figsize=(WIDTH if columns > 1 else 0.8 * WIDTH, rows * height + 0.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.get_layout_engine().set(h_pad=0.08, w_pad=0.08)
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for ax in axes[count:]:
+        ax.remove()
+    return figure, axes[:count]
+
+
+def legend_below(figure: Any, handles: Sequence[Any], labels: Sequence[str]) -> None:
+    """One legend for all panels, under them, in as many columns as fit."""
+    inches = max(len(label) for label in labels) * 0.075 + 0.6
+    columns = max(1, min(len(labels), int(figure.get_figwidth() / inches)))
+    figure.set_figheight(figure.get_figheight() + 0.19 * -(-len(labels) // columns))
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, handlelength=2.4, columnspacing=1.4)
+
+
+def legend_of(figure: Any, criteria: Iterable[str], look: Mapping[str, Look], *more: tuple[Any, str]) -> None:
+    from matplotlib.lines import Line2D
+
+    entries = [(Line2D([], [], **look[c]._asdict()), c) for c in criteria] + list(more)
+    legend_below(figure, [handle for handle, _ in entries], [label for _, label in entries])
+
+
+def dodge(count: int, width: float) -> list[float]:
+    """`count` offsets across `width` about zero, by which equal values stay apart."""
+    return [width * (i / (count - 1) - 0.5) if count > 1 else 0.0 for i in range(count)]
+
+
+def density_axis(ax: Any, sparsities: Iterable[float]) -> float:
+    """A logarithmic axis of density, sparser to the right, with the sparsities themselves as ticks where they fit.
+
+    Returns its length in decades.
+    """
+    shown = sorted(set(sparsities))
+    low, high = math.log10(1 / (1 - shown[0])), math.log10(1 / (1 - shown[-1]))
+    span = max(high - low, 0.3)
+    ticks: list[float] = []
+    for s in reversed(shown):  # from the sparsest, whose label matters most
+        if not ticks or math.log10((1 - s) / (1 - ticks[-1])) > 0.075 * span:
+            ticks.append(s)
+    ax.set_xscale("log")
+    ax.set_xlim(10 ** (-low + 0.08 * span), 10 ** (-high - 0.08 * span))
+    ax.set_xticks([1 - s for s in ticks], [f"{100 * s:.6g}" for s in ticks])
+    ax.set_xticks([], minor=True)
+    return span
+
+
+def plot_accuracy(rows: Sequence[Result], look: Mapping[str, Look]) -> Any:
+    """Accuracy against sparsity: a panel for each model, a line for each criterion, bars of one std over seeds."""
+    from matplotlib.lines import Line2D
+
+    cells = aggregate(rows)
+    models, criteria = unique(k[0] for k in cells), unique(k[1] for k in cells)
+    figure, axes = panels(len(models), height=3.1)
+    for ax, model in zip(axes, models, strict=True):
+        own = unique(k[1] for k in cells if k[0] == model)
+        span = density_axis(ax, (k[2] for k in cells if k[0] == model))
+        for criterion, shift in zip(own, dodge(len(own), 0.05 * span), strict=True):
+            points = sorted((s, cell.accuracy) for (m, c, s), cell in cells.items() if (m, c) == (model, criterion))
+            ax.errorbar(
+                [(1 - s) * 10**-shift for s, _ in points],
+                [100 * a.mean for _, a in points],
+                [0 if math.isnan(a.std) else 100 * a.std for _, a in points],
+                **look[criterion]._asdict(),
+                capsize=2,
+                elinewidth=0.8,
+            )
+        dense = dense_accuracy(rows, model)
+        if dense.n:
+            ax.axhline(100 * dense.mean, color="#333333", linestyle=(0, (6, 3)), linewidth=1, zorder=1)
+        ax.set_title(f"{model} (dense {100 * dense.mean:.1f} %)" if dense.n else model)
+        ax.set_xlabel("sparsity (%)")
+    for ax in axes[:: min(3, len(axes))]:
+        ax.set_ylabel("test accuracy (%)")
+    legend_of(figure, criteria, look, (Line2D([], [], color="#333333", linestyle=(0, (6, 3)), linewidth=1), DENSE))
+    return figure
+
+
+def plot_cost(rows: Sequence[Result], look: Mapping[str, Look]) -> Any:
+    """Accuracy against mask cost: a row of panels for each model, of its three highest sparsities."""
+    cells = {k: c for k, c in aggregate(rows).items() if c.mask_cost.n and c.accuracy.n}
+    places = [
+        (model, sparsity)
+        for model in unique(k[0] for k in cells)
+        for sparsity in sorted({k[2] for k in cells if k[0] == model})[-3:]
+    ]
+    columns = max(sum(m == model for m, _ in places) for model, _ in places)
+    figure, axes = panels(len(places), columns=columns if len({m for m, _ in places}) > 1 else 3, height=3.3)
+    dearest = max(c.mask_cost.mean for c in cells.values())
+    labels = []
+    for ax, (model, sparsity) in zip(axes, places, strict=True):
+        points = [(c, cell) for (m, c, s), cell in cells.items() if (m, s) == (model, sparsity)]
+        steps = frontier([(cell.mask_cost.mean, cell.accuracy.mean) for _, cell in points])
+        ax.plot(
+            [x for x, _ in steps] + [1.5 * dearest + 0.1],
+            [100 * y for _, y in steps] + [100 * steps[-1][1]],
+            color="#d8d8d8",
+            linewidth=2.5,
+            drawstyle="steps-post",
+            zorder=1,
+            solid_capstyle="butt",
+        )
+        for criterion, cell in points:
+            a = cell.accuracy
+            color, _, marker = look[criterion]
+            bar = 0 if math.isnan(a.std) else 100 * a.std
+            ax.errorbar(cell.mask_cost.mean, 100 * a.mean, bar, color=color, marker=marker, capsize=2, elinewidth=0.8)
+        ax.set_xscale("symlog", linthresh=0.1, linscale=1.2)
+        ticks = [
+            t
+            for t in (0, *([] if dearest > 0.5 else [0.03]), 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000)
+            if t <= max(1.3 * dearest, 0.1)
+        ]
+        ax.set_xticks(ticks, [f"{t:g}" for t in ticks])
+        ax.set_xticks([], minor=True)
+        ax.set_xlim(-0.02, 4 * dearest + 0.1)  # room for labels at the right
+        ax.margins(y=0.12)
+        ax.set_title(f"{model}, {100 * sparsity:.6g} % sparse")
+        ax.set_xlabel("mask cost (trainings)")
+        labels.append([(cell.mask_cost.mean, 100 * cell.accuracy.mean, criterion) for criterion, cell in points])
+    for ax in axes[:: columns if columns > 1 else 1]:
+        ax.set_ylabel("test accuracy (%)")
+    figure.draw_without_rendering()  # places the axes, which the labels' places depend on
+    for ax, points_of_ax in zip(axes, labels, strict=True):
+        label_points(ax, points_of_ax)
+    return figure
+
+
+def frontier(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Those (cost, accuracy) that no cheaper or equally cheap point reaches, by cost."""
+    best: list[tuple[float, float]] = []
+    for cost, accuracy in sorted(points, key=lambda p: (p[0], -p[1])):
+        if not best or accuracy > best[-1][1]:
+            best.append((cost, accuracy))
+    return best
+
+
+def label_points(ax: Any, points: Sequence[tuple[float, float, str]], size: float = 7.5) -> None:
+    """Write each (x, y, text) beside its point, at the nearest place free of points and of other labels."""
+    renderer = ax.figure.canvas.get_renderer()
+    to_points = 72 / ax.figure.dpi
+    spots = ax.transData.transform([(x, y) for x, y, _ in points]) * to_points
+    frame = ax.get_window_extent().get_points() * to_points
+    taken = [(x - 4, y - 4, x + 4, y + 4) for x, y in spots]
+    for i in sorted(range(len(points)), key=lambda i: -points[i][1]):
+        (px, py), text = spots[i], shortened(points[i][2], 26)
+        note = ax.annotate(text, points[i][:2], xytext=(0, 0), textcoords="offset points", fontsize=size, va="center")
+        note.set_in_layout(False)
+        width = note.get_window_extent(renderer).width * to_points
+        height = 1.15 * size
+        sides = [(dx, dy * height) for dy in (0, 1, -1, 2, -2, 3, -3, 4, -4, 5, -5, 6, -6, 7, -7) for dx in (7, 14)]
+        sides = [side for dx, dy in sides for side in ((dx, dy), (-dx - width, dy))]
+        boxes = [(px + dx - 2, py + dy - height / 2, px + dx + width + 2, py + dy + height / 2) for dx, dy in sides]
+        inside = [
+            k
+            for k, (x0, y0, x1, y1) in enumerate(boxes)
+            if x0 >= frame[0, 0] and x1 <= frame[1, 0] and y0 >= frame[0, 1] and y1 <= frame[1, 1]
+        ]
+        free = [k for k in inside if not any(overlap(boxes[k], other) for other in taken)]
+        k = (free or inside or [0])[0]
+        taken.append(boxes[k])
+        dx, dy = sides[k]
+        note.set_position((dx, dy))
+        if dy or abs(dx) == 14:
+            end = (dx if dx > 0 else dx + width, dy)
+            ax.annotate(
+                "",
+                points[i][:2],
+                xytext=end,
+                textcoords="offset points",
+                arrowprops={"arrowstyle": "-", "color": "#888888", "linewidth": 0.5, "shrinkA": 0, "shrinkB": 3},
+            ).set_in_layout(False)
+
+
+def overlap(a: Sequence[float], b: Sequence[float]) -> bool:
+    """Whether two boxes (left, bottom, right, top) share a point."""
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+
+
+def shortened(text: str, length: int) -> str:
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def plot_layers(densities: Mapping[CellKey, Sequence[Mapping[str, float]]], look: Mapping[str, Look]) -> Any:
+    """Density of each layer, in the network's order, at the highest sparsity but one; a cross: no weight left."""
+    chosen = []
+    for model in unique(k[0] for k in densities):
+        sparsities = sorted({k[2] for k in densities if k[0] == model})
+        chosen.append((model, sparsities[-2] if len(sparsities) > 1 else sparsities[0]))
+    depth = max(len(cells[0]) for cells in densities.values())
+    figure, axes = panels(len(chosen), columns=1 if depth > 12 else 2, height=3.4)
+    figure.set_figwidth(WIDTH)
+    criteria = []
+    for ax, (model, sparsity) in zip(axes, chosen, strict=True):
+        own = {c: densities[model, c, sparsity] for c in look if (model, c, sparsity) in densities}
+        criteria += list(own)
+        names = unique(name for cells in own.values() for cell in cells for name in cell)
+        means = {
+            c: [stat(cell.get(name, math.nan) for cell in cells).mean for name in names] for c, cells in own.items()
+        }
+        lowest = min((v for values in means.values() for v in values if v > 0), default=1e-3)
+        grave = lowest / 4
+        for (criterion, cells), shift in zip(own.items(), dodge(len(own), 0.3), strict=True):
+            x = np.arange(len(names)) + shift
+            y = np.array([v if v > 0 else math.nan for v in means[criterion]])
+            ax.plot(x, y, **{**look[criterion]._asdict(), "markersize": 3.5})
+            dead = [k for k, name in enumerate(names) if any(cell.get(name) == 0 for cell in cells)]
+            ax.plot(x[dead], [grave] * len(dead), "x", color=look[criterion].color, markersize=7, markeredgewidth=1.8)
+        ax.set_yscale("log")
+        bottom = grave / 2
+        ax.set_ylim(bottom, 1.5)
+        ax.axhspan(bottom, grave * 2, color="#f3f3f3", zorder=0)
+        ticks = [10.0**k for k in range(-8, 1) if 10.0**k > grave * 2]
+        ax.set_yticks([grave, *ticks], ["dead", *(f"{100 * t:g} %" for t in ticks)])
+        ax.set_yticks([], minor=True)
+        ax.set_xlim(-0.6, len(names) - 0.4)
+        if len(names) <= 60:
+            ax.set_xticks(
+                range(len(names)),
+                [short_layer(name) for name in names],
+                rotation=60,
+                ha="right",
+                fontsize=7,
+                rotation_mode="anchor",
+            )
+        else:
+            ax.set_xlabel("layer, from the input")
+        ax.set_title(f"{model}, {100 * sparsity:.6g} % sparse")
+        ax.set_ylabel("density of the layer")
+    legend_of(figure, [c for c in look if c in criteria], look)
+    return figure
+
+
+def short_layer(name: str) -> str:
+    name = name.removesuffix(".weight")
+    return name if len(name) <= 28 else "…" + name[-27:]  # the end tells layers apart
+
+
+def by_model(records: Sequence[Record]) -> dict[str, list[Record]]:
+    models: dict[str, list[Record]] = defaultdict(list)
+    for record in records:
+        models[record.model].append(record)
+    return dict(models)
+
+
+def mean_curve(curves: Sequence[np.ndarray]) -> np.ndarray:
+    """Mean of curves over records, bin by bin, without the bins that a record does not fill."""
+    stacked = np.array(curves)
+    known = np.isfinite(stacked)
+    return np.where(known, stacked, 0).sum(0) / np.where(known.any(0), known.sum(0), np.nan)
+
+
+def plot_survival(records: Sequence[Record]) -> Any:
+    """Rounds survived, and share in the ticket, against the quantile of the initial magnitude."""
+    from matplotlib.lines import Line2D
+
+    models = by_model(records)
+    many = len(models) > len(COLOURS)  # then each model is a thin grey line, and their mean a thick one
+    look = looks(models)
+    figure, axes = panels(2, height=3.3)
+    quantile = 100 * (np.arange(BINS) + 0.5) / BINS
+    curves = (("within", "overall"), ("ticket_within", "ticket_overall"))
+    titles = ("fraction of rounds survived", "fraction in the last ticket")
+    for ax, (within, overall), title in zip(axes, curves, titles, strict=True):
+        for model, own in models.items():
+            color = "#bbbbbb" if many else look[model].color
+            ax.plot(
+                quantile, mean_curve([getattr(r, within) for r in own]), color=color, linewidth=0.8 if many else 1.6
+            )
+            if not many:
+                ax.plot(
+                    quantile, mean_curve([getattr(r, overall) for r in own]), color=color, linestyle="--", linewidth=1
+                )
+        if many:
+            ax.plot(quantile, mean_curve([getattr(r, within) for r in records]), color=COLOURS[0], linewidth=2)
+            ax.plot(quantile, mean_curve([getattr(r, overall) for r in records]), color=COLOURS[0], linestyle="--")
+        ax.set_title(title)
+        ax.set_xlabel("quantile of initial magnitude |θ₀| (%)")
+        ax.set_ylim(bottom=0)
+    entries: list[tuple[Any, str]] = []
+    if many:
+        entries = [(Line2D([], [], color="#bbbbbb", linewidth=0.8), f"each of {len(models)} models, within layers")]
+        entries.append((Line2D([], [], color=COLOURS[0], linewidth=2), "mean, bins within layers"))
+        entries.append((Line2D([], [], color=COLOURS[0], linestyle="--"), "mean, bins over all layers"))
+    else:
+        entries = [
+            (Line2D([], [], color=look[m].color), f"{m} ({plural(len(own), 'run')})") for m, own in models.items()
+        ]
+        entries.append((Line2D([], [], color="#333333"), "bins within layers"))
+        entries.append((Line2D([], [], color="#333333", linestyle="--", linewidth=1), "bins over all layers"))
+    legend_below(figure, [handle for handle, _ in entries], [label for _, label in entries])
+    return figure
+
+
+def plot_rounds(records: Sequence[Record]) -> Any:
+    """Accuracy of each IRP round against its density."""
+    from matplotlib.lines import Line2D
+
+    models = by_model([r for r in records if len(r.density)])
+    many = len(models) > len(COLOURS)
+    look = looks(models)
+    figure, (ax,) = panels(1, height=3.2)
+    for model, own in models.items():
+        color = "#999999" if many else look[model].color
+        for record in own:
+            style = "-" if record.complete else ":"
+            ax.plot(
+                record.density, 100 * record.accuracy, linestyle=style, marker="o", markersize=3, color=color, alpha=0.8
+            )
+    densities = [d for own in models.values() for r in own for d in r.density]
+    low, high = min(densities), max(densities)
+    ticks = [
+        t for t in (1, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005, 0.002, 0.001, 1e-4, 1e-5) if low / 1.3 <= t <= high * 1.3
+    ]
+    ax.set_xscale("log")
+    ax.set_xlim(high * 1.15, low / 1.15)
+    ax.set_xticks(ticks, [f"{100 * t:g}" for t in ticks])
+    ax.set_xticks([], minor=True)
+    ax.set_xlabel("density (% of weights left)")
+    ax.set_ylabel("accuracy (%)")
+    entries = [(Line2D([], [], color="#999999"), f"{len(models)} models")]
+    if not many:
+        entries = [
+            (Line2D([], [], color=look[m].color), f"{m} ({plural(len(own), 'run')})") for m, own in models.items()
+        ]
+    if any(not r.complete for own in models.values() for r in own):
+        entries.append((Line2D([], [], color="#333333", linestyle=":"), "unfinished"))
+    legend_below(figure, [handle for handle, _ in entries], [label for _, label in entries])
+    return figure
+
+
+def loss_history(card: Mapping[str, Any]) -> list[tuple[float, float, float]]:
+    """(epoch, training loss, validation loss) of a scorer's card."""
+    history = card.get("history")
+    entries = [entry for entry in history if isinstance(entry, Mapping)] if isinstance(history, list) else []
+    return [tuple(number(e.get(k)) for k in ("epoch", "train_loss", "validation_loss")) for e in entries]  # type: ignore[misc]
+
+
+def plot_fitting(scorers: Sequence[tuple[str, dict[str, Any]]]) -> Any:
+    """Loss against epoch of each scorer, on the records it learns from and on those held out."""
+    shown = [(scorer_name(path, card), loss_history(card)) for path, card in scorers if loss_history(card)][:12]
+    from matplotlib.lines import Line2D
+
+    figure, axes = panels(len(shown), height=2.4)
+    for ax, (name, history) in zip(axes, shown, strict=True):
+        epochs, train, validation = zip(*history, strict=True)
+        ax.plot(epochs, train, color=COLOURS[0], marker=".")
+        ax.plot(epochs, validation, color=COLOURS[1], linestyle="--", marker=".")
+        ax.set_title(name)
+        ax.set_xlabel("epoch")
+    axes[0].set_ylabel("loss")
+    handles = [Line2D([], [], color=COLOURS[0]), Line2D([], [], color=COLOURS[1], linestyle="--")]
+    legend_below(figure, handles, ["training records", "validation records"])
+    return figure
+
+
+def svg(draw: Callable[[], Any], name: str) -> str:
+    """The SVG text of a figure: the same bytes for the same input, ids made unique by the figure's name."""
+    import io
+
+    import matplotlib.style
+
+    with matplotlib.style.context(STYLE, after_reset=True):
+        buffer = io.StringIO()
+        draw().savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    text = re.sub(r'<!--.*?-->\n?|(?<=<g) id="[^"]*"', "", buffer.getvalue())  # a third of the bytes, used by nothing
+    text = re.sub(r"\n\s+", "\n", text)
+    text = re.sub(r'\b(id="|xlink:href="#)|(url\(#)', rf"\g<0>{name}-", text)
+    return text[text.index("<svg") :].replace("<svg ", f'<svg role="img" aria-label="{escape(name)}" ', 1)

@@ -38,8 +38,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _fail(str(error), 2)
     except AutoSparseFailure as error:
         _fail(str(error), 1)
-    except KeyboardInterrupt:
-        _fail("stopped: run the same command again to go on", 130)
+    except SystemExit as end:
+        if end.code == 130:  # what typer makes of Ctrl-C, without a word
+            _fail("stopped: run the same command again to go on", 130)
+        raise
 
 
 def _fail(message: str, code: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -138,6 +139,26 @@ _FREE = {"output", "device", "tracking"}
 _AXES = {GenerateConfig: {"models", "seeds"}, BenchmarkConfig: {"models", "criteria", "sparsities", "seeds"}}
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML with the numbers that people write: `1e-3` is one, and `2:4` is a pattern, not 124 (base 60)."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [pair for pair in pairs if pair[0] not in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")]
+    for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?(0|[1-9][0-9_]*)$"), list("-+0123456789"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"([-+]?([0-9]+\.[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+|[-+]?\.inf|\.nan)$"),
+    list("-+0123456789."),
+)
+
+
+def _read(text: str) -> Any:
+    return yaml.load(text, _Loader)  # a SafeLoader
+
+
 def load_config(schema: type[T], path: Path | None, overrides: Sequence[str] = ()) -> T:
     """Settings from a YAML file and `key.sub=value` overrides, checked.
 
@@ -149,7 +170,7 @@ def load_config(schema: type[T], path: Path | None, overrides: Sequence[str] = (
         if not path.is_file():
             raise AutoSparseError(f"config {path} does not exist: give a YAML file such as those in configs/")
         try:
-            values = yaml.safe_load(path.read_text()) or {}
+            values = _read(path.read_text()) or {}
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise AutoSparseError(f"config {path} is not YAML: {' '.join(str(error).split())}") from error
         if not isinstance(values, dict):
@@ -185,7 +206,7 @@ def _override(values: dict[str, Any], text: str) -> None:
             raise AutoSparseError(f"override {text!r}: {part} is a {type(inner).__name__}, it has no keys")
         at = inner
     try:
-        at[last] = yaml.safe_load(value)
+        at[last] = _read(value)
     except yaml.YAMLError as error:
         raise AutoSparseError(f"override {text!r}: the value is not YAML") from error
 
@@ -212,6 +233,8 @@ def _explain(schema: type, error: ValidationError) -> str:
         owner = _at(schema, first["loc"][:-1])
         known = [f.name for f in dataclasses.fields(owner)] if owner is not None else []
         return f"unknown key {where!r}: {suggest(str(first['loc'][-1]), known)}"
+    if first["type"] == "missing":
+        return f"{where} is missing: give it"
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error":
         return f"{where}: {message}" if where and not message.startswith(where) else message

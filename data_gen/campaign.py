@@ -58,8 +58,10 @@ def generate(
 
     Raises:
         AutoSparseError: an input is wrong in a way that concerns every run (the data cannot be read).
+        AutoSparseFailure: every run failed for the same reason.
     """
     campaign = Campaign()
+    failure: AutoSparseError | AutoSparseFailure | None = None
     images = load_data(todo[0].data)
     for model in {run.model.label(): run.model for run in todo}.values():  # wrong input is told before hours are spent
         check_prunable(
@@ -77,7 +79,8 @@ def generate(
             generate_record(run, path, device=device, data=images, on_round=report, on_epoch=on_epoch)
             campaign.records.append(path)
         except (AutoSparseError, AutoSparseFailure) as error:
-            if len(todo) == 1:
-                raise
+            failure = error
             campaign.failures[run.label()] = str(error)
+    if failure is not None and not campaign.records and len(set(campaign.failures.values())) == 1:
+        raise failure
     return campaign

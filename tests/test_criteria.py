@@ -67,7 +67,9 @@ def test_snip_is_the_change_of_the_loss_when_a_weight_goes() -> None:
 def test_every_preset_on_every_network(
     preset: str, model_name: str, unchanged: Callable[[nn.Module], AbstractContextManager[None]]
 ) -> None:
-    model = create_model(ModelSettings(model_name, width=2), in_channels=1, classes=4, image_size=8, seed=3)
+    model = create_model(
+        ModelSettings(model_name, width=8 if model_name == "mlp" else 2), in_channels=1, classes=4, image_size=8, seed=3
+    )
     generator = torch.Generator().manual_seed(0)
     batches = [(torch.randn(n, 1, 8, 8, generator=generator), torch.arange(n) % 4) for n in (6, 3)]
     layers = prunable_layers(model)

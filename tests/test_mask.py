@@ -212,7 +212,7 @@ def test_bad_files(tmp_path: Path, masks: Masks) -> None:
     whole = path.read_bytes()
     for content in (whole[:-3], whole[:20], b"", b"PK\x03\x04 a zip", json.dumps({"a": 1}).encode()):
         path.write_bytes(content)
-        with pytest.raises(AutoSparseError, match="cannot be read as masks: .*truncated or not safetensors"):
+        with pytest.raises(AutoSparseError, match=r"cannot be read as masks: .*truncated or not safetensors"):
             Masks.load(path)
     save_file({"a": torch.ones(2)}, path)
     with pytest.raises(AutoSparseError, match=r"holds no schema, not autosparse\.masks/1"):
@@ -228,7 +228,7 @@ def test_a_failing_write_leaves_the_old_file(tmp_path: Path, masks: Masks) -> No
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))  # as a full disk would
     try:
-        with pytest.raises(AutoSparseFailure, match="cannot write .*: .*; free space"):
+        with pytest.raises(AutoSparseFailure, match=r"cannot write .*: .*; free space"):
             Masks({"a": torch.zeros(50, 50, dtype=torch.bool)}).save(path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

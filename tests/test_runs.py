@@ -177,7 +177,7 @@ def test_stopped_in_every_epoch(
         except Stop:
             pass
     same(path, whole[name])
-    assert len(epochs) == 8 + (len(epochs) // 2), "four trainings of two epochs, and one lost at each stop"
+    assert len(epochs) == 15, "four trainings of two epochs, and one epoch lost at each of seven stops"
     assert not (tmp_path / "r.state").exists()
 
 
@@ -222,8 +222,8 @@ def test_a_lost_rewind_state_is_told(data: ImageData, tmp_path: Path) -> None:
 
 
 SLOW = {
-    "recipe": {"epochs": 4, "batch_size": 10, "lr": 0.05, "schedule": "cosine"},
-    "irp": {"rounds": 8, "density": 0.1},
+    "recipe": {"epochs": 2, "batch_size": 20, "lr": 0.05, "schedule": "cosine"},
+    "irp": {"rounds": 6, "density": 0.1},
 }
 
 
@@ -244,13 +244,13 @@ def test_killed_at_three_random_moments(tmp_path: Path, rewind_step: int) -> Non
     config.write_text(yaml.safe_dump(values))
     record = tmp_path / "out" / "records" / "convnet-w4_digits_s0.h5"
     chance = random.Random(rewind_step)
-    moments = sorted(chance.sample(range(7), 3))  # rounds in the record when the kill strikes
+    moments = sorted(chance.sample(range(5), 3))  # rounds in the record when the kill strikes
     killed = []
     for moment in moments:
         process = start(config)
         while process.poll() is None and rounds_in(record) < moment:
             time.sleep(0.01)
-        time.sleep(chance.uniform(0, 0.15))
+        time.sleep(chance.uniform(0, 0.05))
         process.send_signal(signal.SIGKILL)
         killed.append(process.wait() == -signal.SIGKILL)
     before = rounds_in(record)
@@ -349,6 +349,12 @@ def test_a_diverging_run_fails_and_the_rest_goes_on(whole: dict[str, Path], tmp_
     same(campaign.records[0], whole["magnitude"])
     with pytest.raises(AutoSparseFailure, match="training diverged"):
         generate([doomed], tmp_path, device="cpu")
+
+
+def test_what_is_wrong_with_every_run_is_one_error(tmp_path: Path) -> None:
+    late = replace(RUN, irp=replace(RUN.irp, rewind_step=10))
+    with pytest.raises(AutoSparseError, match=r"irp.rewind_step is 10: a training has 10 steps"):
+        generate([late, replace(late, seed=4)], tmp_path, device="cpu")
 
 
 @pytest.mark.parametrize(

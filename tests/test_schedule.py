@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -27,7 +28,7 @@ def test_falls_to_exactly_the_density(density: float, steps: int, schedule: str)
     path = densities(density, steps, schedule)
     assert len(path) == steps
     assert path[-1] == density
-    assert all(0 < b <= a * (1 + 1e-12) <= 1 + 1e-12 for a, b in zip(path, path[1:], strict=False))
+    assert all(0 < b <= a * (1 + 1e-12) <= 1 + 1e-12 for a, b in itertools.pairwise(path))
 
 
 def test_numbers_of_numpy_are_numbers() -> None:
@@ -49,7 +50,7 @@ def test_bad_sparsity(sparsity: object) -> None:
 
 @pytest.mark.parametrize("steps", [0, -1, 1.5])
 def test_bad_steps(steps: float) -> None:
-    with pytest.raises(AutoSparseError, match="steps is .*whole number"):
+    with pytest.raises(AutoSparseError, match=r"steps is .*whole number"):
         densities(0.5, steps)
 
 

@@ -188,7 +188,7 @@ def test_exact_count_floor_and_seed(network, density, scope, floor, seed) -> Non
     total = round(density * sum(layer.numel for layer in layers.values()))
     least = {n: math.ceil(floor * layer.numel) for n, layer in layers.items()}
     if sum(least.values()) > total:
-        with pytest.raises(AutoSparseError, match="floor .* asks for .* weights over all layers, the density keeps"):
+        with pytest.raises(AutoSparseError, match=r"floor .* asks for .* weights over all layers, the density keeps"):
             select(scores, density, layers=layers, scope=scope, floor=floor)
         return
     masks = select(scores, density, layers=layers, scope=scope, floor=floor, seed=seed)
@@ -321,7 +321,7 @@ def test_scores_that_mean_nothing() -> None:
     layers = {n: linear(n, 1, 2) for n in "ab"}
     good = torch.tensor([[1.0, 2.0]])
     for bad in (torch.nan, torch.inf, -torch.inf):
-        with pytest.raises(AutoSparseError, match="1 of 2 scores of 'b' are not finite: .*NaN or inf"):
+        with pytest.raises(AutoSparseError, match=r"1 of 2 scores of 'b' are not finite: .*NaN or inf"):
             select({"a": good, "b": torch.tensor([[bad, 1.0]])}, 0.5, layers=layers)
     with pytest.raises(AutoSparseError, match=r"all scores are zero.*classifier initialized to zeros"):
         select({n: torch.zeros(1, 2) for n in "ab"}, 0.5, layers=layers)

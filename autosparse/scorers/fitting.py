@@ -485,18 +485,20 @@ def _validation_loss(
 
 
 def _standardise(network: MLPScorer, part: Rows, held: Table | None, generator: torch.Generator) -> None:
-    """Mean, standard deviation and range of the features over one epoch's rows (at most a million)."""
-    seen, parts = 0, []
+    """Mean, standard deviation and range of the features over one epoch's rows: all of them, since a streamed epoch
+    begins with a few layers only."""
+    count, total, squares = 0, torch.zeros(1), torch.zeros(1)
+    low, high = torch.full_like(network.low, math.inf), torch.full_like(network.high, -math.inf)
     for x, _, _ in part.epoch(held, generator):
-        parts.append(x)
-        seen += len(x)
-        if seen >= 1_000_000:
-            break
-    sample = torch.cat(parts).double()
-    network.low.copy_(sample.amin(0).float())
-    network.high.copy_(sample.amax(0).float())
-    network.mean.copy_(sample.mean(0).float())
-    network.std.copy_(sample.std(0).clamp(min=1e-3).float() if len(sample) > 1 else torch.ones_like(network.std))
+        count += len(x)
+        total = total + x.double().sum(0)
+        squares = squares + x.double().square().sum(0)
+        low, high = torch.minimum(low, x.amin(0)), torch.maximum(high, x.amax(0))
+    mean = total / count
+    network.low.copy_(low)
+    network.high.copy_(high)
+    network.mean.copy_(mean)
+    network.std.copy_((squares / count - mean.square()).clamp(min=1e-6).sqrt())
 
 
 # -- what it is worth ---------------------------------------------------------------------------------------------------

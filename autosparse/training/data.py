@@ -383,7 +383,10 @@ def _hdf5(path: Path) -> _Raw:
         if labels.min() < 0:
             raise AutoSparseError(f"data hdf5:{path}: {split}/labels holds {labels.min()}; classes are 0, 1, …")
     if arrays[0].shape[1] != arrays[0].shape[2] or arrays[0].shape[1:] != arrays[2].shape[1:]:
-        raise AutoSparseError(f"data hdf5:{path}: images must be square and of one size, got {arrays[0].shape[1:]}")
+        raise AutoSparseError(
+            f"data hdf5:{path}: images must be square and of one shape, "
+            f"got train {arrays[0].shape[1:]} and test {arrays[2].shape[1:]}"
+        )
     return _Raw(arrays[0], arrays[1].astype(np.int64), arrays[2], arrays[3].astype(np.int64))
 
 

@@ -232,6 +232,14 @@ def create_model(
             raise AutoSparseError(
                 f"model {chosen.name!r} does not take options {dict(chosen.options)} and width {chosen.width}: {error}"
             ) from error
+        except AutoSparseError:
+            raise
+        except (ValueError, AssertionError, RuntimeError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise AutoSparseError(
+                f"model {chosen.name!r} cannot be built for images of {in_channels}×{image_size}×{image_size} with options "
+                f"{dict(chosen.options)}: {reason}; change data.image_size or the options"
+            ) from error
 
 
 def _build(model: ModelSettings, in_channels: int, classes: int, image_size: int) -> nn.Module:

@@ -1,0 +1,350 @@
+"""The grid: its order, what is resumed, what fails, and what the table says."""
+
+from __future__ import annotations
+
+import csv
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from autosparse.errors import AutoSparseError
+from autosparse.experiment import benchmark
+from autosparse.experiment.benchmark import (
+    COLUMNS,
+    Candidate,
+    Cell,
+    build_model,
+    failures,
+    find_masks,
+    grid,
+    run_grid,
+    write_results,
+)
+from autosparse.masks.mask import Masks
+from autosparse.pruning import irp as irp_module
+from autosparse.scorers.features import DEFAULT
+from autosparse.scorers.fitting import Scorer
+from autosparse.scorers.mlp import MLPScorer
+from autosparse.training.data import DataSettings, ImageData, load_data
+from autosparse.training.loop import Recipe
+from autosparse.training.models import ModelSettings
+
+torch.set_num_threads(1)
+
+MODEL = ModelSettings("convnet", 4)
+DATA = DataSettings("digits", limit=300, limit_test=100)
+RECIPE = Recipe(epochs=2, batch_size=50, lr=0.05, schedule="cosine")
+SNIP, IRP = Candidate("snip"), Candidate("irp", rounds=2)
+
+
+@pytest.fixture(scope="module")
+def data() -> ImageData:
+    return load_data(DATA)
+
+
+@pytest.fixture
+def trainings(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The density of every training that is started, by the grid or by IRP."""
+    seen: list[float] = []
+    real = benchmark.train
+
+    def counted(model: Any, *rest: Any, **keywords: Any) -> Any:
+        masks = keywords.get("masks")
+        seen.append(1.0 if masks is None else round(masks.density, 2))
+        return real(model, *rest, **keywords)
+
+    monkeypatch.setattr(benchmark, "train", counted)
+    monkeypatch.setattr(irp_module, "train", counted)
+    return seen
+
+
+def cells_of(*candidates: Candidate, sparsities: tuple[float, ...] = (0.8,), recipe: Recipe = RECIPE) -> list[Cell]:
+    return grid([MODEL], DATA, recipe, candidates, sparsities, [0])
+
+
+def table(path: Path) -> list[dict[str, str]]:
+    with (path / "results.csv").open(newline="") as file:
+        reader = csv.DictReader(file)
+        assert tuple(reader.fieldnames or ()) == COLUMNS
+        return list(reader)
+
+
+def save_scorer(path: Path, seed: int = 0, features: tuple[str, ...] = DEFAULT) -> Path:
+    torch.manual_seed(seed)
+    Scorer(MLPScorer(len(features), 12, (8,)), "hazard", features, 2, 16).save(path)
+    return path
+
+
+# -- the grid -----------------------------------------------------------------------------------------------------------
+
+
+def test_cells_come_seed_by_seed_with_the_dense_network_first() -> None:
+    models = [ModelSettings("convnet", 4), ModelSettings("mlp", 8)]
+    cells = grid(models, DATA, RECIPE, [Candidate("random"), SNIP], [0.5, 0.9], [0, 1])
+    found = [(c.seed, c.model.name, c.criterion, c.sparsity) for c in cells]
+    wanted = []
+    for seed in (0, 1):
+        for model in ("convnet", "mlp"):
+            wanted.append((seed, model, "dense", 0.0))
+            wanted += [(seed, model, c, s) for s in (0.5, 0.9) for c in ("random", "snip")]
+    assert found == wanted
+    assert len({c.key() for c in cells}) == len(cells)
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"models": []}, r"models is \[\]: give at least one"),
+        ({"candidates": []}, r"criteria is \[\]: give at least one"),
+        ({"sparsities": []}, r"sparsities is \[\]"),
+        ({"seeds": []}, r"seeds is \[\]"),
+        ({"sparsities": [1.0]}, "sparsity is 1.0"),
+        ({"candidates": [SNIP, replace(SNIP, floor=0.1)]}, "criterion name is 'snip': give each its own label"),
+        ({"candidates": [replace(SNIP, label="dense")]}, "criterion name is 'dense'"),
+    ],
+)
+def test_wrong_grids_are_told(changes: dict[str, Any], match: str) -> None:
+    values: dict[str, Any] = {"models": [MODEL], "candidates": [SNIP], "sparsities": [0.5], "seeds": [0], **changes}
+    with pytest.raises(AutoSparseError, match=match):
+        grid(values["models"], DATA, RECIPE, values["candidates"], values["sparsities"], values["seeds"])
+
+
+def test_names_of_candidates() -> None:
+    assert [c.name for c in (SNIP, IRP, Candidate("a/b/mine.safetensors"), replace(SNIP, label="x"))] == [
+        "snip",
+        "irp-2",
+        "mine",
+        "x",
+    ]
+
+
+def test_a_cell_is_its_settings_and_not_where_things_lie(tmp_path: Path) -> None:
+    cell = Cell(MODEL, DATA, RECIPE, SNIP, 0.8, 0)
+    assert cell.key() == replace(cell, data=replace(DATA, root="elsewhere")).key()
+    others = [
+        replace(cell, seed=1),
+        replace(cell, sparsity=0.81),
+        replace(cell, recipe=replace(RECIPE, lr=0.06)),
+        replace(cell, model=ModelSettings("convnet", 5)),
+        replace(cell, candidate=replace(SNIP, floor=0.01)),
+    ]
+    assert len({c.key() for c in [cell, *others]}) == 6
+
+
+def test_a_scorer_is_what_it_holds(tmp_path: Path) -> None:
+    first = save_scorer(tmp_path / "s.safetensors")
+    cell = Cell(MODEL, DATA, RECIPE, Candidate(str(first)), 0.8, 0)
+    key = cell.key()
+    (tmp_path / "moved").mkdir()
+    moved = shutil.copy(first, tmp_path / "moved" / "s.safetensors")
+    assert replace(cell, candidate=Candidate(str(moved))).key() == key
+    save_scorer(first, seed=1)
+    assert cell.key() != key
+    first.unlink()
+    with pytest.raises(AutoSparseError, match=r"scorer file .* does not exist"):
+        cell.key()
+
+
+# -- running it ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_grid_and_its_table(tmp_path: Path, data: ImageData, trainings: list[float]) -> None:
+    scorer = save_scorer(tmp_path / "mine.safetensors")
+    candidates = (Candidate("random"), SNIP, Candidate(str(scorer)), replace(SNIP, label="floored", floor=0.05))
+    cells = cells_of(*candidates, sparsities=(0.8, 0.9))
+    calls: list[tuple[int, bool]] = []
+    results = run_grid(cells, tmp_path, data, device="cpu", on_cell=lambda n, c, r, known: calls.append((n, known)))
+    assert trainings == [1.0, *[0.2] * 4, *[0.1] * 4]
+    assert calls == [(n, False) for n in range(1, 10)]
+    rows = table(tmp_path)
+    assert [(r["criterion"], r["sparsity"]) for r in rows] == [
+        ("dense", "0.0"),
+        *[(name, s) for s in ("0.8", "0.9") for name in ("random", "snip", "mine", "floored")],
+    ]
+    total = 4 * 9 + 8 * 36 + 8 * 72 + 80
+    for row, result in zip(rows, results, strict=True):
+        assert row["model"] == "convnet-w4" and row["data"] == "digits" and row["seed"] == "0" and row["error"] == ""
+        assert float(row["accuracy"]) == pytest.approx(result["accuracy"], rel=1e-5)
+        assert row["dense_accuracy"] == rows[0]["accuracy"] and row["train_epochs"] == "2.0"
+        assert row["recipe"] == rows[0]["recipe"] and len(row["recipe"]) == 8
+        assert row["floor"] == ("0.05" if row["criterion"] == "floored" else "")
+        kept = total if row["criterion"] == "dense" else round((1 - float(row["sparsity"])) * total)
+        assert float(row["sparsity_got"]) == pytest.approx(1 - kept / total, abs=1e-5)
+        assert float(row["effective_sparsity"]) >= float(row["sparsity_got"]) - 1e-5
+        assert sum(layer["kept"] for layer in result["layers"]) == (0 if row["criterion"] == "dense" else kept)
+        assert len(result["history"]) == 2
+    images = {"dense": 0, "random": 0, "snip": 128, "floored": 128, "mine": 32}  # a scorer asks for its own batches
+    for row in rows:
+        epochs = images[row["criterion"]] / 270
+        assert float(row["mask_epochs"]) == pytest.approx(epochs, rel=1e-4)
+        assert float(row["mask_cost"]) == pytest.approx(epochs / 2, rel=1e-4)
+    for layer in results[4]["layers"]:
+        assert results[4]["criterion"] == "floored" and layer["kept"] >= 0.05 * layer["total"]
+
+
+def test_a_second_run_does_nothing(tmp_path: Path, data: ImageData, trainings: list[float]) -> None:
+    cells = cells_of(SNIP)
+    first = run_grid(cells, tmp_path, data, device="cpu")
+    text = (tmp_path / "results.csv").read_text()
+    (tmp_path / "results.csv").unlink()
+    calls: list[bool] = []
+    again = run_grid(cells, tmp_path, data, device="cpu", on_cell=lambda n, c, r, known: calls.append(known))
+    assert len(trainings) == 2 and calls == [True, True]
+    assert again == first and (tmp_path / "results.csv").read_text() == text, "the table comes from the cells"
+
+
+def test_more_cells_reuse_those_that_are_done(tmp_path: Path, data: ImageData, trainings: list[float]) -> None:
+    run_grid(cells_of(SNIP), tmp_path, data, device="cpu")
+    run_grid(cells_of(Candidate("random"), SNIP), tmp_path, data, device="cpu")
+    assert len(trainings) == 3
+    assert [r["criterion"] for r in table(tmp_path)] == ["dense", "random", "snip"]
+
+
+def test_a_stop_keeps_what_is_done(
+    tmp_path: Path, data: ImageData, trainings: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Stop(BaseException):
+        pass
+
+    def stop(number: int, *_: Any) -> None:
+        if number == 2:
+            raise Stop
+
+    cells = cells_of(Candidate("random"), SNIP)
+    with pytest.raises(Stop):
+        run_grid(cells, tmp_path, data, device="cpu", on_cell=stop)
+    assert [r["criterion"] for r in table(tmp_path)] == ["dense", "random"]
+    run_grid(cells, tmp_path, data, device="cpu")
+    assert len(trainings) == 3 and len(table(tmp_path)) == 3
+
+
+def test_a_failed_cell_is_recorded_and_the_others_go_on(
+    tmp_path: Path, data: ImageData, trainings: list[float]
+) -> None:
+    """A floor that asks for more than the density keeps is wrong in one cell only."""
+    greedy = replace(SNIP, label="greedy", floor=0.15)
+    cells = cells_of(greedy, SNIP, sparsities=(0.8, 0.9))
+    results = run_grid(cells, tmp_path, data, device="cpu")
+    assert [bool(r["error"]) for r in results] == [False, False, False, True, False]
+    (line,) = failures(results)
+    assert line.startswith("convnet-w4 greedy 0.9 seed 0: floor 0.15 asks for ") and line.endswith("lower it")
+    row = table(tmp_path)[3]
+    assert row["criterion"] == "greedy" and row["accuracy"] == "" and row["error"].startswith("floor 0.15 asks for")
+    assert row["dense_accuracy"] == table(tmp_path)[0]["accuracy"]
+    count = len(trainings)
+    again = run_grid(cells, tmp_path, data, device="cpu")
+    assert again[3]["error"] == results[3]["error"] and len(trainings) == count, "only the failed cell is tried again"
+
+
+def test_a_diverging_grid_is_all_failures(tmp_path: Path, data: ImageData) -> None:
+    results = run_grid(cells_of(SNIP, recipe=replace(RECIPE, lr=1e20)), tmp_path, data, device="cpu")
+    assert len(list(failures(results))) == 2
+    assert all("training diverged" in row["error"] for row in table(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("model", "match"),
+    [
+        (ModelSettings("test_runs:Nothing"), "Nothing has no prunable weights"),
+        (ModelSettings("test_runs:Large"), r"Sequential cannot take batches of shape \(2, 1, 8, 8\)"),
+        (ModelSettings("test_runs:Eleven"), r"must give logits of shape \(2, 10\)"),
+        (ModelSettings("convnt"), "did you mean 'convnet'"),
+    ],
+)
+def test_wrong_models_are_told_before_any_training(
+    tmp_path: Path, data: ImageData, trainings: list[float], monkeypatch: pytest.MonkeyPatch, model: Any, match: str
+) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    with pytest.raises(AutoSparseError, match=match):
+        run_grid(grid([MODEL, model], DATA, RECIPE, [SNIP], [0.5], [0]), tmp_path, data, device="cpu")
+    assert trainings == []
+
+
+def test_wrong_scorers_are_told_before_any_training(tmp_path: Path, data: ImageData, trainings: list[float]) -> None:
+    (tmp_path / "bad.safetensors").write_bytes(b"nothing")
+    with pytest.raises(AutoSparseError, match="truncated or not safetensors"):
+        run_grid(cells_of(Candidate(str(tmp_path / "bad.safetensors"))), tmp_path, data, device="cpu")
+    assert trainings == []
+
+
+def test_a_table_without_dense_cells_or_with_odd_numbers(tmp_path: Path) -> None:
+    row = {"model": "m", "data": "d", "criterion": "c", "sparsity": 0.123456789, "seed": 1, "accuracy": float("nan")}
+    write_results(tmp_path / "results.csv", [{**row, "effective_sparsity": None, "error": 'a "quoted", text'}])
+    (found,) = table(tmp_path)
+    assert found["sparsity"] == "0.123457" and found["accuracy"] == found["dense_accuracy"] == ""
+    assert found["effective_sparsity"] == "" and found["error"] == 'a "quoted", text'
+
+
+# -- masks of one candidate ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("candidate", [Candidate("magnitude"), Candidate("erk"), SNIP, IRP], ids=lambda c: c.name)
+def test_finding_masks_leaves_the_model_at_initialization(data: ImageData, candidate: Candidate) -> None:
+    model = build_model(MODEL, data, seed=5)
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    found = find_masks(model, data, candidate, 0.8, recipe=RECIPE, seed=5, device="cpu")
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+    assert found.masks.kept == round(0.2 * found.masks.total) and found.seconds >= 0
+
+
+def test_irp_costs_its_trainings(tmp_path: Path, data: ImageData, trainings: list[float]) -> None:
+    """Two removals to 20 %: trainings at densities 1 and √0.2, and the ticket's own, which is no cost."""
+    dense, ticket = run_grid(cells_of(IRP), tmp_path, data, device="cpu")
+    assert trainings == [1.0, 1.0, 0.45, 0.2]
+    assert ticket["criterion"] == "irp-2" and ticket["mask_epochs"] == 4.0 and ticket["mask_cost"] == 2.0
+    assert dense["mask_cost"] == 0.0
+    assert not list((tmp_path / "cells").glob("*.state")), "the state goes with the result"
+
+
+@pytest.fixture
+def stopping(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[BaseException]]:
+    """IRP stops once, after its first round is written."""
+
+    class Stop(BaseException):
+        pass
+
+    real, armed = benchmark.write_json, [True]
+
+    def write(path: Path, value: Any) -> None:
+        real(path, value)
+        if path.name == "irp.json" and armed:
+            armed.clear()
+            raise Stop
+
+    monkeypatch.setattr(benchmark, "write_json", write)
+    yield Stop
+
+
+def test_irp_goes_on_where_it_was_stopped(
+    tmp_path: Path, data: ImageData, trainings: list[float], stopping: type[BaseException]
+) -> None:
+    model = build_model(MODEL, data, seed=5)
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    whole = find_masks(model, data, IRP, 0.8, recipe=RECIPE, seed=5, device="cpu").masks
+    assert trainings == [1.0, 0.45]
+    with pytest.raises(stopping):
+        find_masks(model, data, IRP, 0.8, recipe=RECIPE, seed=5, device="cpu", state=tmp_path)
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items()), "also after a stop"
+    found = find_masks(model, data, IRP, 0.8, recipe=RECIPE, seed=5, device="cpu", state=tmp_path)
+    assert trainings == [1.0, 0.45, 1.0, 0.45], "the first round is not done again"
+    assert all(torch.equal(found.masks[n], whole[n]) for n in whole) and found.epochs == 4.0
+    assert Masks.load(tmp_path / "round2.safetensors").kept == whole.kept
+    done = find_masks(model, data, IRP, 0.8, recipe=RECIPE, seed=5, device="cpu", state=tmp_path)
+    assert len(trainings) == 4 and all(torch.equal(done.masks[n], whole[n]) for n in whole)
+
+
+def test_settings_of_a_candidate_reach_prune(data: ImageData) -> None:
+    model = build_model(MODEL, data)
+    candidate = Candidate("snip", scope="uniform", steps=3, schedule="linear", n_batches=2, batch_size=20, floor=0.01)
+    masks = find_masks(model, data, candidate, 0.5, recipe=RECIPE, device="cpu").masks
+    origin = masks.report.origin
+    assert (origin["scope"], origin["steps"], origin["n_batches"], origin["floor"]) == ("uniform", 3, 2, 0.01)
+    assert origin["images"] == 3 * 2 * 20
+    assert all(abs(layer.density - 0.5) <= 1 / layer.total for layer in masks.layers())
+    masks = find_masks(model, data, Candidate("magnitude", granularity="2:4"), 0.5, recipe=RECIPE, device="cpu").masks
+    assert masks.report.dense_layers == ("features.0.weight",)

@@ -1,0 +1,322 @@
+"""What the commands read: YAML files and overrides, checked, and directories that belong to one config."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from autosparse import config as configs
+from autosparse.config import (
+    BenchmarkConfig,
+    FitConfig,
+    GenerateConfig,
+    PruneConfig,
+    QuickstartConfig,
+    TrainConfig,
+    claim_directory,
+    load_config,
+    plain,
+)
+from autosparse.errors import AutoSparseError
+from autosparse.experiment.benchmark import Candidate
+from autosparse.pruning.irp import IRPSettings
+from autosparse.training.data import DataSettings
+from autosparse.training.loop import Recipe
+from autosparse.training.models import ModelSettings
+
+ROOT = Path(__file__).parent.parent / "configs"
+SCHEMAS: dict[str, type] = {
+    "irp": GenerateConfig,
+    "scorer": FitConfig,
+    "benchmark": BenchmarkConfig,
+    "prune": PruneConfig,
+    "train": TrainConfig,
+    "quickstart": QuickstartConfig,
+}
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+# -- the configs that come with the package -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.rglob("*.yaml")), ids=lambda p: str(p.relative_to(ROOT)))
+def test_every_config_loads_with_the_schema_of_its_place(path: Path) -> None:
+    schema = SCHEMAS[path.parent.name if path.parent != ROOT else path.stem]
+    loaded = load_config(schema, path)
+    assert isinstance(loaded, schema)
+    assert path.read_text().startswith("# "), "its first line says what it is for"
+
+
+def test_there_is_a_config_for_every_command() -> None:
+    found = {p.parent.name if p.parent != ROOT else p.stem for p in ROOT.rglob("*.yaml")}
+    assert found == set(SCHEMAS)
+
+
+def test_the_quickstart_config_is_the_default() -> None:
+    assert load_config(QuickstartConfig, ROOT / "quickstart.yaml") == QuickstartConfig()
+    written = yaml.safe_load((ROOT / "quickstart.yaml").read_text())
+    assert written.keys() == {f.name for f in dataclasses.fields(QuickstartConfig)}
+
+
+# -- what may be written ------------------------------------------------------------------------------------------------
+
+
+def test_a_file_fills_nested_settings(tmp_path: Path) -> None:
+    text = """
+models: [resnet20, {name: convnet, width: 8, options: {depth: 4}}]
+data: {name: digits, limit: 300}
+recipe: {epochs: 3, lr: 1e-3, weight_decay: 5.0e-4, milestones: [0.3, 0.6], clip_norm: 1}
+irp: {rounds: 4, density: .1}
+seeds: [1, 2]
+tracking: no
+"""
+    assert load_config(GenerateConfig, write(tmp_path / "c.yaml", text)) == GenerateConfig(
+        models=(ModelSettings("resnet20"), ModelSettings("convnet", 8, {"depth": 4})),
+        data=DataSettings("digits", limit=300),
+        recipe=Recipe(epochs=3, lr=0.001, weight_decay=5e-4, milestones=(0.3, 0.6), clip_norm=1.0),
+        irp=IRPSettings(rounds=4, density=0.1),
+        seeds=(1, 2),
+        tracking=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("schema", "override", "wanted"),
+    [
+        (TrainConfig, "model=resnet20", {"model": ModelSettings("resnet20")}),
+        (TrainConfig, "model={name: convnet, width: 4}", {"model": ModelSettings("convnet", 4)}),
+        (TrainConfig, "data=digits", {"data": DataSettings("digits")}),
+        (TrainConfig, "data.name=hdf5:a/b.h5", {"data": DataSettings("hdf5:a/b.h5")}),
+        (TrainConfig, "recipe.lr=1e-3", {"recipe": Recipe(lr=0.001)}),
+        (TrainConfig, "recipe.lr=1", {"recipe": Recipe(lr=1.0)}),
+        (TrainConfig, "recipe.steps=null", {}),
+        (TrainConfig, "recipe.milestones=[0.1,0.2,0.9]", {"recipe": Recipe(milestones=(0.1, 0.2, 0.9))}),
+        (TrainConfig, "model.options.depth=4", {"model": ModelSettings("resnet20", options={"depth": 4})}),
+        (TrainConfig, "masks=a=b.safetensors", {"masks": "a=b.safetensors"}),
+        (TrainConfig, "tracking=false", {"tracking": False}),
+        (PruneConfig, "criterion=magnitude", {"criterion": Candidate("magnitude")}),
+        (PruneConfig, "sparsity=1e-2", {"sparsity": 0.01}),
+        (PruneConfig, "sparsity=.5", {"sparsity": 0.5}),
+        (PruneConfig, "criterion={criterion: snip, granularity: 2:4}",
+         {"criterion": Candidate("snip", granularity="2:4")}),
+        (TrainConfig, "model.options={a: 1e-3, b: 1E6, c: -3, d: 1_000, e: .inf, f: 12:30, g: on, h: 1.5e+2}",
+         {"model": ModelSettings("resnet20", options={
+             "a": 0.001, "b": 1e6, "c": -3, "d": 1000, "e": float("inf"), "f": "12:30", "g": True, "h": 150.0})}),
+        (PruneConfig, "sparsity=0", {"sparsity": 0.0}),
+        (BenchmarkConfig, "criteria=[snip, {criterion: irp, rounds: 2}]",
+         {"criteria": (Candidate("snip"), Candidate("irp", rounds=2))}),
+        (BenchmarkConfig, "models=[vgg11, mlp]", {"models": (ModelSettings("vgg11"), ModelSettings("mlp"))}),
+        (QuickstartConfig, "target=vgg11", {"target": ModelSettings("vgg11")}),
+        (QuickstartConfig, "sources=[mlp]", {"sources": (ModelSettings("mlp"),)}),
+    ],
+)  # fmt: skip
+def test_overrides(schema: type, override: str, wanted: dict[str, Any]) -> None:
+    assert load_config(schema, None, [override]) == schema(**wanted)
+
+
+def test_overrides_win_over_the_file_and_the_last_over_the_first(tmp_path: Path) -> None:
+    path = write(tmp_path / "c.yaml", "model: convnet\nrecipe: {epochs: 3, lr: 0.5}\nseed: 1")
+    found = load_config(TrainConfig, path, ["model.width=4", "recipe.epochs=5", "seed=2", "seed=3"])
+    assert found == TrainConfig(model=ModelSettings("convnet", 4), recipe=Recipe(epochs=5, lr=0.5), seed=3)
+
+
+def test_an_empty_file_is_all_defaults(tmp_path: Path) -> None:
+    assert load_config(TrainConfig, write(tmp_path / "c.yaml", "# nothing\n")) == TrainConfig()
+
+
+# -- what is refused ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("schema", "override", "message"),
+    [
+        (TrainConfig, "recipe.epoch=3", "unknown key 'recipe.epoch': did you mean 'epochs'? known: batch_size, "),
+        (TrainConfig, "modell=resnet20", "unknown key 'modell': did you mean 'model'? known: data, device, "),
+        (TrainConfig, "model.widht=3", "unknown key 'model.widht': did you mean 'width'? known: name, options, width"),
+        (BenchmarkConfig, "criteria=[{criterion: snip, flor: 0.1}]",
+         "unknown key 'criteria.0.flor': did you mean 'floor'?"),
+        (GenerateConfig, "irp.round=3", "unknown key 'irp.round': did you mean 'rounds'?"),
+        (TrainConfig, "7=3", "unknown key '7': known: "),
+        (TrainConfig, "recipe.epochs=many", "recipe.epochs is 'many': input should be a valid integer"),
+        (TrainConfig, "recipe.epochs=1.5", "recipe.epochs is 1.5: input should be a valid integer"),
+        (TrainConfig, "recipe.lr=[1]", "recipe.lr is [1]: input should be a valid number"),
+        (TrainConfig, "recipe=fast", "recipe is 'fast': input should be a dictionary"),
+        (TrainConfig, "model.name=7", "model.name is 7: input should be a valid string"),
+        (TrainConfig, "tracking=perhaps", "tracking is 'perhaps': input should be a valid boolean"),
+        (BenchmarkConfig, "seeds=0", "seeds is 0: input should be a valid "),
+        (PruneConfig, "sparsity=null", "sparsity is None: input should be a valid number"),
+        (PruneConfig, "sparsity=1.2", "sparsity is 1.2: it is the share of weights removed"),
+        (PruneConfig, "sparsity=1", "sparsity is 1.0: it is the share of weights removed"),
+        (PruneConfig, "sparsity=-0.1", "sparsity is -0.1: it is the share"),
+        (PruneConfig, "sparsity=.nan", "sparsity is nan: it is the share"),
+        (BenchmarkConfig, "sparsities=[0.5,95]", "sparsity is 95.0: it is the share"),
+        (QuickstartConfig, "sparsities=[2]", "sparsity is 2.0: it is the share"),
+        (QuickstartConfig, "floor=1", "floor is 1.0: it is the smallest density"),
+        (TrainConfig, "recipe.epochs=0", "recipe.epochs is 0: give at least 1"),
+        (TrainConfig, "recipe.lr=.nan", "recipe.lr is nan: give a positive number"),
+        (TrainConfig, "recipe.optimizer=adam", "recipe.optimizer is 'adam': known: sgd, adamw"),
+        (GenerateConfig, "irp.density=0", "irp.density is 0.0: it must lie in (0, 1]"),
+        (GenerateConfig, "irp.rounds=256", "irp.rounds is 256: it must lie in 1 … 255"),
+        (GenerateConfig, "signals.names=[hessian]", "signals: signal is 'hessian': known: gradient, weight"),
+        (FitConfig, "fit.features=[weigth]", "fit: feature is 'weigth': did you mean 'weight'?"),
+        (FitConfig, "fit.head=cox", "fit: head is 'cox': known: hazard, mse"),
+        (TrainConfig, "data.image_size=0", "data.image_size is 0: give pixels"),
+        (TrainConfig, "model.width=0", "model width is 0: give a whole number"),
+        (PruneConfig, "criterion=snap", "criterion is 'snap': did you mean 'snip'?"),
+        (PruneConfig, "criterion={criterion: snip, scope: galactic}", "scope is 'galactic': known: global, "),
+        (PruneConfig, "criterion={criterion: snip, granularity: 4:2}", "N:M pattern is '4:2'"),
+        (PruneConfig, "criterion={criterion: snip, schedule: cosine}", "schedule is 'cosine': known: "),
+        (PruneConfig, "criterion={criterion: snip, steps: 0}", "steps is 0: give at least 1"),
+        (PruneConfig, "criterion={criterion: snip, batch_size: 0}", "batch_size is 0: give at least 1"),
+        (PruneConfig, "criterion={criterion: irp, rounds: 256}", "rounds is 256: "),
+        (PruneConfig, "criterion={criterion: irp, granularity: channel}", "granularity of irp is 'channel'"),
+        (PruneConfig, "criterion.granularity=2:4", "criterion.criterion is missing: give it"),
+        (PruneConfig, "criterion={criterion: irp, steps: 5}", "steps of irp is 5"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_said_in_one_line(schema: type, override: str, message: str) -> None:
+    with pytest.raises(AutoSparseError) as caught:
+        load_config(schema, None, [override])
+    assert message in str(caught.value) and str(caught.value).startswith("config: ")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("recipe.lr", "override 'recipe.lr': write key=value or key.sub=value"),
+        ("=3", "override '=3': write key=value"),
+        ("recipe.lr=[1", "override 'recipe.lr=[1': the value is not YAML"),
+        ("seeds.0=3", "override 'seeds.0=3': seeds is a list, it has no keys"),
+    ],
+)
+def test_overrides_of_another_form_are_told(tmp_path: Path, override: str, message: str) -> None:
+    path = write(tmp_path / "c.yaml", "seeds: [1]")
+    with pytest.raises(AutoSparseError) as caught:
+        load_config(GenerateConfig, path, [override])
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [1", "is not YAML: "),
+        ("just text", "holds a str: it must hold keys with values"),
+        ("- 1\n- 2", "holds a list: it must hold keys"),
+        ("recipe: {epochs: 0}", "recipe.epochs is 0: give at least 1"),
+        ("recipe:\n  epochs: 3\n epochs: 4", "is not YAML: "),
+        ("command: fit\nseed: 3", "is one of autosparse fit: run that, or give another config"),
+    ],
+)
+def test_files_that_are_no_config_are_told(tmp_path: Path, text: str, message: str) -> None:
+    path = write(tmp_path / "c.yaml", text)
+    with pytest.raises(AutoSparseError) as caught:
+        load_config(TrainConfig, path)
+    assert str(caught.value).startswith(f"config {path}") and message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_bytes_and_missing_files_are_told(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_bytes(b"\x89HDF\r\n\xff\xfe\x00")
+    with pytest.raises(AutoSparseError, match="is not YAML"):
+        load_config(TrainConfig, tmp_path / "c.yaml")
+    for path in (tmp_path / "none.yaml", tmp_path):
+        with pytest.raises(AutoSparseError, match="does not exist: give a YAML file such as those in configs/"):
+            load_config(TrainConfig, path)
+
+
+# -- directories --------------------------------------------------------------------------------------------------------
+
+
+def example(schema: type, tmp_path: Path, *overrides: str) -> Any:
+    return load_config(schema, None, [f"output={tmp_path / 'out'}", *overrides])
+
+
+@pytest.mark.parametrize("schema", list(SCHEMAS.values()), ids=list(SCHEMAS))
+def test_the_resolved_config_is_a_config(tmp_path: Path, schema: type) -> None:
+    config = example(schema, tmp_path)
+    directory = claim_directory(config)
+    assert directory == tmp_path / "out"
+    assert load_config(schema, directory / "config.yaml") == config
+    command = yaml.safe_load((directory / "config.yaml").read_text())["command"]
+    assert command == schema.__name__.removesuffix("Config").lower()
+
+
+def test_small_and_odd_values_come_back(tmp_path: Path) -> None:
+    config = example(GenerateConfig, tmp_path, "recipe.weight_decay=1e-05", "models=[{name: mlp, options: {a: yes}}]")
+    assert load_config(GenerateConfig, claim_directory(config) / "config.yaml") == config
+
+
+def fill(directory: Path) -> None:
+    (directory / "records").mkdir(exist_ok=True)
+    (directory / "records" / "r.h5").write_text("result")
+
+
+def test_another_config_is_refused_by_the_key_that_differs(tmp_path: Path) -> None:
+    first = example(GenerateConfig, tmp_path)
+    directory = claim_directory(first)
+    fill(directory)
+    before = (directory / "config.yaml").read_text()
+    for override, message in (
+        ("recipe.lr=0.2", "(there recipe.lr is 0.1, here 0.2): choose another output, or delete the directory"),
+        ("data=digits", "there data.name is 'cifar10', here 'digits'"),
+        ("irp.scope=erk", "there irp.scope is 'global', here 'erk'"),
+    ):
+        with pytest.raises(AutoSparseError) as caught:
+            claim_directory(example(GenerateConfig, tmp_path, override))
+        assert f"output {directory} belongs to another config" in str(caught.value) and message in str(caught.value)
+    with pytest.raises(AutoSparseError, match="there command is 'generate', here 'train'"):
+        claim_directory(example(TrainConfig, tmp_path))
+    assert (directory / "config.yaml").read_text() == before
+    claim_directory(first)
+
+
+def test_more_of_the_same_is_no_other_config(tmp_path: Path) -> None:
+    fill(claim_directory(example(GenerateConfig, tmp_path)))
+    claim_directory(example(GenerateConfig, tmp_path, "seeds=[0,1]", "models=[mlp]", "device=cpu", "tracking=false"))
+    wider = tmp_path / "benchmark"
+    for overrides in ([], ["seeds=[5]", "sparsities=[0.5]", "criteria=[snip]", "models=[mlp]"]):
+        claim_directory(load_config(BenchmarkConfig, None, [f"output={wider}", *overrides]))
+        fill(wider)
+
+
+def test_a_directory_without_results_belongs_to_nobody(tmp_path: Path) -> None:
+    """A run that failed on its input must not bar the corrected one from its own directory."""
+    directory = claim_directory(example(GenerateConfig, tmp_path))
+    (directory / "records" / "r.state").mkdir(parents=True)
+    (directory / "records" / "r.state" / "training.pt").write_text("half a round")
+    (directory / "records" / ".r.h5.lock").write_text("")
+    (directory / "mlflow.db").write_text("")
+    (directory / "mlflow.db.lock").write_text("")
+    claim_directory(example(GenerateConfig, tmp_path, "recipe.lr=0.2"))
+    fill(directory)
+    with pytest.raises(AutoSparseError, match=r"there recipe.lr is 0.2, here 0.1"):
+        claim_directory(example(GenerateConfig, tmp_path))
+
+
+def test_places_that_are_no_directory_are_told(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("a file")
+    with pytest.raises(AutoSparseError, match=r"out is a file: choose a directory"):
+        claim_directory(example(TrainConfig, tmp_path))
+
+
+def test_a_damaged_config_in_the_directory_is_another_config(tmp_path: Path) -> None:
+    directory = claim_directory(example(TrainConfig, tmp_path))
+    fill(directory)
+    (directory / "config.yaml").write_text("a: [1")
+    with pytest.raises(AutoSparseError, match="belongs to another config"):
+        claim_directory(example(TrainConfig, tmp_path))
+
+
+def test_plain_values_are_yaml(tmp_path: Path) -> None:
+    for schema in SCHEMAS.values():
+        assert yaml.safe_load(yaml.safe_dump(plain(schema()))) == plain(schema())
+    assert configs.load_config(FitConfig, None).fit.features is None

@@ -1,0 +1,408 @@
+"""Data sets: splits, statistics, augmentation, readers, and what is said about bad input."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from torch import Tensor
+
+from autosparse.errors import AutoSparseError
+from autosparse.training.data import DATA, DataSettings, ImageData, Split, _stratified, load_data
+
+
+def fingerprints(split: Split) -> set[bytes]:
+    return {image.numpy().tobytes() for image in split.images}
+
+
+def make(count: int = 10, side: int = 8, channels: int = 2, augment: str = "crop+flip") -> ImageData:
+    """Images whose pixels are all different as far as 256 values allow."""
+    generator = torch.Generator().manual_seed(0)
+
+    def split(n: int) -> Split:
+        images = torch.randint(256, (n, channels, side, side), generator=generator, dtype=torch.uint8)
+        return Split(images, torch.arange(n) % 3)
+
+    mean, std = torch.rand(channels, generator=generator), torch.rand(channels, generator=generator) + 0.1
+    return ImageData(split(count), split(2), split(3), 3, mean, std, augment)
+
+
+# -- splits ----------------------------------------------------------------------------------------------------------
+
+
+def test_splits_are_disjoint_and_complete() -> None:
+    data = load_data(DataSettings("digits", validation=0.1))
+    train, validation, test = (fingerprints(s) for s in (data.train, data.validation, data.test))
+    assert not (train & validation or train & test or validation & test)
+    assert (len(data.train), len(data.validation), len(data.test)) == (1437 - 144, 144, 360)
+    assert len(train | validation | test) == 1797
+    assert (data.classes, data.channels, data.image_size, data.augment) == (10, 1, 8, "none")
+    assert data.train.images.dtype == torch.uint8 and data.train.labels.dtype == torch.int64
+
+
+def test_the_test_split_is_always_the_same() -> None:
+    one, other = (load_data(DataSettings("digits", seed=s)) for s in (0, 1))
+    assert torch.equal(one.test.images, other.test.images)
+    assert fingerprints(one.validation) != fingerprints(other.validation)
+
+
+def test_subset_and_split_are_functions_of_the_data_seed() -> None:
+    one, two, other = (load_data(DataSettings("digits", limit=100, limit_test=50, seed=s)) for s in (0, 0, 1))
+    for split in ("train", "validation", "test"):
+        assert torch.equal(getattr(one, split).images, getattr(two, split).images)
+        assert fingerprints(getattr(one, split)) != fingerprints(getattr(other, split))
+
+
+def test_limits_are_exact_and_balanced() -> None:
+    data = load_data(DataSettings("digits", limit=100, limit_test=50, validation=0.2))
+    assert (len(data.train), len(data.validation), len(data.test)) == (80, 20, 50)
+    for split, each in ((data.train, 8), (data.validation, 2), (data.test, 5)):
+        assert (split.labels.bincount(minlength=10) - each).abs().max() <= 1
+    assert data.classes == 10
+    few = load_data(DataSettings("digits", limit=3, validation=0))
+    assert len(few.train) == 3 and len(few.validation) == 0 and few.classes == 10
+
+
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=200), st.data(), st.integers(0, 9))
+def test_stratified_choice(labels: list[int], data: st.DataObject, seed: int) -> None:
+    count = data.draw(st.integers(0, len(labels)))
+    chosen = _stratified(np.array(labels), count, seed)
+    assert chosen.sum() == count
+    assert (chosen == _stratified(np.array(labels), count, seed)).all()
+    for label in set(labels):
+        here = np.array(labels) == label
+        # each class gives the same share; which share makes the counts sum up moves it by less than one per class
+        assert abs(chosen[here].sum() - count / len(labels) * here.sum()) < 1 + len(set(labels)) * here.mean()
+
+
+def test_statistics_are_of_the_training_part_only() -> None:
+    data = load_data(DataSettings("digits", limit=200, validation=0.5))
+    images = data.train.images.double() / 255
+    torch.testing.assert_close(data.mean.double(), images.mean((0, 2, 3)), atol=1e-6, rtol=0)
+    torch.testing.assert_close(data.std.double(), images.std((0, 2, 3), correction=0), atol=1e-6, rtol=0)
+    everything = data.normalise(data.train.images)
+    assert abs(everything.mean()) < 1e-5 and abs(everything.std(correction=0) - 1) < 1e-5
+
+
+def test_normalise_by_hand() -> None:
+    data = make()
+    image = data.train.images[:1]
+    expected = (image / 255 - data.mean.view(-1, 1, 1)) / data.std.view(-1, 1, 1)
+    torch.testing.assert_close(data.normalise(image), expected)
+
+
+def test_images_of_one_colour_have_finite_statistics(tmp_path: Path) -> None:
+    data = load_data(hdf5(tmp_path, **{"train/images": np.full((6, 4, 4, 3), 7, np.uint8)}))
+    assert torch.isfinite(data.normalise(data.train.images)).all()
+
+
+def test_resizing() -> None:
+    data = load_data(DataSettings("digits", image_size=4, limit=20, validation=0.25))
+    assert data.image_size == 4 and data.test.images.shape[2:] == (4, 4)
+    assert load_data(DataSettings("digits", image_size=8, limit=20)).train.images.shape[2:] == (8, 8)
+    empty = load_data(DataSettings("digits", image_size=16, limit=20, validation=0))
+    assert empty.validation.images.shape == (0, 1, 16, 16)
+
+
+# -- batches ---------------------------------------------------------------------------------------------------------
+
+
+def slow_epoch(data: ImageData, batch_size: int, seed: int) -> list[tuple[Tensor, Tensor]]:
+    """Pad, crop, flip, one image after the other, with the draws in the order that `epoch` states by its code."""
+    generator = torch.Generator().manual_seed(seed)
+    size = min(batch_size, len(data.train))
+    used = len(data.train) // size * size
+    order = torch.randperm(len(data.train), generator=generator)[:used]
+    padding = 0 if data.augment == "none" else max(1, data.image_size // 8)
+    offsets = torch.randint(0, 2 * padding + 1, (2, used), generator=generator)
+    flips = torch.rand(used, generator=generator) < 0.5
+    batches = []
+    for start in range(0, used, size):
+        images = []
+        for i in range(start, start + size):
+            padded = torch.nn.functional.pad(data.train.images[order[i]], (padding,) * 4)
+            top, left = offsets[:, i]
+            image = padded[:, top : top + data.image_size, left : left + data.image_size]
+            images.append(image.flip(2) if data.augment == "crop+flip" and flips[i] else image)
+        batches.append((data.normalise(torch.stack(images)), data.train.labels[order[start : start + size]]))
+    return batches
+
+
+@pytest.mark.parametrize("augment", ["none", "crop", "crop+flip"])
+@pytest.mark.parametrize(("side", "count", "batch_size"), [(8, 10, 3), (5, 10, 5), (16, 7, 100), (1, 4, 2)])
+def test_augmentation_against_a_slow_reference(augment: str, side: int, count: int, batch_size: int) -> None:
+    data = make(count, side, augment=augment)
+    fast = list(data.epoch(batch_size, seed=3))
+    slow = slow_epoch(data, batch_size, seed=3)
+    assert len(fast) == len(slow) == max(1, count // batch_size)
+    for (images, labels), (expected, truth) in zip(fast, slow, strict=True):
+        assert torch.equal(images, expected) and torch.equal(labels, truth)
+
+
+def test_padding_is_black_and_by_an_eighth() -> None:
+    """All crops of a white image: the black border is at most an eighth of the side wide, and is met."""
+    white = torch.full((512, 1, 16, 16), 255, dtype=torch.uint8)
+    split = Split(white, torch.zeros(512, dtype=torch.int64))
+    data = ImageData(split, split, split, 1, torch.zeros(1), torch.ones(1), "crop")
+    ((images, _),) = data.epoch(512, seed=0)
+    rows = images.amax((1, 3)).sum(1)
+    assert sorted(set(rows.tolist())) == [14.0, 15.0, 16.0]
+    assert set(images.unique().tolist()) == {0.0, 1.0}
+
+
+def test_an_epoch_is_a_function_of_the_seed_and_sees_each_image_once() -> None:
+    data = make(12, augment="none")
+    one, two, other = (list(data.epoch(4, seed=s)) for s in (0, 0, 1))
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(one, two, strict=True))
+    assert not torch.equal(one[0][0], other[0][0])
+    seen = sorted(image.sum().item() for images, _ in one for image in images)
+    assert seen == pytest.approx(sorted(i.sum().item() for i in data.normalise(data.train.images)), rel=1e-4)
+
+
+def test_the_epoch_touches_no_global_random_state() -> None:
+    state = torch.get_rng_state()
+    list(make().epoch(4, seed=1))
+    make().sample(4, 2, seed=1)
+    load_data(DataSettings("digits", limit=20))
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_samples_are_fixed_and_not_augmented() -> None:
+    data = make(10)
+    batches = data.sample(4, 3, seed=0)
+    assert [len(labels) for _, labels in batches] == [4, 4, 2]
+    assert torch.equal(batches[1][0], data.sample(4, 3, seed=0)[1][0])
+    assert not torch.equal(batches[0][0], data.sample(4, 3, seed=1)[0][0])
+    known = {image.numpy().tobytes() for image in data.normalise(data.train.images)}
+    images = [image.numpy().tobytes() for x, _ in batches for image in x]
+    assert set(images) == known and len(images) == 10
+
+
+def test_batches_of_a_split_are_in_order() -> None:
+    data = make(10)
+    images, labels = (torch.cat(parts) for parts in zip(*data.batches("train", 3), strict=True))
+    assert torch.equal(images, data.normalise(data.train.images)) and torch.equal(labels, data.train.labels)
+
+
+def test_to_another_device_and_back_to_itself() -> None:
+    data = make()
+    assert data.to("cpu") is data
+    moved = data.to("meta")
+    assert moved.device.type == "meta" and moved.mean.is_meta and moved.validation.labels.is_meta
+    assert moved.augment == data.augment and moved.classes == 3
+
+
+# -- readers ---------------------------------------------------------------------------------------------------------
+
+
+def hdf5(folder: Path, **changes: Any) -> str:
+    """A small HDF5 data set; a change of `None` leaves a dataset out."""
+    rng = np.random.default_rng(0)
+    content = {
+        "train/images": rng.integers(256, size=(6, 4, 4, 3), dtype=np.uint8),
+        "train/labels": np.array([0, 1, 2, 0, 1, 2]),
+        "test/images": rng.integers(256, size=(2, 4, 4, 3), dtype=np.uint8),
+        "test/labels": np.array([0, 4], dtype=np.uint8),
+    }
+    with h5py.File(folder / "data.h5", "w") as file:
+        for key, value in {**content, **changes}.items():
+            if value == "group" if isinstance(value, str) else False:
+                file.create_group(key)
+            elif value is not None:
+                file[key] = value
+    return f"hdf5:{folder / 'data.h5'}"
+
+
+def test_hdf5(tmp_path: Path) -> None:
+    name = hdf5(tmp_path)
+    data = load_data(DataSettings(name, validation=1 / 3))
+    assert (len(data.train), len(data.validation), len(data.test)) == (4, 2, 2)
+    assert (data.classes, data.channels, data.image_size, data.augment) == (5, 3, 4, "crop+flip")
+    with h5py.File(tmp_path / "data.h5") as file:
+        assert torch.equal(data.test.images, torch.from_numpy(file["test/images"][()]).permute(0, 3, 1, 2))
+    assert DataSettings(name).label() == "data"
+    assert load_data(DataSettings(name, augment="none")).augment == "none"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"test/labels": None}, "has no dataset 'test/labels'"),
+        ({"train/images": "group"}, "has no dataset 'train/images'"),
+        (
+            {"train/images": np.zeros((6, 4, 4, 3), np.float32)},
+            r"train/images is float32 \(6, 4, 4, 3\); it must be uint8",
+        ),
+        ({"train/images": np.zeros((6, 3, 4, 4), np.uint8)}, "it must be uint8"),
+        ({"train/images": np.zeros((6, 48), np.uint8)}, "it must be uint8"),
+        ({"train/labels": np.zeros(5, np.int64)}, r"train/labels is int64 \(5,\); it must be integers \(6,\)"),
+        ({"train/labels": np.zeros((6, 1), np.int64)}, "it must be integers"),
+        ({"train/labels": np.zeros(6)}, "train/labels is float64"),
+        ({"train/labels": np.array([0, 1, -1, 0, 1, 2])}, "train/labels holds -1; classes are 0, 1"),
+        (
+            {"train/images": np.zeros((0, 4, 4, 3), np.uint8), "train/labels": np.zeros(0, int)},
+            "train/images holds no im",
+        ),
+        ({"test/images": np.zeros((0, 4, 4, 3), np.uint8), "test/labels": np.zeros(0, int)}, "test/images holds no im"),
+        ({"test/images": np.zeros((2, 5, 5, 3), np.uint8)}, "must be square and of one shape"),
+        ({"test/images": np.zeros((2, 4, 4, 1), np.uint8)}, r"got train \(4, 4, 3\) and test \(4, 4, 1\)"),
+        ({"train/images": np.zeros((6, 4, 5, 3), np.uint8)}, "must be square"),
+    ],
+    ids=lambda value: "" if isinstance(value, dict) else value[:30],
+)
+def test_bad_hdf5(changes: dict, message: str, tmp_path: Path) -> None:
+    with pytest.raises(AutoSparseError, match=message):
+        load_data(hdf5(tmp_path, **changes))
+
+
+def test_files_that_are_not_hdf5(tmp_path: Path) -> None:
+    name = hdf5(tmp_path)
+    path = tmp_path / "data.h5"
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(AutoSparseError, match="not a readable HDF5 file, or truncated"):
+        load_data(name)
+    path.write_text("not HDF5")
+    with pytest.raises(AutoSparseError, match="not a readable HDF5 file"):
+        load_data(name)
+    with pytest.raises(AutoSparseError, match="the file does not exist"):
+        load_data(f"hdf5:{tmp_path}/none.h5")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for part, count in (("train", 4), ("val", 2)):
+        for label, value in (("cat", 50), ("dog", 200)):
+            (tmp_path / part / label).mkdir(parents=True)
+            for i in range(count):
+                Image.new("RGB", (12 + i, 9), (value, 0, 255)).save(tmp_path / part / label / f"{i}.png")
+    return tmp_path
+
+
+def test_imagefolder(folder: Path) -> None:
+    data = load_data(DataSettings(f"imagefolder:{folder}", image_size=8, validation=0.25))
+    assert (len(data.train), len(data.validation), len(data.test)) == (6, 2, 4)
+    assert (data.classes, data.channels, data.image_size, data.augment) == (2, 3, 8, "crop+flip")
+    assert data.test.images.shape == (4, 3, 8, 8)
+    assert data.test.labels.tolist() == [0, 0, 1, 1]
+    assert data.test.images[:, 0, 0, 0].tolist() == [50, 50, 200, 200]
+
+
+def test_bad_imagefolders(folder: Path) -> None:
+    settings = DataSettings(f"imagefolder:{folder}", image_size=8)
+    with pytest.raises(AutoSparseError, match=r"set data\.image_size"):
+        load_data(f"imagefolder:{folder}")
+    with pytest.raises(AutoSparseError, match=r"needs the folders .*/none/train"):
+        load_data(f"imagefolder:{folder}/none")
+    damaged = folder / "train" / "cat" / "0.png"
+    whole = damaged.read_bytes()
+    for content in (b"", b"no image", whole[:40], whole[:45] + b"\xff" * 8 + whole[53:]):
+        damaged.write_bytes(content)
+        with pytest.raises(AutoSparseError, match=r"image .*train/cat/0\.png cannot be read: .*; remove or replace it"):
+            load_data(settings)
+    damaged.write_bytes(whole)
+    (folder / "val" / "cat").rename(folder / "val" / "cow")
+    with pytest.raises(AutoSparseError, match="train and val hold different classes"):
+        load_data(settings)
+    for path in (folder / "val" / "cow").iterdir():
+        path.unlink()
+    with pytest.raises(AutoSparseError, match=r"imagefolder:.*cow"):
+        load_data(settings)
+
+
+def test_tiny_imagenet(tmp_path: Path) -> None:
+    root = tmp_path / "tiny-imagenet-200"
+    (root / "val" / "images").mkdir(parents=True)
+    for name, value in (("n02", 200), ("n01", 50)):
+        (root / "train" / name / "images").mkdir(parents=True)
+        for i in range(3):
+            Image.new("RGB", (64, 64), (value,) * 3).save(root / "train" / name / "images" / f"{i}.JPEG")
+    Image.new("L", (64, 64), 200).save(root / "val" / "images" / "v.JPEG")
+    settings = DataSettings("tiny_imagenet", root=str(tmp_path), validation=0, image_size=32)
+    with pytest.raises(AutoSparseError, match=r"tiny-imagenet-200 is incomplete \(.*val_annotations"):
+        load_data(settings)
+    (root / "val" / "val_annotations.txt").write_text("v.JPEG\tn02\t0\t0\t62\t62\n")
+    data = load_data(settings)
+    assert data.train.labels.tolist() == [0, 0, 0, 1, 1, 1] and data.test.labels.tolist() == [1]
+    assert (data.train.images[:, 0, 0, 0] > 100).tolist() == [False] * 3 + [True] * 3
+    assert data.test.images.shape == (1, 3, 32, 32)
+    (root / "val" / "val_annotations.txt").write_text("v.JPEG\tn77\n")
+    with pytest.raises(AutoSparseError, match="is incomplete"):
+        load_data(settings)
+
+
+@pytest.mark.parametrize("name", ["mnist", "fashion_mnist", "cifar10", "cifar100", "svhn"])
+def test_torchvision_sets(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torchvision gives, in its various layouts, without its files."""
+    side, channels = (28, 1) if "mnist" in name else (32, 3)
+
+    def fake(root: str, download: bool, train: bool = True, split: str = "train") -> SimpleNamespace:
+        assert (root, download) == (str(tmp_path), True)
+        count = 20 if train and split == "train" else 10
+        images = np.arange(count, dtype=np.uint8)[:, None, None, None] * np.ones((1, side, side, channels), np.uint8)
+        labels = np.arange(count) % 10
+        if name == "svhn":
+            return SimpleNamespace(data=images.transpose(0, 3, 1, 2), labels=labels)
+        if channels == 1:
+            return SimpleNamespace(data=torch.from_numpy(images[..., 0]), targets=torch.from_numpy(labels))
+        return SimpleNamespace(data=images, targets=labels.tolist())
+
+    kind = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "cifar10": "CIFAR10", "cifar100": "CIFAR100"}
+    monkeypatch.setattr(f"torchvision.datasets.{kind.get(name, 'SVHN')}", fake)
+    data = load_data(DataSettings(name, root=str(tmp_path), validation=0))
+    assert (data.channels, data.image_size, data.classes, len(data.train), len(data.test)) == (
+        channels,
+        side,
+        10,
+        20,
+        10,
+    )
+    assert torch.equal(data.test.images, data.test.images[:, :1, :1, :1].expand_as(data.test.images))
+    assert (data.test.images[:, 0, 0, 0] % 10).tolist() == data.test.labels.tolist()
+    assert data.augment == ("crop+flip" if name.startswith("cifar") else "none")
+
+
+def test_a_download_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no route to host\nat line 7")
+
+    monkeypatch.setattr("torchvision.datasets.CIFAR10", fail)
+    monkeypatch.setattr("torchvision.datasets.utils.download_and_extract_archive", fail)
+    with pytest.raises(AutoSparseError, match=r"CIFAR10 is not under .* \(no route to host\): .*set data\.root"):
+        load_data(DataSettings("cifar10", root=str(tmp_path)))
+    with pytest.raises(AutoSparseError, match="tiny-imagenet-200 does not exist and cannot be downloaded"):
+        load_data(DataSettings("tiny_imagenet", root=str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"name": "digit"}, "data is 'digit': did you mean 'digits'.*imagefolder:PATH"),
+        ({"limit": 5000}, r"data\.limit is 5000: the data set has 1437 images"),
+        ({"limit_test": 361}, r"data\.limit_test is 361: the data set has 360"),
+        ({"limit": 0}, r"data\.limit is 0"),
+        ({"limit_test": -1}, r"data\.limit_test is -1"),
+        ({"image_size": 0}, r"data\.image_size is 0"),
+        ({"validation": 1.0}, r"data\.validation is 1\.0"),
+        ({"validation": -0.1}, r"data\.validation is -0\.1"),
+        ({"limit": 10, "validation": 0.99}, "of 10 training images it leaves none to train on"),
+        ({"augment": "flip"}, r"data\.augment is 'flip': known are none, crop"),
+    ],
+    ids=str,
+)
+def test_bad_settings(options: dict, message: str) -> None:
+    with pytest.raises(AutoSparseError, match=message):
+        load_data(DataSettings(**options))
+
+
+def test_labels_of_settings() -> None:
+    assert [DataSettings(n).label() for n in DATA] == list(DATA)
+    assert DataSettings("cifar10", image_size=16).label() == "cifar10-16px"
+    assert DataSettings("imagefolder:/data/my.pictures").label() == "my"

@@ -15,6 +15,12 @@ from torch.utils._pytree import tree_leaves, tree_map
 from autosparse.errors import AutoSparseError
 from autosparse.network.graph import Observer, base_name, named_arguments, observe, written_arguments
 
+# Operators, beside views and slices, that put elements elsewhere or add them up.
+_MOVED = """slice_scatter select_scatter index_put index_copy index_add scatter scatter_add masked_scatter repeat
+    repeat_interleave tril triu view_copy diagonal_copy unfold_copy reflection_pad1d reflection_pad2d reflection_pad3d
+    replication_pad1d replication_pad2d replication_pad3d"""
+MOVES = frozenset(_MOVED.split())
+
 
 class Step(NamedTuple):
     """One operator call; `written` are the tensors that it changed in place.

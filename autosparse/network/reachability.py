@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from autosparse.masks.layers import unwrap
 from autosparse.network.graph import FACTORS, KIND, ON_VECTORS, VIEWS, owned, takes_no_values
 from autosparse.network.linearize import (
+    MOVES,
     Replay,
     Step,
     Tape,
@@ -162,11 +163,6 @@ def _entering(x: Tensor, threshold: float = 0.0) -> Tensor:
 # Statistics that only scale what they are divided into: a norm layer is the identity of each channel.
 _SCALES = ("rsqrt", "var", "std", "linalg_vector_norm", "norm")
 _REDUCTIONS = ("mean", "sum", "amax", "amin", "max", "min", "prod", "logsumexp", "any", "all")
-# Operators, beside views and slices, that put elements elsewhere or add them up.
-_MOVED = """slice_scatter select_scatter index_put index_copy index_add scatter scatter_add masked_scatter repeat
-    repeat_interleave tril triu view_copy diagonal_copy unfold_copy reflection_pad1d reflection_pad2d reflection_pad3d
-    replication_pad1d replication_pad2d replication_pad3d"""
-_MOVES = frozenset(_MOVED.split())
 _POINTWISE = {"add", "mul", "activation"}
 
 
@@ -293,7 +289,7 @@ class _Replay(Replay[_Value]):
             return []
         if getattr(step.func, "is_view", False) or kind in ("reshape", "slice", "concat"):
             return self._run(step)
-        return [_some(t) for t in self._run(step)] if name in _MOVES else []
+        return [_some(t) for t in self._run(step)] if name in MOVES else []
 
     def _run(self, step: Step, enter: bool = False) -> list[Tensor]:
         """The operator itself on dependences: for operators that move or sum elements."""

@@ -1,0 +1,461 @@
+"""Synaptic flow of any network: the gradient of its recorded tape, replayed on a linear and non-negative version of it.
+
+What an operator becomes there (`|θ|` stands for `|θ ⊙ m|`, x for a non-negative activation):
+
+- products and convolutions with a weight: `|θ|` in its place; biases, shifts and positions: 0;
+- norm layers: `x·|γ|`, without statistics; activations, dropout: x; max-pooling, averages, sums, moves: as they are;
+- `x·θ`, `x·c` of a parameter or constant: `x·|θ|`, `x·|c|`; `x − s` with a statistic s (of fewer elements): x;
+- weights and scales that are zero throughout, as classifiers and the last norms of residual branches often begin: 1
+  everywhere, or there would be no flow to compare;
+- gates are 1. Of two activations multiplied elementwise the gate is the one of fewer elements; else the output of the
+  more bounded operator (sigmoid, softmax, clamp before tanh, GELU, ReLU before everything else); else each is the
+  gate of the other, and the result is their mean;
+- matrix products of two activations: the same choice, but by the operator alone; the gate averages uniformly. So
+  attention is the mean of V over the keys, and nothing flows through queries and keys.
+
+All of this is linear in the activations, so each is held as `x·2^k` with its own whole number k: products rescale their
+result, operands of a sum are brought to the same k. This changes neither a bit of the mantissa nor the weighting of
+branches, and keeps networks of any depth finite; gradients are then those of `R·2^(−k)`, one factor for all layers.
+Only networks that write into a tensor which they read through another view have k = 0 throughout.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves, tree_map
+
+from autosparse.errors import AutoSparseError
+from autosparse.masks.layers import Layer, unwrap
+from autosparse.network.graph import FACTORS, KIND, VIEWS, takes_no_values
+from autosparse.network.linearize import (
+    MOVES,
+    Replay,
+    Step,
+    Tape,
+    Value,
+    either_factor,
+    first_names,
+    is_pointwise,
+    multiply,
+    record,
+)
+
+
+def synaptic_flow(
+    model: nn.Module,
+    layers: Mapping[str, Layer],
+    example_input: Any,
+    masks: Mapping[str, Tensor] | None = None,
+    dtype: torch.dtype = torch.float64,
+    weights: Mapping[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """Synaptic flow through each weight: the sum over all paths through it of the product of their `|θ ⊙ m|`.
+
+    `s = |θ⊙m| ⊙ ∂R/∂|θ⊙m| ≥ 0`, where `R` is the sum of the outputs of the linearised network (see this module) on an
+    input of ones; 0 where the mask is 0. In a chain of layers each layer's flow sums to `R`. Exact up to one power of
+    two, common to all layers, which is 1 as long as `R` lies within the square root of what `dtype` can hold (2^±512).
+    The model stays as it is.
+
+    Args:
+        layers: the weights whose flow is wanted.
+        example_input: as for `trace`; only its shape matters, and the first example of the batch is used.
+        masks: by parameter name, in the parameter's shape; parameters without one are dense.
+        dtype: of computation and result.
+        weights: in place of the model's parameters of these names.
+
+    Returns:
+        Per layer a tensor of the weight's shape, on the model's device.
+
+    Raises:
+        AutoSparseError: masks or weights fit no parameter, the model does not take this input, an operator has no rule,
+            or the weights are not finite.
+
+    Source: Tanaka, Kunin, Yamins & Ganguli 2020, "Pruning neural networks without any data by iteratively conserving
+    synaptic flow"; the rules for gates, attention and statistics are ours, and on plain ReLU/BatchNorm networks they
+    change nothing.
+    """
+    model = unwrap(model)
+    tape = record(model, example_input)
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    cuda = [device.index or 0] if device.type == "cuda" else []
+    with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(cuda):
+        absolute = _absolute(model, layers, masks or {}, weights or {}, dtype)
+        leaves = {name: absolute[name].requires_grad_() for name in layers}
+        total, exponent = _Flow(tape, model, absolute, device, dtype).total()
+        gradients: Any = [None] * len(leaves)
+        if total.requires_grad:
+            gradients = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+    limit = int(math.log2(torch.finfo(dtype).max)) // 2
+    scale = 2.0 ** max(-limit, min(limit, exponent))
+    with torch.no_grad():
+        flow = {
+            name: torch.zeros_like(leaf) if g is None else leaf * g * scale
+            for (name, leaf), g in zip(leaves.items(), gradients, strict=True)
+        }
+    for name, score in flow.items():
+        if not torch.isfinite(score).all():
+            raise AutoSparseError(
+                f"synaptic flow of {name!r} is not finite in {dtype}: check that the weights are finite"
+            )
+    return {name: score.detach() for name, score in flow.items()}
+
+
+def without_flow(model: nn.Module, layers: Mapping[str, Layer], example_input: Any) -> dict[str, Tensor]:
+    """The weights of output units that synaptic flow cannot reach, whatever `layers` weigh: their score is always 0.
+
+    Queries and keys (of a stacked projection only these rows), gates, squeeze-and-excitation, what position biases are
+    computed with, layers that eval mode does not run. Takes and raises what `synaptic_flow` does.
+
+    Returns:
+        Bool tensors of the weights' shapes, True where no flow comes; only of layers that have such weights.
+    """
+    parameters = dict(unwrap(model).named_parameters())
+    flow = synaptic_flow(model, layers, example_input, weights={n: torch.ones_like(parameters[n]) for n in layers})
+    found = {}
+    for name, score in flow.items():
+        others = [d for d in range(score.dim()) if d != layers[name].out_dim]
+        dry = score.amax(others, keepdim=True) == 0 if others else score == 0
+        if dry.any():
+            found[name] = dry.expand(score.shape).clone()
+    return found
+
+
+def _absolute(
+    model: nn.Module,
+    layers: Mapping[str, Layer],
+    masks: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor],
+    dtype: torch.dtype,
+) -> dict[str, Tensor]:
+    """`|θ ⊙ m|` of every parameter, by first names."""
+    chosen = {first: weights[name] for name, first in first_names(model, weights, "weight").items()}
+    kept = {first: masks[name] for name, first in first_names(model, masks).items()}
+    found = {}
+    for name, parameter in model.named_parameters():
+        value = chosen.get(name, parameter).detach().to(parameter.device, dtype).abs()
+        if name in layers and not value.any():
+            value = torch.ones_like(value)
+        found[name] = value * (kept[name] != 0).to(parameter.device) if name in kept else value
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The replay
+
+_CONTENT, _ACTIVATION, _BOUNDED = 0, 1, 2
+_BOUNDED_NAMES = frozenset({"sigmoid", "hardsigmoid", "log_sigmoid_forward", "clamp", "clamp_max", "hardtanh", "relu6"})
+# Functions of one number that are no gates by themselves.
+_PLAIN = frozenset({"neg", "abs", "pow", "square", "sqrt", "nan_to_num", "round", "floor", "ceil"})
+_SAME = frozenset(
+    {"alias", "detach", "lift_fresh", "lift", "clone", "contiguous", "_to_copy", "native_dropout", "dropout"}
+)
+_STATISTICS = frozenset({"var", "std", "norm", "linalg_vector_norm"})
+_LINEAR = frozenset({"sum", "mean", "max", "min", "amax", "amin", "cumsum"}) | MOVES
+_LOOKUPS = frozenset({"embedding", "embedding_bag", "_embedding_bag", "index", "index_select", "gather"})
+# Products rescale results that leave 2^±32.
+_ROOM = 32
+
+
+@dataclass(frozen=True)
+class _Value(Value):
+    """What stands for a tensor of the tape.
+
+    `role` is `"data"` (linear in the input: `tensor·2^exponent`), `"weight"` (made of parameters, non-negative),
+    `"constant"` (the real thing) or `"gate"` (depends on data, but not linearly: no flow; ones). `rank` tells how much
+    like a gate it is when multiplied with other data.
+    """
+
+    rank: int = _CONTENT
+    exponent: int = 0
+
+
+Read = dict[int, _Value]  # by id of the operand
+
+
+class _Flow(Replay[_Value]):
+    """Runs a tape on the linearised network.
+
+    In each operator one role carries the flow: data, or weights where there are no data.
+    """
+
+    def __init__(
+        self, tape: Tape, model: nn.Module, absolute: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype
+    ) -> None:
+        super().__init__(tape, device)
+        self.dtype = dtype
+        self.name = type(model).__name__
+        for name, _ in model.named_parameters():
+            self.values[id(tape.state[name])] = _Value(absolute[name], "weight")
+        for name, b in model.named_buffers():
+            self.values[id(tape.state[name])] = self.constant(b.detach().clone())
+        for t in tape.inputs:
+            self.values[id(t)] = self._ones(t.shape, "data" if t.is_floating_point() else "gate")
+
+    def total(self) -> tuple[Tensor, int]:
+        """`R` as a number and the power of two that it is to be multiplied by."""
+        outputs = [v for v in self.run() if v.role == "data"]
+        if not outputs:
+            return torch.zeros((), dtype=self.dtype, device=self.device), 0
+        aligned = _aligned(outputs)
+        return torch.stack([v.tensor.sum() for v in aligned]).sum(), aligned[0].exponent
+
+    def constant(self, tensor: Tensor) -> _Value:
+        return _Value(tensor.to(self.dtype) if tensor.is_floating_point() else tensor, "constant")
+
+    def _ones(self, shape: torch.Size, role: str) -> _Value:
+        return _Value(torch.ones(shape, dtype=self.dtype, device=self.device), role)
+
+    def step(self, step: Step) -> list[_Value]:
+        try:
+            values = self._step(step)
+            for value, shape in zip(values, step.shapes, strict=True):
+                if value.tensor.shape != shape:
+                    raise ValueError(f"the rule gives shape {tuple(value.tensor.shape)} and not {tuple(shape)}")
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, TypeError, ValueError, IndexError, KeyError) as error:
+            operands = [self.values[id(t)] for t in step.operands if id(t) in self.values]
+            weights = [v for v in operands if v.role == "weight"]
+            if weights and all(v.role in ("weight", "constant") for v in operands):
+                return [self._like(weights, shape) for shape in step.shapes]
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise AutoSparseError(
+                f"synaptic flow cannot follow {step.func} in {self.name} ({reason}): use another criterion"
+            ) from error
+        return values
+
+    def _like(self, weights: list[_Value], shape: torch.Size) -> _Value:
+        """What becomes of weights in an unknown map of parameters alone: the one of the same shape, or else ones."""
+        return next((v for v in weights if v.tensor.shape == shape), self._ones(shape, "constant"))
+
+    def _step(self, step: Step) -> list[_Value]:
+        operands = [self.value(t) for t in step.operands]
+        roles = {v.role for v in operands}
+        if step.name == "bernoulli":  # a dropout of the model's own
+            return [self._ones(shape, "constant") for shape in step.shapes]
+        if roles <= {"constant"} or takes_no_values(step.name):
+            return [self.constant(t) for t in self.call(step)]
+        gates = [self._ones(shape, "gate") for shape in step.shapes]
+        if roles <= {"constant", "gate"} or step.name in _STATISTICS or step.name == "view_as_complex":
+            return gates
+        if not any(t.is_floating_point() or t.is_complex() for t in step.results):  # comparisons, indices, tokens
+            return gates
+        if "data" not in roles and "gate" in roles:
+            if step.name in _LOOKUPS:  # of tokens: this is where their flow starts
+                return [self._ones(shape, "data") for shape in step.shapes]
+            if step.name in FACTORS:  # tokens as one-hot vectors
+                operands = [dataclasses.replace(v, role="data") if v.role == "gate" else v for v in operands]
+        role = "data" if any(v.role == "data" for v in operands) else "weight"
+        carriers = iter(_aligned([v for v in operands if v.role == role]))
+        operands = [next(carriers) if v.role == role else v for v in operands]
+        read = {id(t): v for t, v in zip(step.operands, operands, strict=True)}
+        found = _rule(step, read, [v for v in operands if v.role == role], role)
+        values = [
+            v if t.is_floating_point() else gate for v, t, gate in zip(found, step.results, gates, strict=False)
+        ] + gates[len(found) :]
+        if self.shared:  # tensors are written into later, so they may not be shared, and keep one exponent
+            own = not getattr(step.func, "is_view", False)
+            return [dataclasses.replace(v, tensor=v.tensor.clone()) if own else v for v in values]
+        return [_rescaled(v) if step.name in FACTORS and role == "data" else v for v in values]
+
+
+def _aligned(values: list[_Value]) -> list[_Value]:
+    """The same values with one exponent: the largest."""
+    top = max((v.exponent for v in values), default=0)
+    return [
+        v if v.exponent == top else dataclasses.replace(v, tensor=v.tensor * 2.0 ** (v.exponent - top), exponent=top)
+        for v in values
+    ]
+
+
+def _rescaled(value: _Value) -> _Value:
+    """The same value as a tensor near 1 and a power of two."""
+    if value.tensor.numel() == 0:
+        return value
+    peak = float(value.tensor.detach().amax())
+    shift = max(-512, math.frexp(peak)[1]) if math.isfinite(peak) else 0
+    if abs(shift) <= _ROOM:
+        return value
+    return dataclasses.replace(value, tensor=value.tensor * 2.0**-shift, exponent=value.exponent + shift)
+
+
+def _rule(step: Step, read: Read, carriers: list[_Value], role: str) -> list[_Value]:
+    """What the results of an operator are; the first is enough where the others are indices or statistics."""
+    name, arguments, shape = step.name, step.arguments, step.shapes[0]
+    kind = KIND.get(name)
+    first = carriers[0]
+
+    def as_value(a: Any) -> _Value:
+        return read[id(a)] if isinstance(a, Tensor) else _Value(first.tensor.new_tensor(a), "constant")
+
+    def become(tensor: Tensor, rank: int = first.rank) -> list[_Value]:
+        return [dataclasses.replace(first, tensor=tensor.expand(shape), rank=rank)]
+
+    if name in FACTORS:
+        return [_product(name, arguments, read, role)]
+    if kind == "norm":
+        return become(_normalized(name, first, read.get(id(arguments.get("weight")))), _CONTENT)
+    if kind == "softmax":
+        return become(first.tensor, _BOUNDED)
+    if name == "glu":
+        return become(first.tensor.chunk(2, dim=arguments.get("dim", -1))[0], _CONTENT)
+    if kind == "activation":
+        return become(first.tensor, _BOUNDED if name in _BOUNDED_NAMES else _ACTIVATION)
+    if kind == "add":
+        a, b = as_value(arguments["self"]), as_value(arguments["other"])
+        return become(*_sum(name, a, b, abs(arguments.get("alpha", 1)), role))
+    if name == "mul":
+        return become(*_gated(as_value(arguments["self"]), as_value(arguments["other"])))
+    if name == "div":
+        return become(*_divided(as_value(arguments["self"]), as_value(arguments["other"]), role))
+    if name == "addcmul":
+        product, rank = _gated(as_value(arguments["tensor1"]), as_value(arguments["tensor2"]))
+        factor = dataclasses.replace(first, tensor=product, rank=rank)
+        if role not in (read[id(arguments[k])].role for k in ("tensor1", "tensor2")):
+            return become(as_value(arguments["self"]).tensor)
+        return become(*_sum("add", as_value(arguments["self"]), factor, abs(arguments.get("value", 1)), role))
+    if name == "where" and read[id(arguments["condition"])].role == "constant":
+        condition = read[id(arguments["condition"])].tensor
+        one, other = (_carried(as_value(arguments[k]), role) for k in ("self", "other"))
+        return become(torch.where(condition, one, other))
+    if name in ("where", "lerp"):  # a choice between activations, made by activations
+        return become(torch.stack([v.tensor.expand(shape) for v in carriers]).mean(0), _CONTENT)
+    if name == "masked_fill":
+        hidden = read[id(arguments["mask"])]
+        return become(first.tensor.masked_fill(hidden.tensor, 0.0) if hidden.role == "constant" else first.tensor)
+    if name == "copy":
+        return become(_carried(as_value(arguments["src"]), role))
+    if name in ("fill", "zero"):
+        return become(torch.zeros_like(first.tensor))
+    if name in _SAME:
+        return become(first.tensor)
+    if name == "as_strided" and first.tensor.shape != shape:
+        raise ValueError("no rule")
+    if name in VIEWS or name == "as_strided":  # strides may differ from the recorded ones
+        return become(first.tensor.reshape(shape))
+    if name == "constant_pad_nd":
+        return become(F.pad(first.tensor, arguments["pad"]))
+    if name == "var_mean":
+        mean = first.tensor.mean(arguments.get("dim"), keepdim=True).reshape(step.shapes[1])
+        return [dataclasses.replace(first, tensor=torch.ones_like(mean), role="gate"), *become(mean)]
+    if name in ("maximum", "minimum") and len(carriers) > 1:
+        return become(step.func(*(v.tensor for v in carriers)))
+    if is_pointwise(step.func) and len(carriers) == 1:
+        return become(first.tensor, first.rank if name in _PLAIN else _BOUNDED)
+    follows = getattr(step.func, "is_view", False) or kind in ("reshape", "slice", "concat", "pool", "resize")
+    if (follows or name in _LINEAR or name in _LOOKUPS) and not ("bicubic" in name or "grid" in name):
+        return [dataclasses.replace(first, tensor=t) for t in _itself(step, read, role)]
+    raise ValueError("no rule")
+
+
+def _product(name: str, arguments: Mapping[str, Any], read: Read, role: str) -> _Value:
+    """A product or convolution with what it adds."""
+    (first, dim), (second, _) = FACTORS[name]
+    a, b = read[id(arguments[first])], read[id(arguments[second])]
+    rank, exponent = _CONTENT, max(a.exponent, b.exponent)
+    if any(v.role not in ("data", "gate") for v in (a, b)):
+        tensor = multiply(name, arguments, _factor(a), _factor(b))
+    elif name == "convolution":
+        raise ValueError("its kernel is computed from activations")
+    else:
+        share, other = _shares(a, b)
+        tensor = either_factor(name, a.tensor * share, b.tensor * other) / a.tensor.shape[dim]
+        rank = _BOUNDED if share == other else _CONTENT
+    tensor = tensor * abs(arguments["alpha"]) if "alpha" in arguments else tensor
+    for key in {"bias", "self", "input"} - {first, second}:
+        added = arguments.get(key)
+        if isinstance(added, Tensor) and read[id(added)].role == role:
+            tensor = tensor + read[id(added)].tensor * abs(arguments.get("beta", 1))
+    return _Value(tensor, role, rank, exponent)
+
+
+def _shares(a: _Value, b: _Value) -> tuple[float, float]:
+    """How much of either of two activations passes where they are multiplied: the rest is the gate, which is 1."""
+    if "gate" in (a.role, b.role):
+        return float(a.role != "gate"), float(b.role != "gate")
+    if a.rank != b.rank:
+        return float(a.rank < b.rank), float(b.rank < a.rank)
+    return 0.5, 0.5
+
+
+def _gated(a: _Value, b: _Value) -> tuple[Tensor, int]:
+    """`a·b` and its rank."""
+    sizes = a.tensor.numel(), b.tensor.numel()
+    if "gate" not in (a.role, b.role):
+        if not a.role == b.role == "data":
+            return _factor(a) * _factor(b), max(a.rank, b.rank)
+        if sizes[0] != sizes[1]:
+            content = a if sizes[0] > sizes[1] else b
+            return content.tensor, content.rank
+    share, other = _shares(a, b)
+    if share == other:
+        return (a.tensor + b.tensor) * share, _CONTENT
+    content = a if share > other else b
+    return content.tensor, max(content.rank, _ACTIVATION) if sizes[0] == sizes[1] else content.rank
+
+
+def _divided(a: _Value, b: _Value, role: str) -> tuple[Tensor, int]:
+    """`a/b` and its rank: what activations, or statistics of a weight, divide is as it was."""
+    if b.role in ("data", "gate"):
+        return (a.tensor, a.rank) if a.role == role else (b.tensor, _BOUNDED)
+    if a.role == b.role and b.tensor.numel() < a.tensor.numel():
+        return a.tensor, a.rank
+    return _factor(a) / _factor(b), a.rank
+
+
+def _sum(name: str, a: _Value, b: _Value, alpha: float, role: str) -> tuple[Tensor, int]:
+    """`a ± alpha·b` and its rank; beside data only data count, beside weights constants too (`1 + γ`)."""
+    if name == "sub" and a.role == b.role == role and b.tensor.numel() < a.tensor.numel():
+        return a.tensor, _CONTENT
+    counted = (role,) if role == "data" else ("weight", "constant")
+    terms = [v.tensor.abs() * factor for v, factor in ((a, 1), (b, alpha)) if v.role in counted]
+    if len(terms) == 1:
+        return terms[0], max(v.rank for v in (a, b) if v.role in counted)
+    return terms[0] + terms[1], _CONTENT
+
+
+def _normalized(name: str, x: _Value, gamma: _Value | None) -> Tensor:
+    """`x·|γ|`, per channel (dimension 1) or over the last dimensions, as the norm layer has it."""
+    if gamma is None or gamma.role in ("data", "gate"):
+        return x.tensor
+    per_channel = "layer_norm" not in name and "rms_norm" not in name
+    factor = _factor(gamma)
+    return x.tensor * (factor.reshape(-1, *[1] * (x.tensor.dim() - 2)) if per_channel else factor)
+
+
+def _factor(v: _Value) -> Tensor:
+    """Non-negative; and 1 for a scale or weight outside of `layers` that is zero throughout."""
+    if v.role == "constant":
+        return v.tensor.abs()
+    zero = v.role == "weight" and not v.tensor.requires_grad and not v.tensor.any()
+    return torch.ones_like(v.tensor) if zero else v.tensor
+
+
+def _carried(v: _Value, role: str) -> Tensor:
+    return v.tensor if v.role == role else torch.zeros_like(v.tensor)
+
+
+def _itself(step: Step, read: Read, role: str) -> list[Tensor]:
+    """The operator on what carries the flow, with 0 in place of everything else but indices."""
+
+    def stand_in(a: Any) -> Any:
+        if not isinstance(a, Tensor):
+            return a
+        v = read[id(a)]
+        if not a.is_floating_point() and v.role == "gate":
+            raise ValueError("activations choose the elements")
+        return v.tensor if not v.tensor.is_floating_point() else _carried(v, role)
+
+    kwargs = {key: value for key, value in step.kwargs.items() if key != "dtype"}
+    args, kwargs = tree_map(stand_in, (step.args, kwargs))
+    if step.written:  # the operands may stand for other tensors too
+        args = tuple(a.clone() if isinstance(a, Tensor) else a for a in args)
+    return [t for t in tree_leaves(step.func(*args, **kwargs)) if isinstance(t, Tensor)]

@@ -75,7 +75,8 @@ def fit(config: Config, overrides: Overrides = None) -> None:
 def prune(config: Config, overrides: Overrides = None) -> None:
     """Write the masks of a freshly initialized network, by any criterion or scorer."""
     from autosparse.config import PruneConfig, claim_directory, load_config
-    from autosparse.experiment.benchmark import build_model, find_masks
+    from autosparse.experiment.benchmark import build_model, find_masks, identity
+    from autosparse.masks.mask import Masks
     from autosparse.training.data import load_data
     from autosparse.training.loop import check_fits, fabric_for
 
@@ -86,7 +87,7 @@ def prune(config: Config, overrides: Overrides = None) -> None:
     check_fits(model, data)
     directory = claim_directory(chosen)
     path = directory / "masks.safetensors"
-    if path.exists():
+    if path.exists() and Masks.load(path).report.origin.get("identity") == identity(chosen.criterion.criterion):
         _say(f"complete: {path} is there already")
         return
     with _quiet_warnings(), _bars() as bars:
@@ -333,7 +334,7 @@ def _generate(config: GenerateConfig, tracking: Path | None = None) -> None:
     for label, reason in campaign.failures.items():
         print(f"failed: {label}: {reason}", file=sys.stderr)
     if campaign.failures:
-        raise AutoSparseFailure(f"{len(campaign.failures)} of {len(todo)} runs failed; the others are complete")
+        raise AutoSparseFailure(f"{len(campaign.failures)} of {len(todo)} runs failed; start again to try them again")
     _say(f"records: {len(campaign.records)} complete in {directory / 'records'}")
 
 
@@ -417,7 +418,7 @@ def _benchmark(config: BenchmarkConfig, tracking: Path | None = None, write_repo
     for line in failed:
         print(f"failed: {line}", file=sys.stderr)
     if failed:
-        raise AutoSparseFailure(f"{len(failed)} of {len(cells)} cells failed; the others are complete")
+        raise AutoSparseFailure(f"{len(failed)} of {len(cells)} cells failed; start again to try them again")
 
 
 # -- what a person sees -------------------------------------------------------------------------------------------------

@@ -61,19 +61,23 @@ class FitConfig:
 
 @settings
 class PruneConfig:
-    """`autosparse prune`: masks of one freshly initialized network, into `output/masks.safetensors`."""
+    """`autosparse prune`: masks of one freshly initialized network, into `output/masks.safetensors`.
+
+    `sparsity` is `null` with an N:M pattern, which sets it.
+    """
 
     output: str = "runs/prune"
     model: ModelSettings = ModelSettings("resnet20")
     data: DataSettings = DataSettings("cifar10")
     criterion: Candidate = Candidate("snip")
-    sparsity: float = 0.95
+    sparsity: float | None = 0.95
     recipe: Recipe = Recipe()
     seed: int = 0
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        check_sparsity(self.sparsity)
+        if self.sparsity is not None:
+            check_sparsity(self.sparsity)
 
 
 @settings

@@ -388,7 +388,7 @@ def test_diverged_work_exits_with_one(run: Run) -> None:
     answer = run("benchmark", benchmark_config(recipe=wild))
     assert answer.code == 1
     *reasons, last = answer.err.strip().splitlines()
-    assert last == "error: 2 of 2 cells failed; the others are complete" and len(reasons) == 2
+    assert last == "error: 2 of 2 cells failed; start again to try them again" and len(reasons) == 2
     assert all(line.startswith("failed: mlp-w8 ") and "training diverged" in line for line in reasons)
 
 
@@ -407,7 +407,7 @@ def test_some_failed_runs_exit_with_one(run: Run, monkeypatch: pytest.MonkeyPatc
     answer = run("generate", generate_config())
     assert answer.code == 1 and answer.err.splitlines() == [
         "failed: convnet-w4_digits_s0: training diverged: as planned",
-        "error: 1 of 2 runs failed; the others are complete",
+        "error: 1 of 2 runs failed; start again to try them again",
     ]
     assert Path("irp/records/convnet-w4_digits_s1.h5").is_file()
 

@@ -131,11 +131,24 @@ def is_scorer(text: str) -> bool:
     return text.endswith(".safetensors") or text.startswith("models:/")
 
 
+def identity(criterion: str) -> str:
+    """What a criterion is, for telling whether a result is still its own: a scorer is what its file holds, not its path.
+
+    Raises:
+        AutoSparseError: the scorer's file does not exist.
+    """
+    if not criterion.endswith(".safetensors"):
+        return criterion
+    if not Path(criterion).is_file():
+        raise AutoSparseError(f"scorer file {criterion} does not exist: fit it first, or check the path")
+    return sha256(Path(criterion))
+
+
 def find_masks(
     model: nn.Module,
     data: ImageData,
     candidate: Candidate,
-    sparsity: float,
+    sparsity: float | None,
     *,
     recipe: Recipe,
     seed: int = 0,
@@ -152,6 +165,8 @@ def find_masks(
     """
     clock = time.perf_counter()
     if candidate.criterion == "irp":
+        if sparsity is None:
+            raise AutoSparseError("sparsity is None: give the share of weights to remove, such as 0.95")
         return _irp_masks(model, data, candidate, sparsity, recipe, seed, device, state, on_epoch)
     criterion = resolve(candidate.criterion)
     rule = PRESETS[criterion].criterion if isinstance(criterion, str) else criterion
@@ -169,6 +184,9 @@ def find_masks(
         schedule=candidate.schedule,
         floor=candidate.floor,
         seed=seed,
+    )
+    masks.report = dataclasses.replace(
+        masks.report, origin={**masks.report.origin, "identity": identity(candidate.criterion)}
     )
     return Found(masks, time.perf_counter() - clock, masks.report.origin["images"] / len(data.train))
 
@@ -227,7 +245,7 @@ def _irp_masks(
     finally:
         model.load_state_dict(original)
     assert masks is not None
-    origin = {"criterion": "irp", "rounds": candidate.rounds, "sparsity": sparsity, "seed": seed}
+    origin = {"criterion": "irp", "identity": "irp", "rounds": candidate.rounds, "sparsity": sparsity, "seed": seed}
     masks.report = dataclasses.replace(masks.report, origin=origin)
     epochs = candidate.rounds * recipe.length(data) / steps_per_epoch(data, recipe.batch_size)
     return Found(describe(model, masks, example), seconds, epochs)
@@ -254,11 +272,8 @@ class Cell:
     def config(self) -> dict[str, Any]:
         values = json.loads(json.dumps(dataclasses.asdict(self)))
         values["data"].pop("root")
-        if self.candidate is not None and self.candidate.criterion.endswith(".safetensors"):
-            path = Path(self.candidate.criterion)
-            if not path.is_file():
-                raise AutoSparseError(f"scorer file {path} does not exist: fit it first, or check the path")
-            values["candidate"]["criterion"] = sha256(path)  # a scorer is what it holds, not where it lies
+        if self.candidate is not None:
+            values["candidate"]["criterion"] = identity(self.candidate.criterion)
         return values
 
     def key(self) -> str:

@@ -1,6 +1,6 @@
 """What AutoSparse costs beside the plain thing, measured side by side in one process.
 
-    python benchmarks/run.py [step loop record scoring snip] [--csv benchmarks/results/NAME.csv]
+    python benchmarks/run.py [step loop record scoring snip] [--threads N] [--csv benchmarks/results/NAME.csv]
 
 Other work on the machine slows both sides of a comparison, so each round times them one right after the other, in turns
 of order; a ratio is the median over rounds, beside its quartiles.
@@ -130,7 +130,7 @@ def step() -> Iterator[Row]:
         dense = resnet20(device)
         masks = autosparse.prune(dense, 0.9, "magnitude", example_input=torch.zeros(1, 3, SIDE, SIDE, device=device))
         again, masked = copy.deepcopy(dense), copy.deepcopy(dense)
-        steps, rounds = (1, 300) if device == "cpu" else (50, 60)
+        steps, rounds = (1, 200) if device == "cpu" else (50, 60)
         batches = ready_batches(device)
 
         def side(
@@ -176,7 +176,7 @@ def random_data(train_images: int, validation_images: int) -> ImageData:
 def loop() -> Iterator[Row]:
     """One `train` of several epochs; the bare loop takes as many steps after each of them, in `on_epoch`."""
     for device in devices():
-        steps, epochs = (40, 13) if device == "cpu" else (400, 13)
+        steps, epochs = (40, 9) if device == "cpu" else (400, 13)
         for share in (0.0, 0.1):
             data = random_data(steps * BATCH, round(share / (1 - share) * steps * BATCH))
             recipe = Recipe(epochs=epochs, lr=0.01, batch_size=BATCH, schedule="cosine")
@@ -324,7 +324,8 @@ def imagenet_batch(device: str, count: int = 32) -> tuple[Tensor, Tensor]:
 
 def scoring() -> Iterator[Row]:
     """In a process of its own, so that the peak of memory is that of scoring."""
-    done = subprocess.run([sys.executable, __file__, "--child", "scoring"], capture_output=True, text=True)
+    command = [sys.executable, __file__, "--child", "scoring", "--threads", str(torch.get_num_threads())]
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(done.stderr)
     for line in done.stdout.splitlines():
@@ -353,7 +354,7 @@ def scoring_child() -> Iterator[Row]:
     bare = passes(model, images, labels)
     bare()
     times = alternate(
-        5,
+        3,
         {
             "score": lambda: scorer(signals, context),
             "select": lambda: select(scores, 0.05, layers=layers),
@@ -385,7 +386,7 @@ def snip() -> Iterator[Row]:
 
         sides = {"snip": prune, "bare": passes(model, *batch)}
         alternate(1, sides)
-        times = alternate(9, sides)
+        times = alternate(5, sides)
         yield row("snip", device, "prune(snip) / forward and backward", times["snip"] / times["bare"], goal="<= 1.3")
         yield row("snip", device, "prune(snip)", times["snip"], "s")
         yield row("snip", device, "forward and backward, 32 images of 224", times["bare"], "s")
@@ -414,9 +415,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", metavar="name", help=f"of {', '.join(BENCHMARKS)}; all by default")
     parser.add_argument("--csv", type=Path, help="file to write the figures to")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of torch on the CPU")
     parser.add_argument("--child", choices=["scoring"], help=argparse.SUPPRESS)
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
+    torch.set_num_threads(options.threads)
     if options.child:
         for found in scoring_child():
             print(json.dumps(asdict(found)))

@@ -62,6 +62,44 @@ def test_snip_is_the_change_of_the_loss_when_a_weight_goes() -> None:
             assert scores[name].flatten()[index].item() == pytest.approx(slope, abs=1e-8)
 
 
+def test_synflow_is_the_flow_but_where_none_can_come() -> None:
+    """Of the four weights without flow the half of the largest magnitude goes above all others."""
+    found = CRITERIA["synflow"](
+        {
+            "weight": {"a": torch.tensor([[1.0, -3.0, 0.0, 2.0]]), "b": torch.tensor([[1.0], [1.0]])},
+            "flow": {"a": torch.zeros(1, 4).double(), "b": torch.tensor([[5.0], [7.0]]).double()},
+            "no_flow": {"a": torch.ones(1, 4, dtype=torch.bool), "b": torch.zeros(2, 1, dtype=torch.bool)},
+        },
+        Context(LAYERS, 0.5),
+    )
+    assert found["a"].tolist() == [[0.0, 14.0, 0.0, 14.0]] and found["b"].tolist() == [[5.0], [7.0]]
+
+
+def test_synflow_scores_are_sums_over_paths() -> None:
+    """2 → 2 → 1, no biases: through w₀₀ = −1 go two paths' worth of |1|·|3| on an input of ones."""
+    model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.ReLU(), nn.Linear(2, 1, bias=False))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([[-1.0, 2.0], [0.5, 0.0]]))
+        model[2].weight.copy_(torch.tensor([[3.0, -4.0]]))
+    layers = prunable_layers(model)
+    rule = CRITERIA["synflow"]
+    found = rule(measure(model, layers, rule.signals, example_input=torch.zeros(1, 2)), Context(layers, 0.5))
+    assert found["0.weight"].tolist() == [[3.0, 6.0], [2.0, 0.0]]
+    assert found["2.weight"].tolist() == [[9.0, 2.0]]
+
+
+def test_synflow_in_100_steps_keeps_layers_that_one_step_kills() -> None:
+    model = create_model(ModelSettings("convnet", 8, {"depth": 12}), in_channels=1, image_size=8, seed=0)
+    example = torch.zeros(1, 1, 8, 8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        once = prune(model, 0.99, "synflow", example_input=example, steps=1)
+    often = prune(model, 0.99, "synflow", example_input=example)
+    assert often.report.dead_layers == () and often.kept == once.kept
+    assert often.report.effective_sparsity == pytest.approx(often.sparsity, abs=1e-3)  # hardly a weight in vain
+    assert len(once.report.dead_layers) > 0
+
+
 @pytest.mark.parametrize("model_name", MODELS)
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_on_every_network(
@@ -76,12 +114,13 @@ def test_every_preset_on_every_network(
     weights = sum(layer.numel for layer in layers.values())
     with unchanged(model), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # tiny networks die early
-        masks, again = (prune(model, 0.7, preset, batches=batches, seed=1) for _ in range(2))
+        steps = min(PRESETS[preset].steps, 2)  # all of them, 100 for synflow, on the small network below
+        masks, again = (prune(model, 0.7, preset, batches=batches, steps=steps, seed=1) for _ in range(2))
     assert masks == again
     assert (masks.kept, masks.total) == (round((1 - 0.7) * weights), weights)
     assert {n: m.shape for n, m in masks.items()} == {n: torch.Size(l.shape) for n, l in layers.items()}
     rule = PRESETS[preset].criterion
-    found = measure(model, layers, rule.signals, batches=batches[: rule.n_batches], seed=1)
+    found = measure(model, layers, rule.signals, batches=batches[: rule.n_batches], example_input=batches[0][0], seed=1)
     scores = rule(found, Context(layers, 0.3, seed=1))
     assert all(torch.isfinite(s).all() and s.shape == layers[n].shape for n, s in scores.items())
     assert masks.report.effective_sparsity is not None and masks.report.effective_sparsity >= masks.sparsity - 1e-9

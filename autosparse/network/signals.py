@@ -13,12 +13,15 @@ from torch.utils._pytree import tree_leaves
 
 from autosparse.errors import AutoSparseError, require, settings, suggest
 from autosparse.masks.layers import Layer, unwrap
+from autosparse.network.flow import synaptic_flow, without_flow
 
 Signals = dict[str, dict[str, Tensor]]  # signal -> parameter name -> tensor of the parameter's shape
 Batch = tuple[Any, Any]
 Loss = Callable[[Any, Any], Tensor]
 
-SIGNALS = ("weight", "gradient")
+SIGNALS = ("weight", "gradient", "flow", "no_flow")
+FIXED = ("no_flow",)  # these do not depend on the mask: measured once, whatever the steps
+DATA_FREE = ("flow", "no_flow")  # these take an example input instead of batches
 
 
 @settings
@@ -65,6 +68,7 @@ def measure(
     names: Sequence[str],
     *,
     batches: Sequence[Batch] = (),
+    example_input: Any = None,
     masks: Mapping[str, Tensor] | None = None,
     loss: Loss | None = None,
     seed: int = 0,
@@ -72,14 +76,16 @@ def measure(
     """Measure the named signals of `model` on `θ ⊙ m`; every tensor has its weight's shape, on the model's device.
 
     `"weight"`: `θ ⊙ m`. `"gradient"`: `g = ∂L/∂(θ ⊙ m)`, the mean over all samples of `batches`, pruned positions too,
-    with norm layers (only these) in train mode. Parameters, buffers, gradients, modes, hooks and RNG stay as they were.
+    with norm layers (only these) in train mode. `"flow"`: synaptic flow (see `flow.py`), float64. `"no_flow"`: boolean,
+    the weights that synaptic flow cannot reach whatever their values. Parameters, buffers, gradients, modes, hooks and RNG stay as they were.
 
     Args:
+        example_input: what data-free signals take; default the first batch's inputs.
         loss: `loss(outputs, targets)`, a mean over the batch; cross-entropy by default.
         seed: what dropout-like layers of a model draw from.
 
     Raises:
-        AutoSparseError: an unknown signal, a gradient without batches, or batches that the model cannot take.
+        AutoSparseError: an unknown signal, a gradient without batches, flow without an input, or batches that the model cannot take.
     """
     for name in names:
         if name not in SIGNALS:
@@ -97,6 +103,17 @@ def measure(
         if not batches:
             raise AutoSparseError("this criterion needs gradients: give batches, pairs of (inputs, targets)")
         signals["gradient"] = _gradient(model, weights, batches, loss or F.cross_entropy, seed)
+    if set(DATA_FREE) & set(names):
+        example = batches[0][0] if example_input is None and batches else example_input
+        if example is None:
+            raise AutoSparseError("this criterion runs the network: give example_input, or batches")
+        if "flow" in names:
+            signals["flow"] = synaptic_flow(model, layers, example, masks)
+        if "no_flow" in names:
+            found = without_flow(model, layers, example)
+            signals["no_flow"] = {
+                n: found[n] if n in found else torch.zeros_like(w, dtype=torch.bool) for n, w in weights.items()
+            }
     return signals
 
 

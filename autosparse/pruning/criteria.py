@@ -72,10 +72,31 @@ def snip(signals: Signals, context: Context) -> Scores:
     return {name: (weight * gradient[name]).abs() for name, weight in signals["weight"].items()}
 
 
+def synflow(signals: Signals, context: Context) -> Scores:
+    """`s = |θ| ⊙ ∂R/∂|θ|`, synaptic flow of the linearised network (Tanaka et al. 2020); no data.
+
+    Weights that no flow can reach by construction (queries, keys, gates) would all score 0 and die whatever they are
+    worth: of these every layer keeps the target density by magnitude.
+    """
+    flow, unreached = signals["flow"], signals["no_flow"]
+    above = 2 * max(float(f.max()) for f in flow.values())
+    scores: Scores = {}
+    for name, value in flow.items():
+        apart = unreached[name]
+        count = round(context.density * int(apart.sum()))
+        if count:
+            magnitude = torch.where(apart, signals["weight"][name].abs().to(value.dtype), -1.0).flatten()
+            value = value.clone()
+            value.view(-1)[magnitude.topk(count).indices] = above
+        scores[name] = value
+    return scores
+
+
 CRITERIA: dict[str, Criterion] = {
     "random": HandMade("random", random),
     "magnitude": HandMade("magnitude", magnitude, ("weight",)),
     "snip": HandMade("snip", snip, ("weight", "gradient"), n_batches=1),
+    "synflow": HandMade("synflow", synflow, ("weight", "flow", "no_flow")),
 }
 
 
@@ -95,4 +116,6 @@ PRESETS: dict[str, Preset] = {
     "erk": Preset(CRITERIA["random"], scope="erk"),
     "magnitude": Preset(CRITERIA["magnitude"]),
     "snip": Preset(CRITERIA["snip"]),
+    "iterative_snip": Preset(CRITERIA["snip"], steps=60),  # Verdenius et al. 2020, de Jorge et al. 2021
+    "synflow": Preset(CRITERIA["synflow"], steps=100),
 }

@@ -20,7 +20,7 @@ from autosparse.masks.schedule import check_sparsity, densities
 from autosparse.masks.selection import NM, Granularity, parse_granularity, select
 from autosparse.network.graph import trace
 from autosparse.network.reachability import reachability
-from autosparse.network.signals import Batch, Loss, batch_size, measure, take_batches
+from autosparse.network.signals import FIXED, Batch, Loss, batch_size, measure, take_batches
 from autosparse.pruning.criteria import PRESETS, Context, Criterion, Preset
 
 
@@ -100,6 +100,8 @@ def prune(
         model, include=include, exclude=exclude, operands=None if graph is None else graph.operands
     )
     used = taken[:wanted]
+    changing = [name for name in rule.signals if name not in FIXED]
+    fixed = measure(model, layers, [n for n in rule.signals if n in FIXED], example_input=example)
     masks: Masks | None = None
     measured = 0
     for target in path:
@@ -110,7 +112,9 @@ def prune(
                 continue
             shape = NM(n, pattern.m)
         measured += 1
-        signals = measure(model, layers, rule.signals, batches=used, masks=masks, loss=loss, seed=seed)
+        signals = fixed | measure(
+            model, layers, changing, batches=used, example_input=example, masks=masks, loss=loss, seed=seed
+        )
         scores = rule(signals, Context(layers, target, graph, masks, seed))
         masks = select(
             scores,

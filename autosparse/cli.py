@@ -217,7 +217,7 @@ def list_(
     names: dict[str, list[str]] = {
         "models": [*MODELS, "torchvision:NAME", "timm:NAME", "package.module:factory"],
         "data": [*DATA, "imagefolder:PATH", "hdf5:PATH"],
-        "criteria": [*PRESETS, *METHODS, "SCORER.safetensors", "models:/NAME@ALIAS"],
+        "criteria": [*PRESETS, *METHODS, "SCORER.safetensors", "models:/NAME@ALIAS", "densities:ANY_OF_THESE"],
         "signals": list(SIGNALS),
         "features": [f"{name}: {meaning}" for name, meaning in FEATURES.items()],
     }
@@ -287,7 +287,11 @@ def quickstart(
             models=(chosen.target,),
             data=chosen.data,
             recipe=chosen.recipe,
-            criteria=(*criteria, Candidate(str(scorer), label="scorer", floor=chosen.floor)),
+            criteria=(
+                *criteria,
+                Candidate(str(scorer), label="scorer", floor=chosen.floor),
+                Candidate(f"densities:{scorer}", label="densities:scorer", floor=chosen.floor),
+            ),
             sparsities=chosen.sparsities,
             seeds=chosen.seeds,
             **common,

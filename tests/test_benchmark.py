@@ -348,3 +348,17 @@ def test_settings_of_a_candidate_reach_prune(data: ImageData) -> None:
     assert all(abs(layer.density - 0.5) <= 1 / layer.total for layer in masks.layers())
     masks = find_masks(model, data, Candidate("magnitude", granularity="2:4"), 0.5, recipe=RECIPE, device="cpu").masks
     assert masks.report.dense_layers == ("features.0.weight",)
+
+
+def test_densities_of_a_criterion_are_its_counts_at_random_positions(digits: ImageData) -> None:
+    model = build_model(ModelSettings("convnet", 4), digits)
+    found = {
+        criterion: find_masks(model, digits, Candidate(criterion), 0.8, recipe=Recipe(), seed=1)
+        for criterion in ("magnitude", "densities:magnitude")
+    }
+    masks, shuffled = (f.masks for f in found.values())
+    assert [r.kept for r in masks.layers()] == [r.kept for r in shuffled.layers()] and masks != shuffled
+    assert shuffled.report.effective_sparsity is not None
+    assert Candidate("densities:irp", rounds=3).name == "densities:irp-3"
+    with pytest.raises(AutoSparseError, match="did you mean 'snip'"):
+        Candidate("densities:snp")

@@ -245,7 +245,8 @@ def test_quickstart_in_small(run: Run) -> None:
     assert answer.code == 0 and "report: quick/report.html" in answer.out, answer.err
     with open("quick/benchmark/results.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [r["criterion"] for r in rows] == ["dense", "random", "erk", "magnitude", "snip", "scorer"]
+    names = ["dense", "random", "erk", "magnitude", "snip", "scorer", "densities:scorer"]
+    assert [r["criterion"] for r in rows] == names
     refused(run("quickstart", "sparsitie=[0.5]"), "unknown key 'sparsitie': did you mean 'sparsities'?")
 
 

@@ -35,6 +35,7 @@ from autosparse.training.loop import Recipe, Trained, check_fits, steps_per_epoc
 from autosparse.training.models import ModelSettings, create_model
 
 METHODS = ("irp",)
+_DENSITIES = "densities:"
 COLUMNS = (
     "model",
     "data",
@@ -63,7 +64,9 @@ COLUMNS = (
 class Candidate:
     """A criterion or method in the grid.
 
-    `criterion`: a preset (`autosparse list criteria`), `"irp"`, or a scorer: its file, or an MLflow `models:/` URI.
+    `criterion`: a preset (`autosparse list criteria`), `"irp"`, or a scorer: its file, or an MLflow `models:/` URI;
+    `"densities:"` before any of them keeps its layer densities and puts the positions within each layer at random, the
+    rival that every criterion must beat: one that does not has found layer densities only.
     `label`: its name in tables. `scope`, `granularity`, `steps`, `schedule`, `n_batches`, `floor` as in `prune`;
     `batch_size` of the batches it scores on (`None`: a scorer's own, else 128). `rounds` of `"irp"`: trainings spent.
     """
@@ -80,10 +83,10 @@ class Candidate:
     rounds: int = 5
 
     def __post_init__(self) -> None:
-        if not is_scorer(self.criterion) and self.criterion not in (*PRESETS, *METHODS):
+        if not is_scorer(self.base) and self.base not in (*PRESETS, *METHODS):
             raise AutoSparseError(
-                f"criterion is {self.criterion!r}: {suggest(self.criterion, [*PRESETS, *METHODS])}; "
-                "or a scorer's file, NAME.safetensors"
+                f"criterion is {self.criterion!r}: {suggest(self.base, [*PRESETS, *METHODS])}; "
+                "or a scorer's file, NAME.safetensors; or densities: before one of them"
             )
         if self.scope is not None:
             require(self.scope in SCOPES, "scope", self.scope, f"known: {', '.join(SCOPES)}")
@@ -94,9 +97,9 @@ class Candidate:
         for key in ("steps", "n_batches", "batch_size"):
             value = getattr(self, key)
             require(value is None or value >= 1, key, value, "give at least 1")
-            require(value is None or self.criterion != "irp", f"{key} of irp", value, "it has none; leave it out")
+            require(value is None or self.base != "irp", f"{key} of irp", value, "it has none; leave it out")
         require(
-            self.granularity in (None, "unstructured") or self.criterion != "irp",
+            self.granularity in (None, "unstructured") or self.base != "irp",
             "granularity of irp",
             self.granularity,
             "it removes single weights; leave it out",
@@ -104,13 +107,29 @@ class Candidate:
         require(0 <= self.floor < 1, "floor", self.floor, "it is the smallest density of a layer, in [0, 1)")
         require(1 <= self.rounds <= 255, "rounds", self.rounds, "it must lie in 1 … 255")
 
+        require(
+            not self.only_densities or self.granularity in (None, "unstructured"),
+            "granularity of densities:",
+            self.granularity,
+            "random positions have no pattern; leave it out",
+        )
+
+    @property
+    def only_densities(self) -> bool:
+        return self.criterion.startswith(_DENSITIES)
+
+    @property
+    def base(self) -> str:
+        """The criterion whose scores or layer densities these are."""
+        return self.criterion.removeprefix(_DENSITIES)
+
     @property
     def name(self) -> str:
         if self.label is not None:
             return self.label
-        if self.criterion == "irp":
-            return f"irp-{self.rounds}"
-        return Path(self.criterion).stem if self.criterion.endswith(".safetensors") else self.criterion
+        base = f"irp-{self.rounds}" if self.base == "irp" else self.base
+        base = Path(base).stem if base.endswith(".safetensors") else base
+        return _DENSITIES * self.only_densities + base
 
 
 @dataclass(frozen=True)
@@ -139,9 +158,10 @@ def identity(criterion: str) -> str:
     """
     if not criterion.endswith(".safetensors"):
         return criterion
-    if not Path(criterion).is_file():
-        raise AutoSparseError(f"scorer file {criterion} does not exist: fit it first, or check the path")
-    return sha256(Path(criterion))
+    path = Path(criterion.removeprefix(_DENSITIES))
+    if not path.is_file():
+        raise AutoSparseError(f"scorer file {path} does not exist: fit it first, or check the path")
+    return _DENSITIES * criterion.startswith(_DENSITIES) + sha256(path)
 
 
 def find_masks(
@@ -164,6 +184,13 @@ def find_masks(
         state: directory in which a method keeps its rounds until it is done.
     """
     clock = time.perf_counter()
+    if candidate.only_densities:
+        inner = dataclasses.replace(candidate, criterion=candidate.base)
+        found = find_masks(
+            model, data, inner, sparsity, recipe=recipe, seed=seed, device=device, state=state, on_epoch=on_epoch
+        )
+        masks = describe(model, found.masks.shuffle(seed), data.normalise(data.train.images[:2]))
+        return Found(_with_identity(masks, candidate), time.perf_counter() - clock, found.epochs)
     if candidate.criterion == "irp":
         if sparsity is None:
             raise AutoSparseError("sparsity is None: give the share of weights to remove, such as 0.95")
@@ -185,10 +212,15 @@ def find_masks(
         floor=candidate.floor,
         seed=seed,
     )
-    masks.report = dataclasses.replace(
-        masks.report, origin={**masks.report.origin, "identity": identity(candidate.criterion)}
+    return Found(
+        _with_identity(masks, candidate), time.perf_counter() - clock, masks.report.origin["images"] / len(data.train)
     )
-    return Found(masks, time.perf_counter() - clock, masks.report.origin["images"] / len(data.train))
+
+
+def _with_identity(masks: Masks, candidate: Candidate) -> Masks:
+    origin = {**masks.report.origin, "identity": identity(candidate.criterion)}
+    masks.report = dataclasses.replace(masks.report, origin=origin)
+    return masks
 
 
 def _irp_masks(
@@ -245,10 +277,10 @@ def _irp_masks(
     finally:
         model.load_state_dict(original)
     assert masks is not None
-    origin = {"criterion": "irp", "identity": "irp", "rounds": candidate.rounds, "sparsity": sparsity, "seed": seed}
+    origin = {"criterion": "irp", "rounds": candidate.rounds, "sparsity": sparsity, "seed": seed}
     masks.report = dataclasses.replace(masks.report, origin=origin)
     epochs = candidate.rounds * recipe.length(data) / steps_per_epoch(data, recipe.batch_size)
-    return Found(describe(model, masks, example), seconds, epochs)
+    return Found(_with_identity(describe(model, masks, example), candidate), seconds, epochs)
 
 
 # -- the grid -----------------------------------------------------------------------------------------------------------
@@ -417,7 +449,7 @@ def run_grid(
     fresh = {key: cell for key, cell in zip(keys, cells, strict=True) if key not in results}
     for model in {cell.model.label(): cell.model for cell in fresh.values()}.values():
         check_prunable(build_model(model, data), data.to("cpu"))  # wrong input is told before hours are spent
-    for criterion in {c.candidate.criterion for c in fresh.values() if c.candidate is not None}:
+    for criterion in {c.candidate.base for c in fresh.values() if c.candidate is not None}:
         resolve(criterion)
     for number, (key, cell) in enumerate(zip(keys, cells, strict=True), 1):
         if key in fresh:

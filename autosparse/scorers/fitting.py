@@ -36,9 +36,6 @@ from autosparse.scorers.records import Record, open_record, read_record
 SCHEMA = "autosparse.scorer/1"
 VALIDATIONS = ("run", "model", "none")
 _BLOCK = 1 << 16  # rows that are read at a time
-_SCORED = (
-    1 << 14
-)  # rows that are scored at a time: their activations stay in the cache, twice as fast as four times as many
 Table = tuple[Tensor, Tensor, Tensor]  # features (n, F), survival (n,), which record (n,)
 
 
@@ -114,12 +111,13 @@ class Scorer:
         network = self.network.to(device)
         found = contexts(context.layers, signals, context.graph, context.masks)
         scores: Scores = {}
+        step = max(1, _BLOCK // 4)  # the activations of a quarter stay in the cache: half the time of whole blocks
         for name, layer in context.layers.items():
             weight = signals["weight"][name].flatten()
             gradient = signals["gradient"][name].flatten() if "gradient" in signals else None
             score = torch.empty(weight.numel(), device=device)
-            for start in range(0, weight.numel(), _SCORED):
-                part = slice(start, start + _SCORED)
+            for start in range(0, weight.numel(), step):
+                part = slice(start, start + step)
                 inputs = rows(self.features, weight[part], None if gradient is None else gradient[part], found[name])
                 score[part] = heads.score(self.head, network(inputs), context.density)
             scores[name] = score.view(layer.shape)

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from autosparse.errors import AutoSparseError
 from autosparse.masks.layers import prunable_layers
 from autosparse.network.graph import trace
-from autosparse.network.signals import SignalSettings, batch_size, measure, scoring_mode, seed_device, take_batches
+from autosparse.network.signals import NORMS, SignalSettings, batch_size, eval_mode, measure, seed_device, take_batches
 
 Guard = Callable[[nn.Module], AbstractContextManager[None]]
 CPU = torch.device("cpu")
@@ -134,7 +134,7 @@ def test_only_norm_layers_are_in_train_mode(unchanged: Guard) -> None:
     with unchanged(model):
         gradient(model, some_batches((8,), torch.float32))
     assert seen == {0: False, 1: True, 2: False, 3: True, 4: True, 5: False}
-    with pytest.raises(KeyError), scoring_mode(model):
+    with pytest.raises(KeyError), eval_mode(model, but=NORMS):
         raise KeyError
     assert [m.training for m in model] == [False, False, True, False, False, False]
 

@@ -125,7 +125,7 @@ def _gradient(
     sizes = [batch_size(batch) for batch in batches]
     total: list[Tensor] | None = None
     device = next(iter(weights.values())).device
-    with scoring_mode(model), seeded(seed, device), torch.enable_grad():
+    with eval_mode(model, but=NORMS), seeded(seed, device), torch.enable_grad():
         for (inputs, targets), size in zip(batches, sizes, strict=True):
             outputs = forward(model, {**leaves, **buffers}, inputs)
             try:
@@ -175,14 +175,16 @@ def forward(model: nn.Module, state: Mapping[str, Tensor], inputs: Any) -> Any:
         ) from error
 
 
+NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
+
+
 @contextmanager
-def scoring_mode(model: nn.Module) -> Iterator[None]:
-    """Everything in eval mode but the norm layers, which use the batch's statistics; the modes come back."""
+def eval_mode(model: nn.Module, but: tuple[type[nn.Module], ...] = ()) -> Iterator[None]:
+    """Every module in eval mode, those of the types `but` in train mode; afterwards each as it was."""
     modes = [(module, module.training) for module in model.modules()]
-    norms = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
     try:
         for module, _ in modes:
-            module.training = isinstance(module, norms)
+            module.training = isinstance(module, but)
         yield
     finally:
         for module, mode in modes:

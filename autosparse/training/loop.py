@@ -7,8 +7,8 @@ import io
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from autosparse.errors import AutoSparseError, AutoSparseFailure, require, setti
 from autosparse.files import replace_file
 from autosparse.masks.layers import unwrap
 from autosparse.masks.mask import Masks
-from autosparse.network.signals import seed_device
+from autosparse.network.signals import eval_mode, seed_device
 from autosparse.training.data import ImageData
 
 OPTIMIZERS = ("sgd", "adamw")
@@ -152,18 +152,6 @@ def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
         weight_decay=recipe.weight_decay,
         fused=True,
     )
-
-
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Everything in eval mode; the modes, which may differ from layer to layer, come back."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 @torch.no_grad()

@@ -308,13 +308,16 @@ def quickstart(
 def _generate(config: GenerateConfig, tracking: Path | None = None) -> None:
     from autosparse.config import claim_directory, plain
     from autosparse.experiment.tracking import track
+    from autosparse.scorers.records import is_complete
     from data_gen.campaign import generate as run_all
-    from data_gen.campaign import runs
+    from data_gen.campaign import record_path, runs
 
     todo = runs(config.models, config.data, config.recipe, config.irp, config.signals, config.seeds)
     directory = claim_directory(config)
     per_run = config.irp.rounds + 1
-    with track(tracking or directory, "generate", plain(config), enabled=config.tracking) as tracker, _bars() as bars:
+    news = not all(is_complete(record_path(directory, run)) for run in todo)
+    enabled = config.tracking and news  # a finished run answers at once
+    with track(tracking or directory, "generate", plain(config), enabled=enabled) as tracker, _bars() as bars:
         task = bars.add_task("IRP", total=per_run * len(todo))
 
         def on_round(run: Any, index: int, rounds: int, outcome: Any) -> None:
@@ -388,7 +391,7 @@ def _fit(config: FitConfig, tracking: Path | None = None) -> Path:
 
 def _benchmark(config: BenchmarkConfig, tracking: Path | None = None, write_report: bool = True) -> None:
     from autosparse.config import claim_directory, plain
-    from autosparse.experiment.benchmark import failures, grid, run_grid
+    from autosparse.experiment.benchmark import failures, grid, result_path, run_grid
     from autosparse.experiment.report import build
     from autosparse.experiment.results import summary
     from autosparse.experiment.tracking import track
@@ -398,7 +401,8 @@ def _benchmark(config: BenchmarkConfig, tracking: Path | None = None, write_repo
     cells = grid(config.models, config.data, config.recipe, config.criteria, config.sparsities, config.seeds)
     data = load_data(config.data, fabric_for(config.device).device)
     directory = claim_directory(config)
-    with track(tracking or directory, "benchmark", plain(config), enabled=config.tracking) as tracker, _bars() as bars:
+    enabled = config.tracking and not all(result_path(directory, cell).exists() for cell in cells)
+    with track(tracking or directory, "benchmark", plain(config), enabled=enabled) as tracker, _bars() as bars:
         task = bars.add_task("benchmark", total=len(cells))
 
         def on_cell(number: int, cell: Any, result: Mapping[str, Any], known: bool) -> None:

@@ -10,6 +10,7 @@ from autosparse.errors import AutoSparseError, AutoSparseFailure, require
 from autosparse.experiment.benchmark import check_prunable
 from autosparse.network.signals import SignalSettings
 from autosparse.pruning.irp import IRPSettings, Round
+from autosparse.scorers.records import is_complete
 from autosparse.training.data import DataSettings, load_data
 from autosparse.training.loop import Recipe
 from autosparse.training.models import ModelSettings, create_model
@@ -46,6 +47,10 @@ def runs(
     return found
 
 
+def record_path(directory: Path, run: Run) -> Path:
+    return directory / "records" / f"{run.label()}.h5"
+
+
 def generate(
     todo: Sequence[Run],
     directory: Path,
@@ -62,14 +67,18 @@ def generate(
     """
     campaign = Campaign()
     failure: AutoSparseError | AutoSparseFailure | None = None
-    images = load_data(todo[0].data)
-    for model in {run.model.label(): run.model for run in todo}.values():  # wrong input is told before hours are spent
+    paths = [record_path(directory, run) for run in todo]
+    pending = [run for run, path in zip(todo, paths, strict=True) if not is_complete(path)]
+    images = load_data(todo[0].data) if pending else None
+    for model in {
+        run.model.label(): run.model for run in pending
+    }.values():  # wrong input is told before hours are spent
+        assert images is not None
         check_prunable(
             create_model(model, in_channels=images.channels, classes=images.classes, image_size=images.image_size),
             images,
         )
-    for run in todo:
-        path = directory / "records" / f"{run.label()}.h5"
+    for run, path in zip(todo, paths, strict=True):
 
         def report(index: int, rounds: int, outcome: Round | None, run: Run = run) -> None:
             if on_round is not None:

@@ -23,7 +23,7 @@ from autosparse.errors import AutoSparseError, AutoSparseFailure
 from autosparse.masks.layers import prunable_layers
 from autosparse.network.signals import SignalSettings, measure
 from autosparse.pruning.irp import IRPSettings
-from autosparse.scorers.records import Record, read_record
+from autosparse.scorers.records import Record, is_complete, read_record
 from autosparse.training import loop
 from autosparse.training.data import DataSettings, ImageData, load_data
 from autosparse.training.loop import Recipe
@@ -399,3 +399,15 @@ def test_survival_of_a_record_is_nested(whole: dict[str, Path]) -> None:
         for r in range(3):
             now, later = (masks_of_round(record.survival, record.layers, i) for i in (r, r + 1))
             assert all(bool((now[n] | ~later[n]).all()) for n in now)
+
+
+def test_a_finished_campaign_needs_no_data(tmp_path: Path, data: ImageData, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "records" / f"{RUN.label()}.h5"
+    record = generate_record(RUN, path, device="cpu", data=data)
+    assert record.complete and is_complete(path) and not is_complete(tmp_path / "none.h5")
+
+    def no(*_: object) -> None:
+        raise AssertionError("the data were loaded")
+
+    monkeypatch.setattr("data_gen.campaign.load_data", no)
+    assert generate([RUN], tmp_path, device="cpu").records == [path]

@@ -426,6 +426,11 @@ def recipe_hash(recipe: Recipe, data: DataSettings) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
 
 
+def result_path(directory: Path, cell: Cell) -> Path:
+    """Where the cell's result lies once it is done."""
+    return directory / "cells" / f"{cell.key()}.json"
+
+
 def run_grid(
     cells: Sequence[Cell],
     directory: Path,
@@ -443,29 +448,28 @@ def run_grid(
     Args:
         on_cell: called with the number of cells done, the cell, its result, and whether it was found done.
     """
-    folder = directory / "cells"
-    keys = [cell.key() for cell in cells]
-    results = {key: read_json(folder / f"{key}.json", "result") for key in keys if (folder / f"{key}.json").exists()}
-    fresh = {key: cell for key, cell in zip(keys, cells, strict=True) if key not in results}
+    paths = [result_path(directory, cell) for cell in cells]
+    results = {path: read_json(path, "result") for path in paths if path.exists()}
+    fresh = {path: cell for path, cell in zip(paths, cells, strict=True) if path not in results}
     for model in {cell.model.label(): cell.model for cell in fresh.values()}.values():
         check_prunable(build_model(model, data), data.to("cpu"))  # wrong input is told before hours are spent
     for criterion in {c.candidate.base for c in fresh.values() if c.candidate is not None}:
         resolve(criterion)
-    for number, (key, cell) in enumerate(zip(keys, cells, strict=True), 1):
-        if key in fresh:
-            state = folder / f"{key}.state"
+    for number, (path, cell) in enumerate(zip(paths, cells, strict=True), 1):
+        if path in fresh:
+            state = path.with_suffix(".state")
             try:
-                results[key] = run_cell(cell, data, device=device, state=state, on_epoch=on_epoch)
-                write_json(folder / f"{key}.json", results[key])
+                results[path] = run_cell(cell, data, device=device, state=state, on_epoch=on_epoch)
+                write_json(path, results[path])
                 shutil.rmtree(state, ignore_errors=True)
             except (AutoSparseError, AutoSparseFailure) as error:
-                results[key] = _failed(cell, error)
-            write_results(directory / "results.csv", [results[k] for k in keys if k in results])
+                results[path] = _failed(cell, error)
+            write_results(directory / "results.csv", [results[p] for p in paths if p in results])
         if on_cell is not None:
-            on_cell(number, cell, results[key], key not in fresh)
+            on_cell(number, cell, results[path], path not in fresh)
     if not fresh:
-        write_results(directory / "results.csv", [results[key] for key in keys])
-    return [results[key] for key in keys]
+        write_results(directory / "results.csv", [results[path] for path in paths])
+    return [results[path] for path in paths]
 
 
 def _failed(cell: Cell, error: Exception) -> dict[str, Any]:

@@ -191,6 +191,15 @@ def open_record(path: Path) -> h5py.File:
     return file
 
 
+def is_complete(path: Path) -> bool:
+    """Whether a complete record lies at `path`, by its attributes alone."""
+    try:
+        with open_record(path) as file:
+            return bool(file.attrs["complete"])
+    except (AutoSparseError, OSError, KeyError):
+        return False
+
+
 def _leaves(group: h5py.Group, prefix: str = "") -> list[tuple[str, h5py.Group]]:
     """Layer groups with their names, which may hold slashes no HDF5 path can tell from groups."""
     if "layer" in group.attrs:

@@ -56,7 +56,7 @@ h2 { font-size: 1.25em; margin: 2.2em 0 .4em; border-bottom: 1px solid #ccc; }
 h3 { font-size: 1.02em; margin: 1.6em 0 .3em; }
 .about, figcaption, caption, .small { color: #555; font-size: .88em; }
 .wide { overflow-x: auto; }
-table { border-collapse: collapse; margin: .6em 0; font-size: .9em; font-variant-numeric: tabular-nums; }
+table { min-width: 34rem; border-collapse: collapse; margin: .6em 0; font-size: .9em; font-variant-numeric: tabular-nums; }
 caption { caption-side: bottom; text-align: left; padding-top: .5em; }
 th, td { padding: .3em .55em; text-align: right; vertical-align: top; white-space: nowrap; }
 td { border-bottom: 1px solid #e6e6e6; }

@@ -29,6 +29,11 @@ def require(condition: bool, what: str, value: Any, way_out: str) -> None:
         raise AutoSparseError(f"{what} is {value!r}: {way_out}")
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what another library raised, or its type where it says nothing: what fits into our one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def suggest(name: str, known: Any) -> str:
     """The end of an error message about an unknown name: the nearest known one, if any, and all of them."""
     import difflib

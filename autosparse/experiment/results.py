@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from autosparse.errors import AutoSparseError
+from autosparse.errors import AutoSparseError, first_line
 
 SCHEMA = "autosparse.record/1"
 REQUIRED = ("model", "data", "criterion", "sparsity", "seed", "accuracy")
@@ -484,10 +484,6 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise AutoSparseError("no JSON object")
     return content
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def row_of_cell(rows: Sequence[Result], cell: Mapping[str, Any]) -> Result | None:

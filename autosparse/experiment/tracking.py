@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from autosparse.errors import AutoSparseError
+from autosparse.errors import AutoSparseError, first_line
 
 if TYPE_CHECKING:
     from autosparse.scorers.fitting import Scorer
@@ -275,10 +275,6 @@ def flatten(params: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 def clean_key(key: str) -> str:
     """A key in the characters and the length that MLflow takes."""
     return re.sub(r"[^\w\-. :/]", "_", key)[:KEY_LENGTH]
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def warn(error: Exception) -> None:

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves, tree_map
 
-from autosparse.errors import AutoSparseError
+from autosparse.errors import AutoSparseError, first_line
 from autosparse.masks.layers import Layer, unwrap
 from autosparse.network.graph import FACTORS, KIND, VIEWS, takes_no_values
 from autosparse.network.linearize import (
@@ -226,7 +226,7 @@ class _Flow(Replay[_Value]):
             weights = [v for v in operands if v.role == "weight"]
             if weights and all(v.role in ("weight", "constant") for v in operands):
                 return [self._like(weights, shape) for shape in step.shapes]
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             raise AutoSparseError(
                 f"synaptic flow cannot follow {step.func} in {self.name} ({reason}): use another criterion"
             ) from error

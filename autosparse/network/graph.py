@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from autosparse.errors import AutoSparseError
+from autosparse.errors import AutoSparseError, first_line
 from autosparse.masks.layers import Layer, unwrap
 
 _KINDS = {
@@ -204,6 +204,7 @@ def observe(model: nn.Module, example_input: Any, observer: Callable[[nn.Module]
             raise
         except Exception as e:  # whatever it is, the next attempt is closer to how the user runs the model
             error = e
+    assert error is not None  # each of the attempts failed
     raise refusal(model, example_input, error) from error
 
 
@@ -247,11 +248,11 @@ def cast_like(model: nn.Module, example_input: Any) -> Any:
     )
 
 
-def refusal(model: nn.Module, example_input: Any, error: Exception | None) -> AutoSparseError:
+def refusal(model: nn.Module, example_input: Any, error: BaseException) -> AutoSparseError:
     """The error for a model that does not run on `example_input`."""
     shapes = [tuple(t.shape) for t in tree_leaves(example_input) if isinstance(t, Tensor)]
     shape = str(shapes[0] if len(shapes) == 1 else shapes)
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    reason = first_line(error)
     return AutoSparseError(
         f"{type(model).__name__} cannot run on example_input of shape {shape} ({type(error).__name__}: {reason}): "
         "give example_input of the shape the model takes"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
-from autosparse.errors import AutoSparseError, require, settings, suggest
+from autosparse.errors import AutoSparseError, first_line, require, settings, suggest
 from autosparse.masks.layers import Layer, unwrap
 from autosparse.network.flow import synaptic_flow, without_flow
 
@@ -135,7 +135,7 @@ def _gradient(
             except (RuntimeError, ValueError, IndexError, TypeError) as error:
                 raise AutoSparseError(
                     f"the loss cannot take outputs {_describe(outputs)} and targets {_describe(targets)}: "
-                    f"{_first_line(error)}; give loss=, or targets that fit the model"
+                    f"{first_line(error)}; give loss=, or targets that fit the model"
                 ) from error
             if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
                 raise AutoSparseError(
@@ -170,7 +170,7 @@ def forward(model: nn.Module, state: Mapping[str, Tensor], inputs: Any) -> Any:
         raise
     except (RuntimeError, ValueError, AssertionError, IndexError, TypeError) as error:
         raise AutoSparseError(
-            f"{type(model).__name__} cannot take batches {_describe(inputs)}: {_first_line(error)}; "
+            f"{type(model).__name__} cannot take batches {_describe(inputs)}: {first_line(error)}; "
             "give inputs of the shape that the model takes"
         ) from error
 
@@ -230,7 +230,3 @@ def _describe(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"of shape {tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
     return f"of type {type(value).__name__}"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -249,7 +249,7 @@ class Rows:
         return sum(round(self.share(s) * s.total) for s in self.sources)
 
     def held(self) -> bool:
-        size = sum(s.total for s in self.sources) * (4 * len(self.features) + 4)
+        size = sum(s.total for s in self.sources) * (4 * len(self.features) + 16)  # features, label, record index
         return size <= self.settings.memory_gib * 2**30
 
     def blocks(self, index: int) -> Iterator[tuple[str, int, int]]:

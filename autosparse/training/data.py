@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from autosparse.errors import AutoSparseError, require, settings, suggest
+from autosparse.errors import AutoSparseError, first_line, require, settings, suggest
 
 AUGMENTATIONS = ("none", "crop", "crop+flip")
 
@@ -278,7 +278,7 @@ def _torchvision(name: str, **splits: dict[str, Any]) -> Callable[[Path], _Raw]:
             try:
                 found = getattr(datasets, name)(str(root), download=True, **arguments)
             except Exception as error:  # torchvision raises whatever the network and the archive raise
-                reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+                reason = first_line(error)
                 raise AutoSparseError(
                     f"data {name} is not under {root} and cannot be downloaded ({reason}): put torchvision's files there "
                     "by hand, set data.root, or use hdf5:PATH"

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from autosparse.errors import AutoSparseError, AutoSparseFailure, require, settings
+from autosparse.errors import AutoSparseError, AutoSparseFailure, first_line, require, settings
 from autosparse.files import replace_file
 from autosparse.masks.layers import unwrap
 from autosparse.masks.mask import Masks
@@ -135,7 +135,7 @@ def fabric_for(device: str = "auto", precision: str = "fp32") -> Any:
     try:
         return Fabric(accelerator=kind, devices=[int(index)] if index else 1, precision=PRECISIONS[precision])
     except Exception as error:
-        raise AutoSparseError(f"device is {device!r}: {str(error).splitlines()[0]}; use auto, cpu or cuda") from error
+        raise AutoSparseError(f"device is {device!r}: {first_line(error)}; use auto, cpu or cuda") from error
 
 
 def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
@@ -166,7 +166,7 @@ def check_fits(model: nn.Module, data: ImageData) -> None:
         raise
     except (RuntimeError, ValueError, AssertionError, IndexError, TypeError) as error:
         raise AutoSparseError(
-            f"{type(model).__name__} cannot take batches of shape {tuple(images.shape)}: {_first_line(error)}; "
+            f"{type(model).__name__} cannot take batches of shape {tuple(images.shape)}: {first_line(error)}; "
             "change data.image_size, or give a model for these images"
         ) from error
     if not isinstance(outputs, Tensor) or outputs.dim() != 2 or outputs.shape[1] < data.classes:
@@ -175,10 +175,6 @@ def check_fits(model: nn.Module, data: ImageData) -> None:
             f"{type(model).__name__} gives outputs {got} for {len(images)} images of {data.classes} classes: "
             f"it must give logits of shape ({len(images)}, {data.classes})"
         )
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 @torch.no_grad()
@@ -366,5 +362,5 @@ def _restore(path: Path, of: str, model: nn.Module, optimizer: torch.optim.Optim
         optimizer.load_state_dict(state["optimizer"])
     except Exception as error:
         raise AutoSparseError(
-            f"checkpoint {path} cannot be resumed: {_first_line(error)}; delete it to train from the start"
+            f"checkpoint {path} cannot be resumed: {first_line(error)}; delete it to train from the start"
         ) from error

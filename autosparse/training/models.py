@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autosparse.errors import AutoSparseError, require, settings, suggest
+from autosparse.errors import AutoSparseError, first_line, require, settings, suggest
 from autosparse.network.signals import seeded
 
 
@@ -235,7 +235,7 @@ def create_model(
         except AutoSparseError:
             raise
         except (ValueError, AssertionError, RuntimeError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             raise AutoSparseError(
                 f"model {chosen.name!r} cannot be built for images of {in_channels}×{image_size}×{image_size} with options "
                 f"{dict(chosen.options)}: {reason}; change data.image_size or the options"

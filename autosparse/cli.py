@@ -75,7 +75,8 @@ def fit(config: Config, overrides: Overrides = None) -> None:
 def prune(config: Config, overrides: Overrides = None) -> None:
     """Write the masks of a freshly initialized network, by any criterion or scorer."""
     from autosparse.config import PruneConfig, claim_directory, load_config
-    from autosparse.experiment.benchmark import build_model, find_masks, identity
+    from autosparse.experiment.benchmark import build_model
+    from autosparse.experiment.candidates import find_masks, identity
     from autosparse.masks.mask import Masks
     from autosparse.training.data import load_data
     from autosparse.training.loop import check_fits, fabric_for
@@ -87,7 +88,7 @@ def prune(config: Config, overrides: Overrides = None) -> None:
     check_fits(model, data)
     directory = claim_directory(chosen)
     path = directory / "masks.safetensors"
-    if path.exists() and Masks.load(path).report.origin.get("identity") == identity(chosen.criterion.criterion):
+    if path.exists() and Masks.load(path).report.origin.get("identity") == identity(chosen.criterion):
         _say(f"complete: {path} is there already")
         return
     with _quiet_warnings(), _bars() as bars:
@@ -207,7 +208,7 @@ def list_(
 ) -> None:
     """Names that configs and `prune` understand."""
     from autosparse.errors import suggest
-    from autosparse.experiment.benchmark import METHODS
+    from autosparse.experiment.candidates import METHODS, VARIANTS
     from autosparse.network.signals import SIGNALS
     from autosparse.pruning.criteria import PRESETS
     from autosparse.scorers.features import FEATURES
@@ -217,7 +218,13 @@ def list_(
     names: dict[str, list[str]] = {
         "models": [*MODELS, "torchvision:NAME", "timm:NAME", "package.module:factory"],
         "data": [*DATA, "imagefolder:PATH", "hdf5:PATH"],
-        "criteria": [*PRESETS, *METHODS, "SCORER.safetensors", "models:/NAME@ALIAS", "densities:ANY_OF_THESE"],
+        "criteria": [
+            *PRESETS,
+            *METHODS,
+            "SCORER.safetensors",
+            "models:/NAME@ALIAS",
+            *(f"{v}:ANY_OF_THESE" for v in VARIANTS),
+        ],
         "signals": list(SIGNALS),
         "features": [f"{name}: {meaning}" for name, meaning in FEATURES.items()],
     }
@@ -247,7 +254,7 @@ def quickstart(
         claim_directory,
         load_config,
     )
-    from autosparse.experiment.benchmark import Candidate
+    from autosparse.experiment.candidates import Candidate
     from autosparse.experiment.report import build
 
     if config is not None and "=" in str(config):  # `quickstart key=value`: no file was given

@@ -13,7 +13,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from autosparse.errors import AutoSparseError, require, settings, suggest
-from autosparse.experiment.benchmark import Candidate
+from autosparse.experiment.candidates import Candidate
 from autosparse.files import replace_file
 from autosparse.masks.schedule import check_sparsity
 from autosparse.network.signals import SignalSettings

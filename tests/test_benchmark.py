@@ -13,18 +13,9 @@ import pytest
 import torch
 
 from autosparse.errors import AutoSparseError
-from autosparse.experiment import benchmark
-from autosparse.experiment.benchmark import (
-    COLUMNS,
-    Candidate,
-    Cell,
-    build_model,
-    failures,
-    find_masks,
-    grid,
-    run_grid,
-    write_results,
-)
+from autosparse.experiment import benchmark, candidates
+from autosparse.experiment.benchmark import COLUMNS, Cell, build_model, failures, grid, run_grid, write_results
+from autosparse.experiment.candidates import Candidate, find_masks
 from autosparse.masks.mask import Masks
 from autosparse.pruning import irp as irp_module
 from autosparse.scorers.features import DEFAULT
@@ -308,7 +299,7 @@ def stopping(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[BaseException]]:
     class Stop(BaseException):
         pass
 
-    real, armed = benchmark.write_json, [True]
+    real, armed = candidates.write_json, [True]
 
     def write(path: Path, value: Any) -> None:
         real(path, value)
@@ -316,7 +307,7 @@ def stopping(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[BaseException]]:
             armed.clear()
             raise Stop
 
-    monkeypatch.setattr(benchmark, "write_json", write)
+    monkeypatch.setattr(candidates, "write_json", write)
     yield Stop
 
 

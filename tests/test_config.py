@@ -22,7 +22,7 @@ from autosparse.config import (
     plain,
 )
 from autosparse.errors import AutoSparseError
-from autosparse.experiment.benchmark import Candidate
+from autosparse.experiment.candidates import Candidate
 from autosparse.pruning.irp import IRPSettings
 from autosparse.training.data import DataSettings
 from autosparse.training.loop import Recipe

@@ -10,7 +10,6 @@ import json
 import math
 import re
 import shutil
-import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,23 +18,17 @@ from typing import Any
 
 from torch import nn
 
-from autosparse.errors import AutoSparseError, AutoSparseFailure, require, settings, suggest
-from autosparse.experiment.tracking import load_scorer
-from autosparse.files import read_json, replace_file, sha256, write_json
+from autosparse.errors import AutoSparseError, AutoSparseFailure, require
+from autosparse.experiment.candidates import Candidate, Found, find_masks, identity, resolve
+from autosparse.files import read_json, replace_file, write_json
 from autosparse.masks.layers import prunable_layers
 from autosparse.masks.mask import Masks
-from autosparse.masks.schedule import SCHEDULES, check_sparsity
-from autosparse.masks.selection import SCOPES, parse_granularity
+from autosparse.masks.schedule import check_sparsity
 from autosparse.network.graph import trace
-from autosparse.pruning.criteria import PRESETS, Criterion
-from autosparse.pruning.irp import IRPSettings, irp
-from autosparse.pruning.prune import describe, prune
 from autosparse.training.data import DataSettings, ImageData
-from autosparse.training.loop import Recipe, Trained, check_fits, steps_per_epoch, train
+from autosparse.training.loop import Recipe, Trained, check_fits, train
 from autosparse.training.models import ModelSettings, create_model
 
-METHODS = ("irp",)
-_DENSITIES = "densities:"
 COLUMNS = (
     "model",
     "data",
@@ -60,229 +53,6 @@ COLUMNS = (
 )
 
 
-@settings
-class Candidate:
-    """A criterion or method in the grid.
-
-    `criterion`: a preset (`autosparse list criteria`), `"irp"`, or a scorer: its file, or an MLflow `models:/` URI;
-    `"densities:"` before any of them keeps its layer densities and puts the positions within each layer at random, the
-    rival that every criterion must beat: one that does not has found layer densities only.
-    `label`: its name in tables. `scope`, `granularity`, `steps`, `schedule`, `n_batches`, `floor` as in `prune`;
-    `batch_size` of the batches it scores on (`None`: a scorer's own, else 128). `rounds` of `"irp"`: trainings spent.
-    """
-
-    criterion: str
-    label: str | None = None
-    scope: str | None = None
-    granularity: str | None = None
-    steps: int | None = None
-    schedule: str | None = None
-    n_batches: int | None = None
-    batch_size: int | None = None
-    floor: float = 0.0
-    rounds: int = 5
-
-    def __post_init__(self) -> None:
-        if not is_scorer(self.base) and self.base not in (*PRESETS, *METHODS):
-            raise AutoSparseError(
-                f"criterion is {self.criterion!r}: {suggest(self.base, [*PRESETS, *METHODS])}; "
-                "or a scorer's file, NAME.safetensors; or densities: before one of them"
-            )
-        if self.scope is not None:
-            require(self.scope in SCOPES, "scope", self.scope, f"known: {', '.join(SCOPES)}")
-        if self.schedule is not None:
-            require(self.schedule in SCHEDULES, "schedule", self.schedule, f"known: {', '.join(SCHEDULES)}")
-        if self.granularity is not None:
-            parse_granularity(self.granularity)
-        for key in ("steps", "n_batches", "batch_size"):
-            value = getattr(self, key)
-            require(value is None or value >= 1, key, value, "give at least 1")
-            require(value is None or self.base != "irp", f"{key} of irp", value, "it has none; leave it out")
-        require(
-            self.granularity in (None, "unstructured") or self.base != "irp",
-            "granularity of irp",
-            self.granularity,
-            "it removes single weights; leave it out",
-        )
-        require(0 <= self.floor < 1, "floor", self.floor, "it is the smallest density of a layer, in [0, 1)")
-        require(1 <= self.rounds <= 255, "rounds", self.rounds, "it must lie in 1 … 255")
-
-        require(
-            not self.only_densities or self.granularity in (None, "unstructured"),
-            "granularity of densities:",
-            self.granularity,
-            "random positions have no pattern; leave it out",
-        )
-
-    @property
-    def only_densities(self) -> bool:
-        return self.criterion.startswith(_DENSITIES)
-
-    @property
-    def base(self) -> str:
-        """The criterion whose scores or layer densities these are."""
-        return self.criterion.removeprefix(_DENSITIES)
-
-    @property
-    def name(self) -> str:
-        if self.label is not None:
-            return self.label
-        base = f"irp-{self.rounds}" if self.base == "irp" else self.base
-        base = Path(base).stem if base.endswith(".safetensors") else base
-        return _DENSITIES * self.only_densities + base
-
-
-@dataclass(frozen=True)
-class Found:
-    """Masks and what it cost to find them: seconds, and epochs' worth of forward and backward passes."""
-
-    masks: Masks
-    seconds: float
-    epochs: float
-
-
-def resolve(text: str) -> str | Criterion:
-    """A preset's name as it is, a scorer's file or `models:/` URI as the scorer."""
-    return load_scorer(text) if is_scorer(text) else text
-
-
-def is_scorer(text: str) -> bool:
-    return text.endswith(".safetensors") or text.startswith("models:/")
-
-
-def identity(criterion: str) -> str:
-    """What a criterion is, for telling whether a result is still its own: a scorer is what its file holds, not its path.
-
-    Raises:
-        AutoSparseError: the scorer's file does not exist.
-    """
-    if not criterion.endswith(".safetensors"):
-        return criterion
-    path = Path(criterion.removeprefix(_DENSITIES))
-    if not path.is_file():
-        raise AutoSparseError(f"scorer file {path} does not exist: fit it first, or check the path")
-    return _DENSITIES * criterion.startswith(_DENSITIES) + sha256(path)
-
-
-def find_masks(
-    model: nn.Module,
-    data: ImageData,
-    candidate: Candidate,
-    sparsity: float | None,
-    *,
-    recipe: Recipe,
-    seed: int = 0,
-    device: str = "auto",
-    state: Path | None = None,
-    on_epoch: Callable[[dict[str, float]], None] | None = None,
-) -> Found:
-    """Masks of `model` (at its initialization, left as it is) by a preset, a scorer or a method that trains.
-
-    Args:
-        data: on the device of `model`.
-        recipe: of the trainings of a method.
-        state: directory in which a method keeps its rounds until it is done.
-    """
-    clock = time.perf_counter()
-    if candidate.only_densities:
-        inner = dataclasses.replace(candidate, criterion=candidate.base)
-        found = find_masks(
-            model, data, inner, sparsity, recipe=recipe, seed=seed, device=device, state=state, on_epoch=on_epoch
-        )
-        masks = describe(model, found.masks.shuffle(seed), data.normalise(data.train.images[:2]))
-        return Found(_with_identity(masks, candidate), time.perf_counter() - clock, found.epochs)
-    if candidate.criterion == "irp":
-        if sparsity is None:
-            raise AutoSparseError("sparsity is None: give the share of weights to remove, such as 0.95")
-        return _irp_masks(model, data, candidate, sparsity, recipe, seed, device, state, on_epoch)
-    criterion = resolve(candidate.criterion)
-    rule = PRESETS[criterion].criterion if isinstance(criterion, str) else criterion
-    size = candidate.batch_size or int(getattr(rule, "batch_size", 128))
-    wanted = candidate.n_batches or rule.n_batches
-    masks = prune(
-        model,
-        sparsity,
-        criterion,
-        batches=data.sample(size, max(wanted, 1), seed),
-        n_batches=candidate.n_batches,
-        scope=candidate.scope,
-        granularity=candidate.granularity,
-        steps=candidate.steps,
-        schedule=candidate.schedule,
-        floor=candidate.floor,
-        seed=seed,
-    )
-    return Found(
-        _with_identity(masks, candidate), time.perf_counter() - clock, masks.report.origin["images"] / len(data.train)
-    )
-
-
-def _with_identity(masks: Masks, candidate: Candidate) -> Masks:
-    origin = {**masks.report.origin, "identity": identity(candidate.criterion)}
-    masks.report = dataclasses.replace(masks.report, origin=origin)
-    return masks
-
-
-def _irp_masks(
-    model: nn.Module,
-    data: ImageData,
-    candidate: Candidate,
-    sparsity: float,
-    recipe: Recipe,
-    seed: int,
-    device: str,
-    state: Path | None,
-    on_epoch: Callable[[dict[str, float]], None] | None,
-) -> Found:
-    """The ticket of `rounds` removals; its trainings, but for the ticket's own, are the cost."""
-    example = data.normalise(data.train.images[:2])
-    graph = trace(model, example)
-    layers = prunable_layers(model, operands=graph.operands)
-    chosen = IRPSettings(
-        rounds=candidate.rounds,
-        density=1 - check_sparsity(sparsity),
-        schedule="linear" if candidate.schedule == "linear" else "geometric",
-        scope=candidate.scope or "global",
-        floor=candidate.floor,
-    )
-    start, masks, seconds = 0, None, 0.0
-    if state is not None and (state / "irp.json").exists():
-        progress = read_json(state / "irp.json", "state of a cell")
-        start, seconds = progress["rounds"], progress["seconds"]
-        masks = Masks.load(state / f"round{start}.safetensors")
-    original = {n: t.detach().clone() for n, t in model.state_dict().items()}
-    checkpoint = None if state is None else state / "training.pt"
-    rounds = irp(
-        model,
-        layers,
-        data,
-        recipe,
-        chosen,
-        seed=seed,
-        device=device,
-        start=start,
-        masks=masks,
-        checkpoint=checkpoint,
-        on_epoch=on_epoch,
-    )
-    try:
-        while start < candidate.rounds:
-            outcome = next(rounds)
-            masks, start = outcome.next_masks, start + 1
-            seconds += outcome.seconds
-            assert masks is not None
-            if state is not None:
-                masks.save(state / f"round{start}.safetensors")
-                write_json(state / "irp.json", {"rounds": start, "seconds": seconds})
-    finally:
-        model.load_state_dict(original)
-    assert masks is not None
-    origin = {"criterion": "irp", "rounds": candidate.rounds, "sparsity": sparsity, "seed": seed}
-    masks.report = dataclasses.replace(masks.report, origin=origin)
-    epochs = candidate.rounds * recipe.length(data) / steps_per_epoch(data, recipe.batch_size)
-    return Found(_with_identity(describe(model, masks, example), candidate), seconds, epochs)
-
-
 # -- the grid -----------------------------------------------------------------------------------------------------------
 
 
@@ -304,8 +74,9 @@ class Cell:
     def config(self) -> dict[str, Any]:
         values = json.loads(json.dumps(dataclasses.asdict(self)))
         values["data"].pop("root")
-        if self.candidate is not None:
-            values["candidate"]["criterion"] = identity(self.candidate.criterion)
+        if self.candidate is not None:  # what is not given does not count, nor what it is called
+            values["candidate"] = {k: v for k, v in values["candidate"].items() if v is not None and k != "label"}
+            values["candidate"]["criterion"] = identity(self.candidate)
         return values
 
     def key(self) -> str:
@@ -360,25 +131,23 @@ def run_cell(
     *,
     device: str = "auto",
     state: Path | None = None,
+    store: Path | None = None,
     on_epoch: Callable[[dict[str, float]], None] | None = None,
 ) -> dict[str, Any]:
-    """Find the masks, train with them, and give the cell's result as plain values."""
+    """Find the masks, train with them, and give the cell's result as plain values.
+
+    Args:
+        state: directory for what a stop in the middle would lose.
+        store: directory in which masks that took training are kept; a method and its variants share them.
+    """
     model = build_model(cell.model, data, cell.seed).to(data.device)
     found = None
     if cell.candidate is not None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what they say stands in the result: dead layers, ties
-            found = find_masks(
-                model,
-                data,
-                cell.candidate,
-                cell.sparsity,
-                recipe=cell.recipe,
-                seed=cell.seed,
-                device=device,
-                state=state,
-                on_epoch=on_epoch,
-            )
+            found = _search(cell, model, data, device, state, store, on_epoch)
+        if cell.candidate.variant == "reinit":
+            model = build_model(cell.model, data, _REDRAWN + cell.seed).to(data.device)
     trained = train(
         model,
         data,
@@ -390,6 +159,49 @@ def run_cell(
         on_epoch=on_epoch,
     )
     return _result(cell, found, trained)
+
+
+_REDRAWN = 1_000_000  # seeds of networks whose weights are drawn anew under a mask
+
+
+def _search(
+    cell: Cell,
+    model: nn.Module,
+    data: ImageData,
+    device: str,
+    state: Path | None,
+    store: Path | None,
+    on_epoch: Callable[[dict[str, float]], None] | None,
+) -> Found:
+    """The masks of a cell; those that took training come from `store` if they are there, and go there."""
+    assert cell.candidate is not None
+
+    def find(candidate: Candidate, found: Found | None = None) -> Found:
+        return find_masks(
+            model,
+            data,
+            candidate,
+            cell.sparsity,
+            recipe=cell.recipe,
+            seed=cell.seed,
+            device=device,
+            state=state,
+            found=found,
+            on_epoch=on_epoch,
+        )
+
+    if store is None or not cell.candidate.searches:
+        return find(cell.candidate)
+    path = store / f"{dataclasses.replace(cell, candidate=cell.candidate.plain()).key()}.safetensors"
+    if path.exists():
+        masks = Masks.load(path).to(data.device)
+        found = Found(masks, masks.report.origin["seconds"], masks.report.origin["epochs"])
+    else:
+        found = find(cell.candidate.plain())
+        origin = {**found.masks.report.origin, "seconds": found.seconds, "epochs": found.epochs}
+        found.masks.report = dataclasses.replace(found.masks.report, origin=origin)
+        found.masks.save(path)
+    return find(cell.candidate, found)
 
 
 def _result(cell: Cell, found: Found | None, trained: Trained) -> dict[str, Any]:
@@ -442,7 +254,7 @@ def run_grid(
 ) -> list[dict[str, Any]]:
     """Run every cell that has no result in `directory/cells` yet, and write `directory/results.csv` after each.
 
-    A cell that fails (its training diverges, its criterion cannot score the model) is recorded with its reason, and the
+    Masks that took training to find lie in `directory/masks`. A cell that fails (its training diverges, its criterion cannot score the model) is recorded with its reason, and the
     others go on; the next start tries it again.
 
     Args:
@@ -459,7 +271,9 @@ def run_grid(
         if path in fresh:
             state = path.with_suffix(".state")
             try:
-                results[path] = run_cell(cell, data, device=device, state=state, on_epoch=on_epoch)
+                results[path] = run_cell(
+                    cell, data, device=device, state=state, store=directory / "masks", on_epoch=on_epoch
+                )
                 write_json(path, results[path])
                 shutil.rmtree(state, ignore_errors=True)
             except (AutoSparseError, AutoSparseFailure) as error:

@@ -124,7 +124,7 @@ def select(
     density: float,
     *,
     layers: Mapping[str, Layer],
-    scope: str = "global",
+    scope: str | Mapping[str, float] = "global",
     granularity: Granularity = None,
     floor: float = 0.0,
     within: Mapping[str, Tensor] | None = None,
@@ -137,7 +137,8 @@ def select(
         density: fraction of all prunable weights kept, in (0, 1].
         layers: what the names are (for ERK, N:M, blocks and channels).
         scope: `"global"` ranks all weights together; `"uniform"` keeps the same fraction of every layer; `"erk"` the
-            Erdős–Rényi-kernel densities. Per-layer counts are rounded so that their sum is exact.
+            Erdős–Rényi-kernel densities; a mapping gives each layer's density itself (scaled together, as far as layers
+            have room, where they do not add up to `density`). Per-layer counts are rounded so that their sum is exact.
         granularity: `None` (single weights), `NM`, `Block` or `Channel`. Blocks and channels have their mean score, and
             the count kept is the nearest that whole ones allow. `NM` keeps the best n of every m along the input
             dimension (fewer where `within` leaves fewer) whatever the density; layers that m does not divide stay
@@ -152,7 +153,12 @@ def select(
             contradict each other.
     """
     check_density(density)
-    require(scope in SCOPES, "scope", scope, f"known are {', '.join(SCOPES)}")
+    if isinstance(scope, Mapping):
+        for name in layers:
+            given = scope.get(name, math.nan)
+            require(0 <= given <= 1, f"density of {name!r} in scope", given, "give each layer one in [0, 1]")
+    else:
+        require(scope in SCOPES, "scope", scope, f"known are {', '.join(SCOPES)}")
     require(0 <= floor < 1, "floor", floor, "it is the smallest density of a layer, in [0, 1)")
     _check(scores, layers, within)
     if isinstance(granularity, NM):
@@ -176,7 +182,10 @@ def select(
     if scope == "global":
         groups = [(list(scores), total)]
     else:
-        wanted = erk_densities(layers, density) if scope == "erk" else dict.fromkeys(sizes, density)
+        if isinstance(scope, Mapping):
+            wanted = dict(scope)
+        else:
+            wanted = erk_densities(layers, density) if scope == "erk" else dict.fromkeys(sizes, density)
         counts = apportion({n: wanted[n] * sizes[n] for n in sizes}, total, least, room)
         groups = [([n], c) for n, c in counts.items()]
     tied, chosen = 0, {}

@@ -55,6 +55,28 @@ class HandMade:
         return self.score(signals, context)
 
 
+@dataclass(frozen=True)
+class Inverted:
+    """A sanity check: the scores of `rule` with the opposite sign, so that the worst weights stay."""
+
+    rule: Criterion
+
+    @property
+    def name(self) -> str:
+        return f"inverted:{self.rule.name}"
+
+    @property
+    def signals(self) -> tuple[str, ...]:
+        return self.rule.signals
+
+    @property
+    def n_batches(self) -> int:
+        return self.rule.n_batches
+
+    def __call__(self, signals: Signals, context: Context) -> Scores:
+        return {name: -score for name, score in self.rule(signals, context).items()}
+
+
 def random(signals: Signals, context: Context) -> Scores:
     """`s ~ U(0, 1)`, a function of the seed alone: the same on every device."""
     generator = torch.Generator().manual_seed(context.seed)

@@ -19,7 +19,7 @@ from autosparse.masks.selection import SCOPES, select
 from autosparse.network.signals import measure
 from autosparse.pruning.criteria import CRITERIA, Context
 from autosparse.training.data import ImageData
-from autosparse.training.loop import Recipe, Trained, train
+from autosparse.training.loop import Recipe, Trained, full_state, put_back, train
 
 
 @settings
@@ -68,23 +68,6 @@ class Round:
     masks: Masks
     next_masks: Masks | None
     seconds: float
-
-
-def full_state(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of every parameter and buffer (those that are not in `state_dict` too): what a rewind puts back."""
-    return {name: value.detach().clone() for name, value in _everything(model)}
-
-
-def _everything(model: nn.Module) -> list[tuple[str, Tensor]]:
-    return [*model.named_parameters(), *model.named_buffers()]
-
-
-@torch.no_grad()
-def _put_back(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    for name, value in _everything(model):
-        if name not in state or state[name].shape != value.shape:
-            raise AutoSparseError(f"the state to rewind to does not fit {name!r}: it is another model's; start again")
-        value.copy_(state[name])
 
 
 def irp(
@@ -139,7 +122,7 @@ def irp(
             on_rewind_state(dict(origin))
     for index in range(start, settings.rounds + 1):
         clock = time.perf_counter()
-        _put_back(model, origin)
+        put_back(model, origin)
         trained = train(
             model,
             data,

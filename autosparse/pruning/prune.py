@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from numbers import Integral
@@ -27,12 +27,12 @@ from autosparse.pruning.criteria import PRESETS, Context, Criterion, Preset
 def prune(
     model: nn.Module,
     sparsity: float | None = None,
-    criterion: str | Criterion = "snip",
+    criterion: str | Criterion | Preset = "snip",
     *,
     batches: Iterable[Batch] | None = None,
     n_batches: int | None = None,
     example_input: Any = None,
-    scope: str | None = None,
+    scope: str | Mapping[str, float] | None = None,
     granularity: str | Granularity = None,
     steps: int | None = None,
     schedule: str | None = None,
@@ -49,13 +49,14 @@ def prune(
 
     Args:
         sparsity: share of the prunable weights removed, in [0, 1); with an N:M pattern `None`, or what the pattern sets.
-        criterion: a preset's name (`autosparse list criteria`) or anything that is a `Criterion`, such as a scorer.
+        criterion: a preset's name (`autosparse list criteria`), anything that is a `Criterion`, such as a scorer, or a
+            `Preset` of your own.
         batches: `(inputs, targets)` pairs; the first `n_batches` are taken once and used in every step.
         n_batches: default is what the preset or criterion needs; fewer are taken if there are fewer.
         example_input: what the model takes (a tuple is positional, a dict keywords), for data-free criteria and for
             tracing; default the first batch.
         scope, granularity, steps, schedule: `None` is what the preset says; else global, unstructured, one step,
-            exponential. Steps towards n:m go through n_t:m.
+            exponential. Steps towards n:m go through n_t:m. A scope may also be the layer densities themselves.
         loss: `loss(outputs, targets)`; cross-entropy by default.
         seed: of random scores, ties, loaders and dropout.
         include, exclude: shell patterns on parameter names.
@@ -134,7 +135,7 @@ def prune(
         origin={
             "criterion": rule.name,
             "sparsity": None if sparsity is None else float(sparsity),
-            "scope": scope or preset.scope,
+            "scope": "given densities" if isinstance(scope, Mapping) else scope or preset.scope,
             "granularity": str(granularity) if granularity is not None else "unstructured",
             "steps": len(path),
             "n_batches": len(used),
@@ -175,7 +176,9 @@ def describe(model: nn.Module, masks: Masks, example: Any) -> Masks:
     return masks
 
 
-def _preset(criterion: str | Criterion) -> Preset:
+def _preset(criterion: str | Criterion | Preset) -> Preset:
+    if isinstance(criterion, Preset):
+        return criterion
     if not isinstance(criterion, str):
         return Preset(criterion)
     if criterion not in PRESETS:

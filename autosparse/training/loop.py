@@ -7,8 +7,8 @@ import io
 import itertools
 import math
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -118,6 +118,44 @@ def learning_rate(recipe: Recipe, step: int, length: int) -> float:
     if recipe.schedule == "onecycle":
         return recipe.lr * (1 - at) / (1 - rise)
     return recipe.lr
+
+
+def full_state(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of every parameter and buffer (those that are not in `state_dict` too): what a rewind puts back."""
+    return {name: value.detach().clone() for name, value in _everything(model)}
+
+
+def _everything(model: nn.Module) -> list[tuple[str, Tensor]]:
+    return [*model.named_parameters(), *model.named_buffers()]
+
+
+@torch.no_grad()
+def put_back(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Rewind `model` to what `full_state` gave.
+
+    Raises:
+        AutoSparseError: the state is another model's.
+    """
+    for name, value in _everything(model):
+        if name not in state or state[name].shape != value.shape:
+            raise AutoSparseError(f"the state to rewind to does not fit {name!r}: it is another model's; start again")
+        value.copy_(state[name])
+
+
+@contextmanager
+def rewound(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Whatever is trained in the block, afterwards parameters, buffers, gradients and modes are as they were."""
+    origin = full_state(model)
+    gradients = [(p, p.grad) for p in model.parameters()]
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield origin
+    finally:
+        put_back(model, origin)
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+        for module, mode in modes:
+            module.training = mode
 
 
 def fabric_for(device: str = "auto", precision: str = "fp32") -> Any:

@@ -1,0 +1,304 @@
+"""What stands in a comparison: a criterion, a scorer or a method that searches by training, and the masks it finds."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import nn
+
+from autosparse.errors import AutoSparseError, require, settings, suggest
+from autosparse.experiment.tracking import load_scorer
+from autosparse.files import read_json, sha256, write_json
+from autosparse.masks.layers import prunable_layers
+from autosparse.masks.mask import Masks
+from autosparse.masks.schedule import SCHEDULES, check_sparsity
+from autosparse.masks.selection import SCOPES, parse_granularity
+from autosparse.network.graph import trace
+from autosparse.pruning.criteria import PRESETS, Criterion, Inverted, Preset
+from autosparse.pruning.irp import IRPSettings, irp
+from autosparse.pruning.prune import describe, prune
+from autosparse.training.data import ImageData
+from autosparse.training.loop import Recipe, rewound, steps_per_epoch
+
+METHODS = ("irp",)
+VARIANTS = ("densities", "reinit", "inverted")
+
+
+@settings
+class Candidate:
+    """A criterion or method in a comparison.
+
+    `criterion`: a preset (`autosparse list criteria`), `"irp"`, or a scorer: its file, or an MLflow `models:/` URI.
+    Before any of them may stand a variant, the sanity checks of the field (Frankle et al. 2021, Su et al. 2020):
+    `"densities:"` keeps its layer densities and puts the positions within each layer at random (the layer-wise
+    shuffle), the rival that every criterion must beat: one that does not has found layer densities only; `"reinit:"`
+    trains its mask from newly drawn weights; `"inverted:"` keeps the lowest scores of each layer at its densities.
+    `label`: its name in tables. `scope`, `granularity`, `steps`, `schedule`, `n_batches`, `floor` as in `prune`;
+    `batch_size` of the batches it scores on (`None`: a scorer's own, else 128). Of `"irp"`: `rounds` of training, then
+    removing (5), and `epochs` of each (`None`: those of the recipe); a short round has the whole learning-rate schedule.
+    """
+
+    criterion: str
+    label: str | None = None
+    scope: str | None = None
+    granularity: str | None = None
+    steps: int | None = None
+    schedule: str | None = None
+    n_batches: int | None = None
+    batch_size: int | None = None
+    floor: float = 0.0
+    rounds: int | None = None
+    epochs: float | None = None
+
+    def __post_init__(self) -> None:
+        if not is_scorer(self.base) and self.base not in (*PRESETS, *METHODS):
+            raise AutoSparseError(
+                f"criterion is {self.criterion!r}: {suggest(self.base, [*PRESETS, *METHODS])}; "
+                f"or a scorer's file, NAME.safetensors; or {': or '.join(VARIANTS)}: before one of them"
+            )
+        if self.scope is not None:
+            require(self.scope in SCOPES, "scope", self.scope, f"known: {', '.join(SCOPES)}")
+        if self.schedule is not None:
+            require(self.schedule in SCHEDULES, "schedule", self.schedule, f"known: {', '.join(SCHEDULES)}")
+        if self.granularity is not None:
+            parse_granularity(self.granularity)
+        for key in ("steps", "n_batches", "batch_size"):
+            value = getattr(self, key)
+            require(value is None or value >= 1, key, value, "give at least 1")
+            require(value is None or not self.searches, f"{key} of {self.base}", value, "it has none; leave it out")
+        require(
+            self.granularity in (None, "unstructured") or not self.searches,
+            f"granularity of {self.base}",
+            self.granularity,
+            "it removes single weights; leave it out",
+        )
+        require(
+            self.granularity in (None, "unstructured") or self.variant not in ("densities", "inverted"),
+            f"granularity of {self.variant}:",
+            self.granularity,
+            "it chooses single weights; leave it out",
+        )
+        require(
+            self.variant != "inverted" or not self.searches,
+            "criterion",
+            self.criterion,
+            "a method that searches by training has no scores to invert",
+        )
+        require(0 <= self.floor < 1, "floor", self.floor, "it is the smallest density of a layer, in [0, 1)")
+        for key in ("rounds", "epochs"):
+            value = getattr(self, key)
+            require(value is None or self.base == "irp", f"{key} of {self.base}", value, "it has none; leave it out")
+        require(self.rounds is None or 1 <= self.rounds <= 255, "rounds", self.rounds, "it must lie in 1 … 255")
+        require(self.epochs is None or self.epochs > 0, "epochs", self.epochs, "give a positive number")
+
+    @property
+    def variant(self) -> str | None:
+        """The sanity check that stands before the criterion."""
+        first, sign, _ = self.criterion.partition(":")
+        return first if sign and first in VARIANTS else None
+
+    @property
+    def base(self) -> str:
+        """The criterion without its variant."""
+        return self.criterion if self.variant is None else self.criterion.partition(":")[2]
+
+    @property
+    def searches(self) -> bool:
+        """Whether it trains to find its masks."""
+        return self.base in METHODS
+
+    @property
+    def name(self) -> str:
+        if self.label is not None:
+            return self.label
+        name = self.base
+        if self.base == "irp":
+            name = f"irp-{self.rounds or _ROUNDS}" + (f"x{self.epochs:g}" if self.epochs is not None else "")
+        elif self.base.endswith(".safetensors"):
+            name = Path(self.base).stem
+        return name if self.variant is None else f"{self.variant}:{name}"
+
+    def plain(self) -> Candidate:
+        """The same without its variant."""
+        return dataclasses.replace(self, criterion=self.base, label=None)
+
+
+_ROUNDS = 5
+
+
+@dataclass(frozen=True)
+class Found:
+    """Masks and what it cost to find them: seconds, and epochs' worth of forward and backward passes."""
+
+    masks: Masks
+    seconds: float
+    epochs: float
+
+
+def resolve(text: str) -> str | Criterion:
+    """A preset's name as it is, a scorer's file or `models:/` URI as the scorer."""
+    return load_scorer(text) if is_scorer(text) else text
+
+
+def is_scorer(text: str) -> bool:
+    return text.endswith(".safetensors") or text.startswith("models:/")
+
+
+def identity(candidate: Candidate) -> str:
+    """What its criterion is, for telling whether a result is still its own: a scorer is what its file holds, not its
+    path.
+
+    Raises:
+        AutoSparseError: the scorer's file does not exist.
+    """
+    if not candidate.base.endswith(".safetensors"):
+        return candidate.criterion
+    path = Path(candidate.base)
+    if not path.is_file():
+        raise AutoSparseError(f"scorer file {path} does not exist: fit it first, or check the path")
+    return ("" if candidate.variant is None else f"{candidate.variant}:") + sha256(path)
+
+
+def find_masks(
+    model: nn.Module,
+    data: ImageData,
+    candidate: Candidate,
+    sparsity: float | None,
+    *,
+    recipe: Recipe,
+    seed: int = 0,
+    device: str = "auto",
+    state: Path | None = None,
+    found: Found | None = None,
+    on_epoch: Callable[[dict[str, float]], None] | None = None,
+) -> Found:
+    """Masks of `model` (at its initialization, left as it is) by a preset, a scorer or a method that trains.
+
+    Args:
+        data: on the device of `model`.
+        recipe: of the trainings of a method.
+        state: directory in which a method keeps its progress until it is done.
+        found: what `candidate.plain()` found, if that is known: its variants begin with it.
+    """
+    if found is None:
+        clock = time.perf_counter()
+        if candidate.searches:
+            if sparsity is None:
+                raise AutoSparseError("sparsity is None: give the share of weights to remove, such as 0.95")
+            found = _irp_masks(model, data, candidate, sparsity, recipe, seed, device, state, on_epoch)
+        else:
+            masks = _pruned(model, data, candidate, sparsity, seed)
+            found = Found(masks, time.perf_counter() - clock, masks.report.origin["images"] / len(data.train))
+    if candidate.variant is not None:
+        found = _varied(model, data, candidate, sparsity, seed, found)
+    masks = found.masks
+    masks.report = dataclasses.replace(
+        masks.report, origin={**masks.report.origin, "candidate": candidate.name, "identity": identity(candidate)}
+    )
+    return found
+
+
+def _pruned(
+    model: nn.Module,
+    data: ImageData,
+    candidate: Candidate,
+    sparsity: float | None,
+    seed: int,
+    inverted: Mapping[str, float] | None = None,
+) -> Masks:
+    """Masks by a criterion; with `inverted`, the lowest scores at these layer densities."""
+    criterion = resolve(candidate.base)
+    preset = PRESETS[criterion] if isinstance(criterion, str) else Preset(criterion)
+    rule = preset.criterion
+    size = candidate.batch_size or int(getattr(rule, "batch_size", 128))
+    wanted = candidate.n_batches or preset.n_batches or rule.n_batches
+    return prune(
+        model,
+        sparsity,
+        criterion if inverted is None else replace(preset, criterion=Inverted(rule)),
+        batches=data.sample(size, max(wanted, 1), seed),
+        n_batches=candidate.n_batches,
+        scope=candidate.scope if inverted is None else inverted,
+        granularity=candidate.granularity,
+        steps=candidate.steps,
+        schedule=candidate.schedule,
+        floor=candidate.floor,
+        seed=seed,
+    )
+
+
+def _varied(
+    model: nn.Module, data: ImageData, candidate: Candidate, sparsity: float | None, seed: int, found: Found
+) -> Found:
+    """The sanity check of what was found, at the same cost."""
+    masks = found.masks
+    if candidate.variant == "densities":
+        masks = describe(model, masks.shuffle(seed), data.normalise(data.train.images[:2]))
+    elif candidate.variant == "inverted":
+        densities = {layer.name: layer.density for layer in masks.layers()}
+        masks = _pruned(model, data, candidate, sparsity, seed, densities)
+    return replace(found, masks=masks)
+
+
+def _irp_masks(
+    model: nn.Module,
+    data: ImageData,
+    candidate: Candidate,
+    sparsity: float,
+    recipe: Recipe,
+    seed: int,
+    device: str,
+    state: Path | None,
+    on_epoch: Callable[[dict[str, float]], None] | None,
+) -> Found:
+    """The ticket of `rounds` removals; its trainings, but for the ticket's own, are the cost."""
+    example = data.normalise(data.train.images[:2])
+    graph = trace(model, example)
+    layers = prunable_layers(model, operands=graph.operands)
+    rounds = candidate.rounds or _ROUNDS
+    if candidate.epochs is not None:
+        steps = max(1, round(candidate.epochs * steps_per_epoch(data, recipe.batch_size)))
+        recipe = replace(recipe, steps=steps)
+    chosen = IRPSettings(
+        rounds=rounds,
+        density=1 - check_sparsity(sparsity),
+        schedule="linear" if candidate.schedule == "linear" else "geometric",
+        scope=candidate.scope or "global",
+        floor=candidate.floor,
+    )
+    start, masks, seconds = 0, None, 0.0
+    if state is not None and (state / "irp.json").exists():
+        progress = read_json(state / "irp.json", "state of a cell")
+        start, seconds = progress["rounds"], progress["seconds"]
+        masks = Masks.load(state / f"round{start}.safetensors")
+    with rewound(model):
+        trainings = irp(
+            model,
+            layers,
+            data,
+            recipe,
+            chosen,
+            seed=seed,
+            device=device,
+            start=start,
+            masks=masks,
+            checkpoint=None if state is None else state / "training.pt",
+            on_epoch=on_epoch,
+        )
+        while start < rounds:
+            outcome = next(trainings)
+            masks, start = outcome.next_masks, start + 1
+            seconds += outcome.seconds
+            assert masks is not None
+            if state is not None:
+                masks.save(state / f"round{start}.safetensors")
+                write_json(state / "irp.json", {"rounds": start, "seconds": seconds})
+    assert masks is not None
+    origin = {"criterion": "irp", "rounds": rounds, "sparsity": sparsity, "seed": seed}
+    masks.report = replace(masks.report, origin=origin)
+    epochs = rounds * recipe.length(data) / steps_per_epoch(data, recipe.batch_size)
+    return Found(describe(model, masks, example), seconds, epochs)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -124,13 +124,17 @@ CRITERIA: dict[str, Criterion] = {
 
 @dataclass(frozen=True)
 class Preset:
-    """A criterion with the settings that its authors published; each can be overridden in `prune`."""
+    """A criterion with the settings that its authors published; each can be overridden in `prune`.
+
+    `revive`: weights that a step pruned may come back in the next (FORCE); else what is pruned stays pruned.
+    """
 
     criterion: Criterion
     scope: str = "global"
     steps: int = 1
     schedule: str = "exponential"
-    n_batches: int | None = field(default=None)
+    n_batches: int | None = None
+    revive: bool = False
 
 
 PRESETS: dict[str, Preset] = {

@@ -20,7 +20,7 @@ from autosparse.masks.schedule import check_sparsity, densities
 from autosparse.masks.selection import NM, Granularity, parse_granularity, select
 from autosparse.network.graph import trace
 from autosparse.network.reachability import reachability
-from autosparse.network.signals import FIXED, Batch, Loss, batch_size, measure, take_batches
+from autosparse.network.signals import FIXED, Batch, Loss, Signals, batch_size, measure, take_batches
 from autosparse.pruning.criteria import PRESETS, Context, Criterion, Preset
 
 
@@ -37,6 +37,7 @@ def prune(
     steps: int | None = None,
     schedule: str | None = None,
     loss: Loss | None = None,
+    signals: Signals | None = None,
     seed: int = 0,
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
@@ -58,6 +59,7 @@ def prune(
         scope, granularity, steps, schedule: `None` is what the preset says; else global, unstructured, one step,
             exponential. Steps towards n:m go through n_t:m. A scope may also be the layer densities themselves.
         loss: `loss(outputs, targets)`; cross-entropy by default.
+        signals: known already, such as those of a warm-up; they are taken as they are in every step.
         seed: of random scores, ties, loaders and dropout.
         include, exclude: shell patterns on parameter names.
         floor: smallest density of any layer; off by default.
@@ -101,8 +103,9 @@ def prune(
         model, include=include, exclude=exclude, operands=None if graph is None else graph.operands
     )
     used = taken[:wanted]
-    changing = [name for name in rule.signals if name not in FIXED]
-    fixed = measure(model, layers, [n for n in rule.signals if n in FIXED], example_input=example)
+    known = {name: values for name, values in (signals or {}).items() if name in rule.signals}
+    changing = [name for name in rule.signals if name not in (*FIXED, *known)]
+    fixed = measure(model, layers, [n for n in rule.signals if n in FIXED and n not in known], example_input=example)
     masks: Masks | None = None
     measured = 0
     for target in path:
@@ -113,10 +116,8 @@ def prune(
                 continue
             shape = NM(n, pattern.m)
         measured += 1
-        signals = fixed | measure(
-            model, layers, changing, batches=used, example_input=example, masks=masks, loss=loss, seed=seed
-        )
-        scores = rule(signals, Context(layers, target, graph, masks, seed))
+        found = measure(model, layers, changing, batches=used, example_input=example, masks=masks, loss=loss, seed=seed)
+        scores = rule({**known, **fixed, **found}, Context(layers, target, graph, masks, seed))
         masks = select(
             scores,
             target,
@@ -124,7 +125,7 @@ def prune(
             scope=scope or preset.scope,
             granularity=shape,
             floor=floor,
-            within=masks,
+            within=None if preset.revive else masks,
             seed=seed,
         )
     assert masks is not None

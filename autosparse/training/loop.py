@@ -250,6 +250,7 @@ def train(
     checkpoint: Path | None = None,
     checkpoint_every: float = 30.0,
     on_epoch: Callable[[dict[str, float]], None] | None = None,
+    on_gradient: Callable[[int], None] | None = None,
 ) -> Trained:
     """Train `model` in place, its pruned weights held at zero after every step; test it after the last.
 
@@ -263,6 +264,8 @@ def train(
         checkpoint: file to write at epoch ends, `checkpoint_every` seconds apart or more, and to resume from; it is
             removed at the end. It must be of this very training: recipe, seed, masks, steps and data.
         on_epoch: called with each new row of the history.
+        on_gradient: called before each step of the optimizer with the number of steps done, when the gradients of the
+            parameters are there (before clipping).
 
     Raises:
         AutoSparseError: the model cannot take the images, or the masks are another model's, or the checkpoint another
@@ -309,6 +312,8 @@ def train(
                 logits = network(_layout(images, recipe.channels_last))
                 loss = F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
                 fabric.backward(loss)
+                if on_gradient is not None:
+                    on_gradient(result.steps)
                 if recipe.clip_norm is not None:
                     for parameter, mask in alive:
                         if parameter.grad is not None:

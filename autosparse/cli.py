@@ -13,7 +13,7 @@ import typer
 from autosparse.errors import AutoSparseError, AutoSparseFailure
 
 if TYPE_CHECKING:
-    from autosparse.config import BenchmarkConfig, FitConfig, GenerateConfig
+    from autosparse.config import BenchmarkConfig, CheckConfig, FitConfig, GenerateConfig
 
 app = typer.Typer(
     name="autosparse",
@@ -192,6 +192,18 @@ def benchmark(config: Config, overrides: Overrides = None) -> None:
     from autosparse.config import BenchmarkConfig, load_config
 
     _benchmark(load_config(BenchmarkConfig, config, overrides or []))
+
+
+@app.command(epilog="Example: autosparse check configs/check.yaml sparsities=[0.9,0.98] seeds=[0,1,2,3,4]")
+def check(config: Config, overrides: Overrides = None) -> None:
+    """Sanity checks: does a criterion choose positions, or only layer densities?
+
+    Trains every criterion beside its own shuffle (the same layer densities, positions at random), its mask on newly
+    drawn weights, and its lowest scores, on the same seeds; ends with a paired t-test of each difference.
+    """
+    from autosparse.config import CheckConfig, load_config
+
+    _benchmark(load_config(CheckConfig, config, overrides or []))
 
 
 @app.command(epilog="Example: autosparse report runs/quickstart")
@@ -396,21 +408,25 @@ def _fit(config: FitConfig, tracking: Path | None = None) -> Path:
     return path
 
 
-def _benchmark(config: BenchmarkConfig, tracking: Path | None = None, write_report: bool = True) -> None:
-    from autosparse.config import claim_directory, plain
+def _benchmark(config: BenchmarkConfig | CheckConfig, tracking: Path | None = None, write_report: bool = True) -> None:
+    from autosparse.config import CheckConfig, claim_directory, plain
     from autosparse.experiment.benchmark import failures, grid, result_path, run_grid
+    from autosparse.experiment.checks import expand, tables
     from autosparse.experiment.report import build
-    from autosparse.experiment.results import summary
+    from autosparse.experiment.results import collect, summary
     from autosparse.experiment.tracking import track
     from autosparse.training.data import load_data
     from autosparse.training.loop import fabric_for
 
-    cells = grid(config.models, config.data, config.recipe, config.criteria, config.sparsities, config.seeds)
+    what, criteria = "benchmark", config.criteria
+    if isinstance(config, CheckConfig):
+        what, criteria = "check", tuple(expand(criteria, config.checks))
+    cells = grid(config.models, config.data, config.recipe, criteria, config.sparsities, config.seeds)
     data = load_data(config.data, fabric_for(config.device).device)
     directory = claim_directory(config)
     enabled = config.tracking and not all(result_path(directory, cell).exists() for cell in cells)
-    with track(tracking or directory, "benchmark", plain(config), enabled=enabled) as tracker, _bars() as bars:
-        task = bars.add_task("benchmark", total=len(cells))
+    with track(tracking or directory, what, plain(config), enabled=enabled) as tracker, _bars() as bars:
+        task = bars.add_task(what, total=len(cells))
 
         def on_cell(number: int, cell: Any, result: Mapping[str, Any], known: bool) -> None:
             accuracy = result.get("accuracy")
@@ -422,10 +438,14 @@ def _benchmark(config: BenchmarkConfig, tracking: Path | None = None, write_repo
                 tracker.flush()
 
         results = run_grid(cells, directory, data, device=config.device, on_cell=on_cell)
-        bars.update(task, description=f"benchmark: {len(cells)} cells")
+        bars.update(task, description=f"{what}: {len(cells)} cells")
         tracker.artifact(directory / "results.csv")
-    for title, headers, rows in summary(directory):
-        _table(f"accuracy after the last epoch, % ({title})", headers, rows)
+    rows = collect(directory).results
+    for title, headers, lines in summary(rows):
+        _table(f"accuracy after the last epoch, % ({title})", headers, lines)
+    for (title, headers, lines), verdicts in tables(rows):
+        _table(f"sanity checks: accuracy, and its difference in points, paired by seed ({title})", headers, lines)
+        _say("\n".join(verdicts))
     _say(f"results: {directory / 'results.csv'}")
     if write_report:
         _say(f"report: {build(directory)}")

@@ -13,7 +13,8 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from autosparse.errors import AutoSparseError, require, settings, suggest
-from autosparse.experiment.candidates import Candidate
+from autosparse.experiment.candidates import VARIANTS, Candidate
+from autosparse.experiment.checks import expand
 from autosparse.files import replace_file
 from autosparse.masks.schedule import check_sparsity
 from autosparse.network.signals import SignalSettings
@@ -114,6 +115,40 @@ class BenchmarkConfig:
 
 
 @settings
+class CheckConfig:
+    """`autosparse check`: every criterion beside its variants, into `output/results.csv`.
+
+    `criteria` without variants; `checks`: the variants of each, but for `inverted` of methods that search by training.
+    """
+
+    output: str = "runs/check"
+    models: tuple[ModelSettings, ...] = (ModelSettings("resnet20"),)
+    data: DataSettings = DataSettings("cifar10")
+    recipe: Recipe = Recipe()
+    criteria: tuple[Candidate, ...] = (Candidate("magnitude"), Candidate("snip"))
+    sparsities: tuple[float, ...] = (0.95,)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    checks: tuple[str, ...] = VARIANTS
+    device: str = "auto"
+    tracking: bool = True
+
+    def __post_init__(self) -> None:
+        for sparsity in self.sparsities:
+            check_sparsity(sparsity)
+        require(len(self.checks) > 0, "checks", list(self.checks), f"give at least one of {', '.join(VARIANTS)}")
+        for check in self.checks:
+            require(check in VARIANTS, "checks", check, suggest(check, VARIANTS))
+        for criterion in self.criteria:
+            require(
+                criterion.variant is None,
+                "criteria",
+                criterion.criterion,
+                f"give {criterion.base!r}: checks adds the variants",
+            )
+        expand(self.criteria, self.checks)  # raises where a criterion cannot have a variant
+
+
+@settings
 class QuickstartConfig:
     """`autosparse quickstart`: generate, fit and benchmark on the digits, into one directory."""
 
@@ -140,7 +175,8 @@ class QuickstartConfig:
 
 # Keys that may differ between two runs in one directory: they change what more is done, not what has been done.
 _FREE = {"output", "device", "tracking"}
-_AXES = {GenerateConfig: {"models", "seeds"}, BenchmarkConfig: {"models", "criteria", "sparsities", "seeds"}}
+_GRID = {"models", "criteria", "sparsities", "seeds"}
+_AXES = {GenerateConfig: {"models", "seeds"}, BenchmarkConfig: _GRID, CheckConfig: _GRID | {"checks"}}
 
 
 class _Loader(yaml.SafeLoader):
@@ -280,7 +316,7 @@ def claim_directory(config: Any) -> Path:
             other = other if isinstance(other, dict) else {}
         except yaml.YAMLError:
             other = {}
-        for key in sorted((mine.keys() | other.keys()) - free):
+        for key in sorted((mine.keys() | other.keys()) - free, key=lambda key: (key != "command", key)):
             if mine.get(key) != other.get(key):
                 raise AutoSparseError(
                     f"output {directory} belongs to another config ({_difference(key, other.get(key), mine.get(key))}): "

@@ -22,6 +22,7 @@ from autosparse.masks.mask import Masks
 from autosparse.network.graph import trace
 from autosparse.network.signals import SignalSettings, measure
 from autosparse.pruning.irp import IRPSettings, Round, irp
+from autosparse.pruning.warmup import WarmupSettings, warmup
 from autosparse.scorers.records import Record, read_record, write_record
 from autosparse.training.data import DataSettings, ImageData, load_data
 from autosparse.training.loop import Recipe, fabric_for
@@ -43,9 +44,11 @@ class Run:
         return f"{self.model.label()}_{self.data.label()}_s{self.seed}"
 
     def config(self) -> dict[str, Any]:
-        """The settings as plain values; where the data lie is not among them."""
+        """The settings as plain values; not among them are where the data lie, and those of a warm-up that is not done."""
         values = dataclasses.asdict(self)
         values["data"].pop("root")
+        if not self.signals.warmup_names():
+            del values["signals"]["warmup_orders"], values["signals"]["warmup_lr"]
         return _plain(values)
 
 
@@ -149,7 +152,7 @@ def _continue(
     state = path.with_name(f"{path.stem}.state")
     rewind: dict[str, Tensor] | None = None
     if done is None:
-        record = _begin(run, model, images)
+        record = _begin(run, model, images, device)
         masks, start = None, 0
         _claim_state(state, run)
         if (state / "rewind.safetensors").exists():
@@ -194,12 +197,17 @@ def _claim_state(state: Path, run: Run) -> None:
         write_json(owner, run.config())
 
 
-def _begin(run: Run, model: torch.nn.Module, images: ImageData) -> Record:
+def _begin(run: Run, model: torch.nn.Module, images: ImageData, device: str) -> Record:
     """The record before the first round: layers, graph, and the signals of `θ₀`."""
     batches = images.sample(run.signals.batch_size, run.signals.n_batches, run.seed)
     graph = trace(model, batches[0][0][:2])
     layers = prunable_layers(model, operands=graph.operands)
-    signals = measure(model, layers, run.signals.names, batches=batches, seed=run.seed)
+    early = run.signals.warmup_names()
+    ordinary = [name for name in run.signals.names if name not in early]
+    signals = measure(model, layers, ordinary, batches=batches, seed=run.seed)
+    if early:
+        short = WarmupSettings(run.signals.warmup_orders, run.signals.warmup_lr)
+        signals |= warmup(model, layers, images, run.recipe, early, short, seed=run.seed, device=device).signals
     arrays = {s: {n: t.float().cpu().numpy() for n, t in by_name.items()} for s, by_name in signals.items()}
     return Record(
         layers=layers,

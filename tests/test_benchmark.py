@@ -18,6 +18,8 @@ from autosparse.experiment.benchmark import COLUMNS, Cell, build_model, failures
 from autosparse.experiment.candidates import Candidate, find_masks
 from autosparse.masks.mask import Masks
 from autosparse.pruning import irp as irp_module
+from autosparse.pruning.dissipating import DissipatingSettings
+from autosparse.pruning.kstarts import KStartsSettings
 from autosparse.scorers.features import DEFAULT
 from autosparse.scorers.fitting import Scorer
 from autosparse.scorers.mlp import MLPScorer
@@ -353,3 +355,109 @@ def test_densities_of_a_criterion_are_its_counts_at_random_positions(digits: Ima
     assert Candidate("densities:irp", rounds=3).name == "densities:irp-3"
     with pytest.raises(AutoSparseError, match="did you mean 'snip'"):
         Candidate("densities:snp")
+
+
+# -- variants, and what a grid shares ------------------------------------------------------------------------------------
+
+
+def test_inverted_keeps_the_lowest_scores_of_each_layer_at_the_same_densities(data: ImageData) -> None:
+    model = build_model(MODEL, data)
+    best, worst = (
+        find_masks(model, data, Candidate(name), 0.7, recipe=RECIPE, device="cpu").masks
+        for name in ("magnitude", "inverted:magnitude")
+    )
+    assert [row.kept for row in worst.layers()] == [row.kept for row in best.layers()]
+    for name, weight in model.named_parameters():
+        if name in worst and not worst[name].all():
+            assert weight[worst[name]].abs().max() <= weight[~worst[name]].abs().min()
+
+
+def test_variants_train_what_they_say(data: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shuffled: other positions; re-drawn: the same mask on other weights."""
+    seen: dict[str, tuple[Masks, torch.Tensor]] = {}
+    cells = cells_of(*(Candidate(name) for name in ("magnitude", "densities:magnitude", "reinit:magnitude")))
+    names = iter([cell.criterion for cell in cells])
+
+    def train(model: Any, *rest: Any, masks: Masks | None = None, **keywords: Any) -> Any:
+        seen[next(names)] = (masks, model.features[0].weight.detach().clone())
+        return real(model, *rest, masks=masks, **keywords)
+
+    real = benchmark.train
+    monkeypatch.setattr(benchmark, "train", train)
+    run_grid(cells, tmp_path, data, device="cpu")
+    masks, weight = seen["magnitude"]
+    assert seen["reinit:magnitude"][0] == masks and not torch.equal(seen["reinit:magnitude"][1], weight)
+    shuffled, same = seen["densities:magnitude"]
+    assert torch.equal(same, weight) and shuffled != masks
+    assert [row.kept for row in shuffled.layers()] == [row.kept for row in masks.layers()]
+
+
+def test_a_method_and_its_shuffle_search_once(data: ImageData, tmp_path: Path, trainings: list[float]) -> None:
+    cells = cells_of(IRP, Candidate("densities:irp", rounds=2), Candidate("synflow", steps=3))
+    rows = run_grid(cells, tmp_path, data, device="cpu")
+    assert trainings == [1.0, 1.0, 0.45, 0.2, 0.2, 0.2], "dense; two rounds and the ticket; its shuffle; synflow"
+    assert rows[1]["mask_epochs"] == rows[2]["mask_epochs"] == 4.0
+    assert [row["kept"] for row in rows[1]["layers"]] == [row["kept"] for row in rows[2]["layers"]]
+    assert len(list((tmp_path / "masks").iterdir())) == 2
+
+
+def test_short_rounds_of_irp_have_their_whole_schedule(data: ImageData, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, float]] = []
+    real = irp_module.train
+
+    def train(model: Any, data: ImageData, recipe: Recipe, **keywords: Any) -> Any:
+        trained = real(model, data, recipe, **keywords)
+        seen.append((trained.steps, trained.history[-1]["lr"]))
+        return trained
+
+    monkeypatch.setattr(irp_module, "train", train)
+    candidate = Candidate("irp", rounds=3, epochs=0.8)
+    assert candidate.name == "irp-3x0.8"
+    found = find_masks(build_model(MODEL, data), data, candidate, 0.8, recipe=RECIPE, device="cpu")
+    per_epoch = len(data.train) // RECIPE.batch_size
+    assert [steps for steps, _ in seen] == [round(0.8 * per_epoch)] * 3
+    assert all(rate < 0.2 * RECIPE.lr for _, rate in seen), "annealed in each round"
+    assert found.epochs == pytest.approx(3 * round(0.8 * per_epoch) / per_epoch)
+
+
+def test_a_warm_up_is_counted(data: ImageData) -> None:
+    model = build_model(MODEL, data)
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    found = find_masks(model, data, Candidate("movement@0.4"), 0.8, recipe=RECIPE, device="cpu")
+    assert found.epochs == pytest.approx(0.4) and found.masks.sparsity == pytest.approx(0.8, abs=1e-3)
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["kstarts", "dissipating", "kstarts_dissipating"])
+def test_selection_in_early_training(name: str, data: ImageData, tmp_path: Path) -> None:
+    starts, fading = KStartsSettings(k=3, epochs=0.4), DissipatingSettings(epochs=2)
+    given = {"kstarts": starts, "dissipating": fading}
+    given = {key: value for key, value in given.items() if key in name.split("_")}
+    cost = {"kstarts": 1.2, "dissipating": 2.0, "kstarts_dissipating": 3.2}[name]
+    (_, rewinds), (_, goes_on) = (
+        run_grid(cells_of(Candidate(name, continues=c, **given)), tmp_path / str(c), data, device="cpu")
+        for c in (False, True)
+    )
+    assert rewinds["mask_epochs"] == pytest.approx(cost) and rewinds["train_epochs"] == 2.0
+    assert rewinds["sparsity_got"] == pytest.approx(0.8, abs=1e-3)
+    assert rewinds["layers"] == goes_on["layers"]
+    spent = 0.4 if name == "kstarts" else 2.0  # of the final training, already done
+    assert goes_on["mask_epochs"] == pytest.approx(cost - spent)
+    assert goes_on["accuracy"] != rewinds["accuracy"] or goes_on["loss"] != rewinds["loss"]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"criterion": "inverted:irp"}, "has no scores to invert"),
+        ({"criterion": "snip@1"}, "snip"),
+        ({"criterion": "snip", "rounds": 3}, "rounds of snip"),
+        ({"criterion": "snip", "kstarts": KStartsSettings()}, "kstarts of snip"),
+        ({"criterion": "snip", "continues": True}, "continues of snip"),
+        ({"criterion": "kstarts", "granularity": "2:4"}, "granularity of kstarts"),
+        ({"criterion": "densities:snip", "granularity": "channel"}, "granularity of densities:"),
+    ],
+)
+def test_settings_that_do_not_belong_to_a_criterion(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(AutoSparseError, match=message):
+        Candidate(**given)

@@ -250,6 +250,22 @@ def test_quickstart_in_small(run: Run) -> None:
     refused(run("quickstart", "sparsitie=[0.5]"), "unknown key 'sparsitie': did you mean 'sparsities'?")
 
 
+def test_checks_end_with_their_table_and_grow(run: Run) -> None:
+    config = {**benchmark_config(output="check", seeds=[0, 1]), "checks": ["densities"]}
+    answer = run("check", config)
+    assert answer.code == 0 and answer.err == "", answer.err
+    assert "over its shuffle" in answer.out and "\nsnip: " in answer.out
+    done = {p.name: p.read_bytes() for p in Path("check/cells").iterdir()}
+    with open("check/results.csv", newline="") as file:
+        assert [r["criterion"] for r in csv.DictReader(file)] == ["dense", "snip", "densities:snip"] * 2
+    assert "Sanity checks" in Path("check/report.html").read_text()
+    answer = run("check", config, "checks=[densities,reinit,inverted]", "seeds=[0]")
+    assert answer.code == 0 and "snip: one seed: cannot tell" in answer.out, answer.err
+    cells = {p.name: p.read_bytes() for p in Path("check/cells").iterdir()}
+    assert done.items() <= cells.items() and len(cells) == len(done) + 2
+    refused(run("benchmark", benchmark_config(output="check")), "there command is 'check', here 'benchmark'")
+
+
 def test_prune_notes_what_a_mask_must_tell(run: Run) -> None:
     answer = run("prune", prune_config(sparsity=0.995))
     assert answer.code == 0 and "note: " in answer.out and "dead layers" in answer.out and answer.err == ""

@@ -12,6 +12,7 @@ import yaml
 from autosparse import config as configs
 from autosparse.config import (
     BenchmarkConfig,
+    CheckConfig,
     FitConfig,
     GenerateConfig,
     PruneConfig,
@@ -33,6 +34,7 @@ SCHEMAS: dict[str, type] = {
     "irp": GenerateConfig,
     "scorer": FitConfig,
     "benchmark": BenchmarkConfig,
+    "check": CheckConfig,
     "prune": PruneConfig,
     "train": TrainConfig,
     "quickstart": QuickstartConfig,
@@ -164,7 +166,7 @@ def test_an_empty_file_is_all_defaults(tmp_path: Path) -> None:
         (TrainConfig, "recipe.optimizer=adam", "recipe.optimizer is 'adam': known: sgd, adamw"),
         (GenerateConfig, "irp.density=0", "irp.density is 0.0: it must lie in (0, 1]"),
         (GenerateConfig, "irp.rounds=256", "irp.rounds is 256: it must lie in 1 … 255"),
-        (GenerateConfig, "signals.names=[hessian]", "signals: signal is 'hessian': known: flow, gradient, no_flow, weight"),
+        (GenerateConfig, "signals.names=[jacobian]", "signals: signal is 'jacobian': known: accumulated_gradient@1, dense_weight, displacement@1"),
         (FitConfig, "fit.features=[weigth]", "fit: feature is 'weigth': did you mean 'weight'?"),
         (FitConfig, "fit.head=cox", "fit: head is 'cox': known: hazard, mse"),
         (TrainConfig, "data.image_size=0", "data.image_size is 0: give pixels"),
@@ -179,6 +181,11 @@ def test_an_empty_file_is_all_defaults(tmp_path: Path) -> None:
         (PruneConfig, "criterion={criterion: irp, granularity: channel}", "granularity of irp is 'channel'"),
         (PruneConfig, "criterion.granularity=2:4", "criterion.criterion is missing: give it"),
         (PruneConfig, "criterion={criterion: irp, steps: 5}", "steps of irp is 5"),
+        (CheckConfig, "checks=[densitys]", "checks is 'densitys': did you mean 'densities'?"),
+        (CheckConfig, "checks=[]", "checks is []: give at least one of densities, reinit, inverted"),
+        (CheckConfig, "criteria=[densities:snip]", "criteria is 'densities:snip': give 'snip'"),
+        (CheckConfig, "criteria=[{criterion: snip, granularity: 2:4}]", "granularity of densities: is '2:4'"),
+        (CheckConfig, "sparsities=[7]", "sparsity is 7.0: it is the share"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_said_in_one_line(schema: type, override: str, message: str) -> None:
@@ -285,6 +292,10 @@ def test_more_of_the_same_is_no_other_config(tmp_path: Path) -> None:
     for overrides in ([], ["seeds=[5]", "sparsities=[0.5]", "criteria=[snip]", "models=[mlp]"]):
         claim_directory(load_config(BenchmarkConfig, None, [f"output={wider}", *overrides]))
         fill(wider)
+    checks = tmp_path / "check"
+    for overrides in (["checks=[densities]"], ["seeds=[5]", "criteria=[snip]", "checks=[densities,reinit]"]):
+        claim_directory(load_config(CheckConfig, None, [f"output={checks}", *overrides]))
+        fill(checks)
 
 
 def test_a_directory_without_results_belongs_to_nobody(tmp_path: Path) -> None:

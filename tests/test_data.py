@@ -112,6 +112,20 @@ def test_resizing() -> None:
     assert empty.validation.images.shape == (0, 1, 16, 16)
 
 
+def test_a_sample_per_class_is_balanced() -> None:
+    data = load_data(DataSettings("digits", limit=100, validation=0))
+    one, two, other = (data.sample_per_class(3, s, 8) for s in (0, 0, 1))
+    assert [len(y) for _, y in one] == [8, 8, 8, 6]
+    labels = torch.cat([y for _, y in one])
+    assert labels.bincount().tolist() == [3] * 10 and labels[:8].unique().numel() > 3  # batches mix the classes
+    assert all(torch.equal(a, b) for x, y in zip(one, two, strict=True) for a, b in zip(x, y, strict=True))
+    assert not torch.equal(one[0][0], other[0][0])
+    known = {image.numpy().tobytes() for image in data.normalise(data.train.images)}
+    drawn = {image.numpy().tobytes() for x, _ in one for image in x}
+    assert drawn <= known and len(drawn) == 30
+    assert torch.cat([y for _, y in data.sample_per_class(1000, 0, 64)]).bincount().sum() == 100  # all there are
+
+
 # -- batches ---------------------------------------------------------------------------------------------------------
 
 

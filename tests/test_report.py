@@ -157,7 +157,7 @@ def result(criterion: str, accuracy: float, seed: int = 0, **values: Any) -> Res
 ROWS = [
     result("snip", 0.60, 0, mask_cost=0.01),
     result("snip", 0.64, 1, mask_cost=0.03),
-    result("irp", 0.70, 0, dead_layers=1.0),
+    result("irp", 0.70, 0, dead_layers=1.0, effective_sparsity=0.915),
     result("irp", 0.66, 1, dead_layers=2.0),
 ]
 
@@ -190,7 +190,7 @@ def test_recipes_are_never_averaged() -> None:
 
 def test_paired_difference_takes_shared_seeds() -> None:
     rows = [*ROWS, result("snip", 0.99, 7)]
-    assert results.paired_difference(rows, "m", 0.9, "snip", "irp") == pytest.approx((-0.06, 0.04 * math.sqrt(2), 2))
+    assert results.paired_differences(rows, "m", 0.9, "snip", "irp") == pytest.approx([-0.10, -0.02])
 
 
 def test_dense_accuracy_prefers_its_own_rows() -> None:
@@ -212,11 +212,11 @@ def test_repeated_rows_and_floors() -> None:
 def test_summary_table() -> None:
     ((title, headers, lines),) = results.summary([*ROWS, result("dense", 0.8, sparsity=0.0)])
     assert title == "d, recipe r"
-    assert headers == ["model", "criterion", "90 %", "mask cost", "seeds", "dead layers"]
+    assert headers == ["model", "criterion", "90 %", "effective %", "mask cost", "seeds", "dead layers"]
     assert lines == [
-        ["m", "dense", "80.0 ± –", "0", "1", "0"],
-        ["m", "snip", "62.0 ± 2.8", "0.02", "2", "–"],
-        ["m", "irp", "68.0 ± 2.8", "–", "2", "1.5"],
+        ["m", "dense", "80.0 ± –", "0", "0", "1", "0"],
+        ["m", "snip", "62.0 ± 2.8", "–", "0.02", "2", "–"],
+        ["m", "irp", "68.0 ± 2.8", "91.5", "–", "2", "1.5"],
     ]
 
 
@@ -307,6 +307,79 @@ def test_report_of_everything(tmp_path: Path) -> None:
     assert {f.stem: f.read_bytes() for f in (tmp_path / "figures").iterdir()} == figures
 
 
+def test_sanity_checks_stand_before_the_differences(tmp_path: Path) -> None:
+    worth = {"snip": (0.50, 0.52, 0.54), "densities:snip": (0.49, 0.50, 0.51), "erk": (0.5, 0.5, 0.5)}
+    rows = [
+        row(criterion=c, seed=s, accuracy=a, effective_sparsity=0.93 if c == "densities:snip" else 0.91)
+        for c, accuracies in worth.items()
+        for s, a in enumerate(accuracies)
+    ]
+    write_rows(tmp_path / "results.csv", rows)
+    html = report.build(tmp_path).read_text()
+    section = html[html.index("<h3>Sanity checks</h3>") : html.index("Differences from the best")]
+    # differences 1, 2 and 3 points: t = 2 √3, and p of two degrees of freedom is 1 − t / √(2 + t²) = 0.0742
+    assert '<td>+2.0 ± 1.0<span class="small">p = 0.074 · n = 3 · eff. 93.0</span></td>' in section
+    assert "no sign that positions matter: not told apart from its shuffle by 3 seeds" in section
+    assert "nan" not in section.lower() and "erk" not in section
+    write_rows(tmp_path / "results.csv", [r for r in rows if r["criterion"] != "densities:snip"])
+    assert "Sanity checks" not in report.build(tmp_path).read_text()
+
+
+def test_figures_of_lines_leave_out_what_they_cannot_hold(tmp_path: Path) -> None:
+    (tmp_path / "cells").mkdir()
+    rows = []
+    for i in range(13):
+        for name in (f"c{i:02}", f"densities:c{i:02}"):
+            rows.append(row(criterion=name, accuracy=0.4 + i / 100, mask_cost=i))
+            cell = {**rows[-1], "layers": [{"name": "a.weight", "kept": 1, "total": 10}]}
+            (tmp_path / "cells" / f"{i}{len(name)}.json").write_text(json.dumps(cell))
+    write_rows(tmp_path / "results.csv", rows)
+    cells = results.aggregate(results.collect(tmp_path).results)
+    assert figures.selected(cells, 26) == [r["criterion"] for r in rows]
+    assert figures.selected(cells, 25) == [f"c{i:02}" for i in range(13)]
+    assert figures.selected(cells, 12) == [f"c{i:02}" for i in range(1, 13)]
+    html = report.build(tmp_path).read_text()
+    assert "Left out, to keep lines apart: c00, densities:c00, densities:c01, " in html
+    assert "Left out, to keep lines apart: c00, c01, c02, c03, c04." in html, "layer densities: eight lines"
+
+
+def test_variants_look_like_their_criterion() -> None:
+    look = figures.looks(["snip", "irp", "densities:irp", "reinit:irp", "densities:alone"])
+    assert len({look[c].color for c in ("irp", "densities:irp", "reinit:irp")}) == 1
+    assert look["densities:irp"].fillstyle == "none" and look["irp"].fillstyle == look["snip"].fillstyle == "full"
+    assert len({look[c].color for c in ("snip", "irp", "densities:alone")}) == 3
+    many = figures.looks(f"c{i}" for i in range(32))
+    assert len(set(many.values())) == 32
+    assert len({(at.color, at.marker) for at in many.values()}) == 32, "points alone tell them apart"
+
+
+def test_costs_from_nothing_to_twenty_trainings_in_one_figure() -> None:
+    costs = {f"free{i}": i / 2000 for i in range(12)} | {f"paid{i}": 0.011 * 1.75**i for i in range(14)}
+    costs["densities:paid9"] = costs["paid9"]
+    assert max(costs.values()) > 15
+    rows = [result(c, 0.5 + 0.01 * (i % 7), mask_cost=cost) for i, (c, cost) in enumerate(costs.items())]
+    import matplotlib.style
+
+    with matplotlib.style.context(figures.STYLE, after_reset=True):
+        figure = figures.plot_cost(rows, figures.looks(costs))
+        figure.draw_without_rendering()
+        (ax,) = figure.axes
+        renderer = figure.canvas.get_renderer()
+        texts = [t for t in [*ax.texts, *ax.get_xticklabels(), *ax.get_xticklabels(minor=True)] if t.get_text()]
+        boxes = {t.get_text(): t.get_window_extent(renderer).extents for t in texts}
+    assert boxes.keys() >= costs.keys(), "every criterion is named"
+    names = list(boxes)
+    clashes = [(a, b) for i, a in enumerate(names) for b in names[:i] if figures.overlap(boxes[a], boxes[b])]
+    assert clashes == []
+    assert all(boxes[c][2] < boxes["0.01"][0] for c in costs if c.startswith("free")), "free masks stand on the left"
+
+
+@pytest.mark.parametrize("costs", [(0.0, 0.0), (2.0, 9.0), (0.01, 0.02), (0.0, 50.0)])
+def test_costs_of_one_kind_only(costs: tuple[float, float]) -> None:
+    rows = [result(f"c{i}", 0.5, mask_cost=cost) for i, cost in enumerate(costs)]
+    assert "<svg" in figures.svg(lambda: figures.plot_cost(rows, figures.looks(["c0", "c1"])), "cost")
+
+
 def test_names_are_escaped(tmp_path: Path) -> None:
     rows = [row(model="<b>$m$", criterion=c, data="a&b", seed=s) for c in ("<i>x</i>", "_y") for s in (0, 1)]
     write_rows(tmp_path / "results.csv", rows)
@@ -352,7 +425,7 @@ def test_only_failures_still_make_a_report(tmp_path: Path) -> None:
     write_rows(tmp_path / "results.csv", [row(accuracy="", error="boom")])
     html = report.build(tmp_path).read_text()
     assert "No pruned network has a result yet" in html and "boom" in html
-    assert results.summary(tmp_path)[0].rows == [["resnet8", "dense", "0", "1", "0"]]
+    assert results.summary(tmp_path)[0].rows == [["resnet8", "dense", "0", "0", "1", "0"]]
 
 
 def test_a_card_may_be_empty(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from autosparse.errors import AutoSparseError, AutoSparseFailure
 from autosparse.masks.layers import prunable_layers
 from autosparse.network.signals import SignalSettings, measure
 from autosparse.pruning.irp import IRPSettings
+from autosparse.pruning.warmup import WarmupSettings, warmup
 from autosparse.scorers.records import Record, is_complete, read_record
 from autosparse.training import loop
 from autosparse.training.data import DataSettings, ImageData, load_data
@@ -115,6 +116,54 @@ def test_signals_are_those_of_the_initialization(whole: dict[str, Path], data: I
     for key in ("weight", "gradient"):
         for layer in layers:
             np.testing.assert_array_equal(record.signals[key][layer], wanted[key][layer].numpy())
+
+
+def test_signals_of_a_warmup(whole: dict[str, Path], data: ImageData, tmp_path: Path) -> None:
+    names = ("weight", "displacement@0.5", "accumulated_gradient@1")
+    run = replace(RUN, signals=replace(RUN.signals, names=names, warmup_orders=2, warmup_lr=0.02))
+    path = tmp_path / "r.h5"
+    with pytest.raises(Stop):
+        generate_record(run, path, device="cpu", data=data, on_round=stop_after_the_first)
+    record = generate_record(run, path, device="cpu", data=data)
+    assert record.signals.keys() == set(names) and record.config["signals"]["warmup_orders"] == 2
+    model = create_model(RUN.model, in_channels=1, classes=10, image_size=8, seed=RUN.seed)
+    wanted = warmup(
+        model, record.layers, data, RUN.recipe, names[1:], WarmupSettings(2, 0.02), seed=RUN.seed, device="cpu"
+    ).signals
+    plain = read_record(whole["magnitude"])
+    found = read_record(path)
+    for layer in plain.layers:
+        for name in names[1:]:
+            np.testing.assert_array_equal(found.signals[name][layer], wanted[name][layer].numpy())
+        np.testing.assert_array_equal(found.signals["weight"][layer], plain.signals["weight"][layer])
+        np.testing.assert_array_equal(found.survival[layer], plain.survival[layer])
+    np.testing.assert_array_equal(found.accuracy, plain.accuracy)
+
+
+def test_a_kill_in_the_warmup_repeats_it(data: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = replace(RUN, signals=replace(RUN.signals, names=("weight", "displacement@0.5")))
+    generate_record(run, tmp_path / "whole.h5", device="cpu", data=data)
+
+    def killed(*_: Any, **__: Any) -> None:
+        raise Stop
+
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr("autosparse.pruning.warmup.put_back", killed)
+        generate_record(run, tmp_path / "r.h5", device="cpu", data=data)
+    generate_record(run, tmp_path / "r.h5", device="cpu", data=data)
+    same(tmp_path / "r.h5", tmp_path / "whole.h5")
+
+
+def stop_after_the_first(*_: Any) -> None:
+    raise Stop
+
+
+def test_settings_of_a_warmup_that_is_not_done_are_no_other_run(whole: dict[str, Path], data: ImageData) -> None:
+    other = replace(RUN, signals=replace(RUN.signals, warmup_orders=3))
+    assert generate_record(other, whole["magnitude"], device="cpu", data=data).complete
+    done = replace(other, signals=replace(other.signals, names=("weight", "displacement@1")))
+    with pytest.raises(AutoSparseError, match=r"signals.names = \['weight', 'gradient'\], now it is"):
+        generate_record(done, whole["magnitude"], device="cpu", data=data)
 
 
 def test_late_rewinding_and_snip_give_other_tickets(whole: dict[str, Path]) -> None:

@@ -91,6 +91,32 @@ def test_channels_of_a_transposed_convolution_lie_in_its_second_dimension() -> N
     assert masks["a"].flatten(1).int().tolist() == [[0, 1, 0], [0, 1, 0]]
 
 
+def test_coupled_channels_are_one_unit() -> None:
+    """Means of a and b together: 6/3, 9/3, 3/3; alone a would keep its first and b its second."""
+    layers = {"a": linear("a", 3, 1), "b": linear("b", 3, 2), "c": linear("c", 2, 2)}
+    scores = {
+        "a": torch.tensor([[6.0], [1.0], [0.0]]),
+        "b": torch.tensor([[0.0, 0.0], [4.0, 4.0], [2.0, 1.0]]),
+        "c": torch.tensor([[9.0, 9.0], [0.0, 0.0]]),
+    }
+
+    def rows(density: float, **options) -> list[list[int]]:
+        masks = select(scores, density, layers=layers, granularity=Channel(), coupled=[("a", "b")], **options)
+        assert all((m.all(1) | ~m.any(1)).all() for m in masks.values())
+        return [masks[n].any(1).int().tolist() for n in "abc"]
+
+    assert rows(5 / 13) == [[0, 1, 0], [0, 1, 0], [1, 0]]  # 3 and 2 of 13 weights
+    assert rows(8 / 13) == [[1, 1, 0], [1, 1, 0], [1, 0]]
+    assert rows(0.5, scope="uniform") == [[0, 1, 0], [0, 1, 0], [1, 0]]  # budgets of 4 and 2
+    assert rows(8 / 13, scope="uniform") == [[1, 1, 0], [1, 1, 0], [1, 0]]  # 6 and 2
+    assert rows(3 / 13, scope={"a": 1.0, "b": 0.0, "c": 0.0}) == [[0, 1, 0], [0, 1, 0], [0, 0]]  # the budget is common
+    assert rows(10 / 13, dense=["c"]) == [[1, 1, 0], [1, 1, 0], [1, 1]]
+    assert rows(1) == [[1, 1, 1], [1, 1, 1], [1, 1]]
+    within = {"a": torch.tensor([[True], [False], [True]]), "b": torch.ones(3, 2, dtype=torch.bool)}
+    within["b"][1] = False
+    assert rows(5 / 13, within={**within, "c": torch.ones(2, 2, dtype=torch.bool)}) == [[1, 0, 0], [1, 0, 0], [1, 0]]
+
+
 def test_uneven_blocks_at_the_border() -> None:
     """Blocks of 2×2 in 3×3: of 4, 2, 2 and 1 weights."""
     scores = {"a": torch.tensor([[1.0, 1.0, 2.0], [1.0, 1.0, 2.0], [3.0, 3.0, 4.0]])}
@@ -297,6 +323,51 @@ def test_channels_are_whole(network, density, scope, floor) -> None:
         assert masks[name].any() or floor == 0
 
 
+@given(
+    networks(), st.floats(0.05, 1), st.sampled_from(SCOPES), st.floats(0, 0.05), st.integers(0, 2), st.integers(1, 4)
+)
+def test_coupled_layers_keep_the_same_channels(network, density, scope, floor, whole, seed) -> None:
+    layers, scores = network
+    by_size: dict[int, list[str]] = {}
+    for name, layer in layers.items():
+        by_size.setdefault(layer.shape[layer.out_dim], []).append(name)
+    groups = [tuple(names) for names in by_size.values() if len(names) > 1]
+    options = {"layers": layers, "scope": scope, "granularity": Channel(), "coupled": groups, "seed": seed}
+    dense = list(layers)[:whole]
+    try:
+        masks = select(scores, density, floor=floor, dense=dense, **options)
+    except AutoSparseError as error:
+        held = sum(layers[n].numel for names in by_size.values() if {*names} & {*dense} for n in names)
+        assert ("floor" in str(error) and floor > 0) or (
+            "keep more than" in str(error) and dense and round(density * sum(l.numel for l in layers.values())) <= held
+        )
+        return
+    assert list(masks) == list(layers)
+    kept = {n: masks[n].movedim(layer.out_dim, 0).flatten(1) for n, layer in layers.items()}
+    assert all((k.all(1) | ~k.any(1)).all() for k in kept.values())
+    for size, names in by_size.items():
+        assert all(torch.equal(kept[n].any(1), kept[names[0]].any(1)) for n in names)
+        assert kept[names[0]].any() or floor == 0
+        assert all(kept[n].all() == (n in masks.report.dense_layers) or kept[n].all() for n in names)
+        assert not {*dense} & {*names} or {*names} <= {*masks.report.dense_layers}
+        assert len(names) > 1 or size == layers[names[0]].shape[layers[names[0]].out_dim]
+    assert masks == select(scores, density, floor=floor, dense=dense, **options)
+    widths = {s: sum(layers[n].numel // s for n in names) for s, names in by_size.items()}
+    total = round(density * masks.total)
+    slack = max(widths.values()) if scope == "global" else sum(widths.values())
+    assert floor > 0 or abs(masks.kept - total) <= slack
+    assert (masks.kept == total) == (not masks.report.notes)
+
+
+@given(networks(), st.floats(0.05, 1), st.sampled_from(SCOPES), st.integers(0, 5))
+def test_coupling_nothing_changes_nothing(network, density, scope, seed) -> None:
+    layers, scores = network
+    options = {"layers": layers, "scope": scope, "granularity": Channel(), "seed": seed}
+    plain = select(scores, density, **options)
+    alone = select(scores, density, coupled=[(next(iter(layers)),)], **options)
+    assert plain == alone and plain.report == alone.report
+
+
 @pytest.mark.parametrize("count", range(1, 9))
 def test_channels_of_one_size_are_the_nearest_count(count: int) -> None:
     scores, layers = {"a": torch.rand(4, 2) + 1}, {"a": linear("a", 4, 2)}
@@ -334,6 +405,25 @@ def test_scores_that_mean_nothing() -> None:
         select({"a": good, "b": good, "c": good}, 0.5, layers=layers)
     with pytest.raises(AutoSparseError, match=r"scores of 'b' have shape \(2, 1\).*\(1, 2\)"):
         select({"a": good, "b": good.T}, 0.5, layers=layers)
+
+
+def test_layers_that_cannot_be_coupled() -> None:
+    layers = {"a": linear("a", 3, 1), "b": linear("b", 2, 2)}
+    scores = {n: torch.ones(layer.shape) for n, layer in layers.items()}
+
+    def coupled(*groups: tuple[str, ...], density: float = 0.5, dense: tuple[str, ...] = ()) -> None:
+        select(scores, density, layers=layers, granularity=Channel(), coupled=groups, dense=dense)
+
+    with pytest.raises(AutoSparseError, match="channels of 'b' is 2: 'a' has 3"):
+        coupled(("a", "b"))
+    with pytest.raises(AutoSparseError, match="coupled layer is 'c': it is none of the layers"):
+        coupled(("a", "c"))
+    with pytest.raises(AutoSparseError, match="coupled layer is 'a': it may be in one group only"):
+        coupled(("a",), ("a",))
+    with pytest.raises(
+        AutoSparseError, match=r"density 0.5 keeps 4 of 7 weights, but 'b', .* hold 4: keep more than 0.5714"
+    ):
+        coupled(dense=("b",))
 
 
 def test_bad_choices() -> None:

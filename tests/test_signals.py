@@ -96,6 +96,17 @@ def test_gradient_is_taken_at_the_masked_weights_and_for_all_of_them() -> None:
         assert (value[~masks[name]] != 0).any()
 
 
+def test_dense_weight_knows_no_mask() -> None:
+    model = two_layers()
+    layers = prunable_layers(model)
+    masks = {n: torch.zeros(l.shape, dtype=torch.bool) for n, l in layers.items()}
+    found = measure(model, layers, ("weight", "dense_weight"), masks=masks)
+    for name in layers:
+        assert torch.equal(found["dense_weight"][name], model.get_parameter(name)) and not found["weight"][name].any()
+    found["dense_weight"]["0.weight"].zero_()
+    assert (model[0].weight != 0).all()
+
+
 def test_weight_is_a_copy() -> None:
     model = two_layers()
     weight = measure(model, prunable_layers(model), ("weight",))["weight"]["0.weight"]

@@ -26,7 +26,7 @@ from autosparse.masks.mask import Masks
 from autosparse.masks.schedule import check_sparsity
 from autosparse.network.graph import trace
 from autosparse.training.data import DataSettings, ImageData
-from autosparse.training.loop import Recipe, Trained, check_fits, train
+from autosparse.training.loop import Recipe, Trained, check_fits, put_back, steps_per_epoch, train
 from autosparse.training.models import ModelSettings, create_model
 
 COLUMNS = (
@@ -75,7 +75,8 @@ class Cell:
         values = json.loads(json.dumps(dataclasses.asdict(self)))
         values["data"].pop("root")
         if self.candidate is not None:  # what is not given does not count, nor what it is called
-            values["candidate"] = {k: v for k, v in values["candidate"].items() if v is not None and k != "label"}
+            given = {k: v for k, v in values["candidate"].items() if v is not None and v is not False and k != "label"}
+            values["candidate"] = given
             values["candidate"]["criterion"] = identity(self.candidate)
         return values
 
@@ -138,7 +139,7 @@ def run_cell(
 
     Args:
         state: directory for what a stop in the middle would lose.
-        store: directory in which masks that took training are kept; a method and its variants share them.
+        store: directory in which masks that took many passes are kept; a method and its variants share them.
     """
     model = build_model(cell.model, data, cell.seed).to(data.device)
     found = None
@@ -148,6 +149,8 @@ def run_cell(
             found = _search(cell, model, data, device, state, store, on_epoch)
         if cell.candidate.variant == "reinit":
             model = build_model(cell.model, data, _REDRAWN + cell.seed).to(data.device)
+        if found.weights is not None:
+            put_back(model, found.weights)
     trained = train(
         model,
         data,
@@ -155,10 +158,11 @@ def run_cell(
         masks=None if found is None else found.masks,
         seed=cell.seed,
         device=device,
+        start_step=0 if found is None else found.steps,
         checkpoint=None if state is None else state / "final.pt",
         on_epoch=on_epoch,
     )
-    return _result(cell, found, trained)
+    return _result(cell, found, trained, cell.recipe.length(data) / steps_per_epoch(data, cell.recipe.batch_size))
 
 
 _REDRAWN = 1_000_000  # seeds of networks whose weights are drawn anew under a mask
@@ -173,7 +177,7 @@ def _search(
     store: Path | None,
     on_epoch: Callable[[dict[str, float]], None] | None,
 ) -> Found:
-    """The masks of a cell; those that took training come from `store` if they are there, and go there."""
+    """The masks of a cell; those that took many passes come from `store` if they are there, and go there."""
     assert cell.candidate is not None
 
     def find(candidate: Candidate, found: Found | None = None) -> Found:
@@ -190,7 +194,7 @@ def _search(
             on_epoch=on_epoch,
         )
 
-    if store is None or not cell.candidate.searches:
+    if store is None or not cell.candidate.repeats or cell.candidate.continues:
         return find(cell.candidate)
     path = store / f"{dataclasses.replace(cell, candidate=cell.candidate.plain()).key()}.safetensors"
     if path.exists():
@@ -204,8 +208,10 @@ def _search(
     return find(cell.candidate, found)
 
 
-def _result(cell: Cell, found: Found | None, trained: Trained) -> dict[str, Any]:
+def _result(cell: Cell, found: Found | None, trained: Trained, epochs: float) -> dict[str, Any]:
     masks = None if found is None else found.masks
+    went_on = epochs - trained.epochs  # what the search trained already is no cost of its own
+    mask_epochs = 0.0 if found is None else found.epochs - went_on
     return {
         "model": cell.model.label(),
         "data": cell.data.label(),
@@ -217,10 +223,10 @@ def _result(cell: Cell, found: Found | None, trained: Trained) -> dict[str, Any]
         "accuracy": trained.accuracy,
         "loss": trained.loss,
         "mask_seconds": 0.0 if found is None else found.seconds,
-        "mask_epochs": 0.0 if found is None else found.epochs,
-        "mask_cost": 0.0 if found is None else found.epochs / trained.epochs,
+        "mask_epochs": mask_epochs,
+        "mask_cost": mask_epochs / epochs,
         "train_seconds": trained.seconds,
-        "train_epochs": trained.epochs,
+        "train_epochs": epochs,
         "dead_layers": 0 if masks is None else len(masks.report.dead_layers),
         "ties": 0.0 if masks is None else masks.report.ties,
         "floor": "" if cell.candidate is None or cell.candidate.floor == 0 else cell.candidate.floor,
@@ -254,7 +260,7 @@ def run_grid(
 ) -> list[dict[str, Any]]:
     """Run every cell that has no result in `directory/cells` yet, and write `directory/results.csv` after each.
 
-    Masks that took training to find lie in `directory/masks`. A cell that fails (its training diverges, its criterion cannot score the model) is recorded with its reason, and the
+    Masks that took many passes to find lie in `directory/masks`. A cell that fails (its training diverges, its criterion cannot score the model) is recorded with its reason, and the
     others go on; the next start tries it again.
 
     Args:

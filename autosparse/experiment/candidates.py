@@ -7,8 +7,9 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from autosparse.errors import AutoSparseError, require, settings, suggest
 from autosparse.experiment.tracking import load_scorer
@@ -18,13 +19,17 @@ from autosparse.masks.mask import Masks
 from autosparse.masks.schedule import SCHEDULES, check_sparsity
 from autosparse.masks.selection import SCOPES, parse_granularity
 from autosparse.network.graph import trace
-from autosparse.pruning.criteria import PRESETS, Criterion, Inverted, Preset
+from autosparse.network.signals import parse_warmup
+from autosparse.pruning.criteria import PRESETS, Criterion, Inverted, Preset, preset_for
+from autosparse.pruning.dissipating import DissipatingSettings, combined, dissipating
 from autosparse.pruning.irp import IRPSettings, irp
+from autosparse.pruning.kstarts import KStartsSettings, kstarts
 from autosparse.pruning.prune import describe, prune
+from autosparse.pruning.warmup import WarmupSettings, warmup
 from autosparse.training.data import ImageData
 from autosparse.training.loop import Recipe, rewound, steps_per_epoch
 
-METHODS = ("irp",)
+METHODS = ("irp", "kstarts", "dissipating", "kstarts_dissipating")
 VARIANTS = ("densities", "reinit", "inverted")
 
 
@@ -40,6 +45,9 @@ class Candidate:
     `label`: its name in tables. `scope`, `granularity`, `steps`, `schedule`, `n_batches`, `floor` as in `prune`;
     `batch_size` of the batches it scores on (`None`: a scorer's own, else 128). Of `"irp"`: `rounds` of training, then
     removing (5), and `epochs` of each (`None`: those of the recipe); a short round has the whole learning-rate schedule.
+    `warmup`: of criteria that look at a short training, whose horizon in epochs stands in their name (`"movement@0.5"`).
+    `kstarts`, `dissipating`: of the methods of these names (relative change has ERK densities unless `scope` is given). `continues`: the final training goes on with the weights
+    that the method ended with, instead of rewinding to the initialization.
     """
 
     criterion: str
@@ -53,13 +61,19 @@ class Candidate:
     floor: float = 0.0
     rounds: int | None = None
     epochs: float | None = None
+    warmup: WarmupSettings | None = None
+    kstarts: KStartsSettings | None = None
+    dissipating: DissipatingSettings | None = None
+    continues: bool = False
 
     def __post_init__(self) -> None:
-        if not is_scorer(self.base) and self.base not in (*PRESETS, *METHODS):
+        if not is_scorer(self.base) and self.base.partition("@")[0] not in (*PRESETS, *METHODS):
             raise AutoSparseError(
                 f"criterion is {self.criterion!r}: {suggest(self.base, [*PRESETS, *METHODS])}; "
                 f"or a scorer's file, NAME.safetensors; or {': or '.join(VARIANTS)}: before one of them"
             )
+        if not is_scorer(self.base) and not self.searches:
+            preset_for(self.base)  # a horizon that is none is told now
         if self.scope is not None:
             require(self.scope in SCOPES, "scope", self.scope, f"known: {', '.join(SCOPES)}")
         if self.schedule is not None:
@@ -92,6 +106,16 @@ class Candidate:
         for key in ("rounds", "epochs"):
             value = getattr(self, key)
             require(value is None or self.base == "irp", f"{key} of {self.base}", value, "it has none; leave it out")
+        for key, of in (("kstarts", "kstarts"), ("dissipating", "dissipating")):
+            value = getattr(self, key)
+            require(value is None or of in self.base.split("_"), f"{key} of {self.base}", value, "leave it out")
+        require(self.warmup is None or self.warms_up, f"warmup of {self.base}", self.warmup, "leave it out")
+        require(
+            not self.continues or (self.variant is None and self.base in METHODS[1:]),
+            f"continues of {self.criterion}",
+            self.continues,
+            f"only {', '.join(METHODS[1:])} can go on; leave it out",
+        )
         require(self.rounds is None or 1 <= self.rounds <= 255, "rounds", self.rounds, "it must lie in 1 … 255")
         require(self.epochs is None or self.epochs > 0, "epochs", self.epochs, "give a positive number")
 
@@ -110,6 +134,19 @@ class Candidate:
     def searches(self) -> bool:
         """Whether it trains to find its masks."""
         return self.base in METHODS
+
+    @property
+    def warms_up(self) -> bool:
+        """Whether its criterion looks at a short training."""
+        known = not is_scorer(self.base) and not self.searches
+        return known and any(parse_warmup(name) for name in preset_for(self.base).criterion.signals)
+
+    @property
+    def repeats(self) -> bool:
+        """Whether finding its masks takes many passes, so that they are worth keeping."""
+        if self.searches or self.warms_up:
+            return True
+        return not is_scorer(self.base) and (self.steps or preset_for(self.base).steps) > 1
 
     @property
     def name(self) -> str:
@@ -132,11 +169,16 @@ _ROUNDS = 5
 
 @dataclass(frozen=True)
 class Found:
-    """Masks and what it cost to find them: seconds, and epochs' worth of forward and backward passes."""
+    """Masks and what it cost to find them: seconds, and epochs' worth of forward and backward passes.
+
+    `weights`: all parameters and buffers after `steps` of the recipe, for a candidate that `continues` from there.
+    """
 
     masks: Masks
     seconds: float
     epochs: float
+    weights: Mapping[str, Tensor] | None = None
+    steps: int = 0
 
 
 def resolve(text: str) -> str | Criterion:
@@ -185,63 +227,121 @@ def find_masks(
         found: what `candidate.plain()` found, if that is known: its variants begin with it.
     """
     if found is None:
-        clock = time.perf_counter()
-        if candidate.searches:
-            if sparsity is None:
-                raise AutoSparseError("sparsity is None: give the share of weights to remove, such as 0.95")
+        if not candidate.searches:
+            found = _scored(model, data, candidate, sparsity, recipe, seed, device, on_epoch)
+        elif sparsity is None:
+            raise AutoSparseError("sparsity is None: give the share of weights to remove, such as 0.95")
+        elif candidate.base == "irp":
             found = _irp_masks(model, data, candidate, sparsity, recipe, seed, device, state, on_epoch)
         else:
-            masks = _pruned(model, data, candidate, sparsity, seed)
-            found = Found(masks, time.perf_counter() - clock, masks.report.origin["images"] / len(data.train))
-    if candidate.variant is not None:
-        found = _varied(model, data, candidate, sparsity, seed, found)
+            found = _selected(model, data, candidate, sparsity, recipe, seed, device, state, on_epoch)
+    if candidate.variant == "densities":
+        masks = describe(model, found.masks.shuffle(seed), data.normalise(data.train.images[:2]))
+        found = replace(found, masks=masks)
+    elif candidate.variant == "inverted":
+        densities = {layer.name: layer.density for layer in found.masks.layers()}
+        masks = _scored(model, data, candidate, sparsity, recipe, seed, device, on_epoch, densities).masks
+        found = replace(found, masks=masks)  # a check, so at the cost of what it checks
     masks = found.masks
-    masks.report = dataclasses.replace(
+    masks.report = replace(
         masks.report, origin={**masks.report.origin, "candidate": candidate.name, "identity": identity(candidate)}
     )
     return found
 
 
-def _pruned(
+def _scored(
     model: nn.Module,
     data: ImageData,
     candidate: Candidate,
     sparsity: float | None,
+    recipe: Recipe,
     seed: int,
+    device: str,
+    on_epoch: Callable[[dict[str, float]], None] | None,
     inverted: Mapping[str, float] | None = None,
-) -> Masks:
-    """Masks by a criterion; with `inverted`, the lowest scores at these layer densities."""
-    criterion = resolve(candidate.base)
-    preset = PRESETS[criterion] if isinstance(criterion, str) else Preset(criterion)
+) -> Found:
+    """Masks by a criterion or scorer, after its warm-up; with `inverted`, the lowest scores at these layer densities."""
+    clock = time.perf_counter()
+    rule = resolve(candidate.base)
+    preset = preset_for(rule) if isinstance(rule, str) else Preset(rule)
     rule = preset.criterion
     size = candidate.batch_size or int(getattr(rule, "batch_size", 128))
     wanted = candidate.n_batches or preset.n_batches or rule.n_batches
-    return prune(
+    per_class = getattr(rule, "per_class", None)
+    if per_class and not candidate.batch_size and not candidate.n_batches:
+        batches = data.sample_per_class(per_class, seed, size)
+    else:
+        batches = data.sample(size, max(wanted, 1), seed)
+    signals, epochs = None, 0.0
+    early = [name for name in rule.signals if parse_warmup(name)]
+    if early:
+        layers = prunable_layers(model, operands=trace(model, batches[0][0][:2]).operands)
+        warm = warmup(
+            model,
+            layers,
+            data,
+            recipe,
+            early,
+            candidate.warmup or WarmupSettings(),
+            seed=seed,
+            device=device,
+            on_epoch=on_epoch,
+        )
+        signals, epochs = warm.signals, warm.epochs
+    masks = prune(
         model,
         sparsity,
-        criterion if inverted is None else replace(preset, criterion=Inverted(rule)),
-        batches=data.sample(size, max(wanted, 1), seed),
-        n_batches=candidate.n_batches,
+        preset if inverted is None else replace(preset, criterion=Inverted(rule)),
+        batches=batches,
+        n_batches=len(batches) if per_class else candidate.n_batches,
         scope=candidate.scope if inverted is None else inverted,
         granularity=candidate.granularity,
         steps=candidate.steps,
         schedule=candidate.schedule,
+        signals=signals,
         floor=candidate.floor,
         seed=seed,
     )
+    epochs += masks.report.origin["images"] / len(data.train)
+    return Found(masks, time.perf_counter() - clock, epochs)
 
 
-def _varied(
-    model: nn.Module, data: ImageData, candidate: Candidate, sparsity: float | None, seed: int, found: Found
+def _selected(
+    model: nn.Module,
+    data: ImageData,
+    candidate: Candidate,
+    sparsity: float,
+    recipe: Recipe,
+    seed: int,
+    device: str,
+    state: Path | None,
+    on_epoch: Callable[[dict[str, float]], None] | None,
 ) -> Found:
-    """The sanity check of what was found, at the same cost."""
+    """Masks by K-starts, by dissipating gradients, or by both."""
+    example = data.normalise(data.train.images[:2])
+    layers = prunable_layers(model, operands=trace(model, example).operands)
+    density = 1 - check_sparsity(sparsity)
+    common: dict[str, Any] = {"seed": seed, "device": device, "floor": candidate.floor, "state": state}
+    starts = candidate.kstarts or KStartsSettings()
+    fading = candidate.dissipating or DissipatingSettings()
+    if candidate.base == "kstarts":
+        if candidate.scope is not None:
+            starts = replace(starts, scope=candidate.scope)
+        found = kstarts(model, layers, data, recipe, starts, density, on_epoch=on_epoch, **common)
+    else:
+        # Relative change tells nothing between layers: globally it leaves the first ones a few percent.
+        common["scope"] = candidate.scope or ("erk" if fading.change == "relative" else "global")
+        if candidate.base == "dissipating":
+            found = dissipating(model, layers, data, recipe, fading, density, on_epoch=on_epoch, **common)
+        else:
+            found = combined(model, layers, data, recipe, starts, fading, density, on_epoch=on_epoch, **common)
     masks = found.masks
-    if candidate.variant == "densities":
-        masks = describe(model, masks.shuffle(seed), data.normalise(data.train.images[:2]))
-    elif candidate.variant == "inverted":
-        densities = {layer.name: layer.density for layer in masks.layers()}
-        masks = _pruned(model, data, candidate, sparsity, seed, densities)
-    return replace(found, masks=masks)
+    origin = {"criterion": candidate.base, "sparsity": sparsity, "seed": seed, "fitness": found.fitness}
+    masks.report = replace(masks.report, origin={**masks.report.origin, **origin})
+    masks = describe(model, masks, example)
+    if not candidate.continues:
+        return Found(masks, found.seconds, found.epochs)
+    return Found(masks, found.seconds, found.epochs, found.weights, found.steps)
 
 
 def _irp_masks(

@@ -11,9 +11,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from autosparse.experiment.checks import split
 from autosparse.experiment.results import (
     BINS,
     DENSE,
+    Cell,
     CellKey,
     Record,
     Result,
@@ -30,6 +32,7 @@ from autosparse.experiment.results import (
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A4F9E", "#555555")
 LINES = ("-", "--", ":", "-.")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "h")
+VARIANTS = {"densities": (":", "none"), "reinit": ("--", "left"), "inverted": ("-.", "bottom")}  # line and marker
 STYLE = {
     "svg.hashsalt": "autosparse",
     "svg.fonttype": "path",
@@ -46,6 +49,7 @@ STYLE = {
     "lines.linewidth": 1.4,
     "lines.markersize": 4.5,
 }
+MOST = 12  # lines in a panel
 WIDTH = 9.6  # inches: 920 CSS pixels, a page's width
 
 
@@ -55,14 +59,20 @@ class Look(NamedTuple):
     color: str
     linestyle: str
     marker: str
+    fillstyle: str = "full"
 
 
 def looks(names: Iterable[str]) -> dict[str, Look]:
-    """A look for each name, in order of first appearance."""
-    return {
-        name: Look(COLOURS[i % len(COLOURS)], LINES[i // len(COLOURS) % len(LINES)], MARKERS[i % len(MARKERS)])
-        for i, name in enumerate(unique(names))
-    }
+    """A look for each name, in order of first appearance; a variant has its criterion's colour and a hollow marker."""
+    names = unique(names)
+    place = {base: divmod(i, len(COLOURS)) for i, base in enumerate(unique(split(name)[1] for name in names))}
+    result = {}
+    for name in names:
+        variant, base = split(name)
+        turn, i = place[base]
+        line, fill = VARIANTS.get(variant or "", (LINES[turn % len(LINES)], "full"))
+        result[name] = Look(COLOURS[i], line, MARKERS[(i + turn) % len(MARKERS)], fill)
+    return result
 
 
 def panels(count: int, columns: int = 3, height: float = 2.7) -> tuple[Any, list[Any]]:
@@ -120,12 +130,30 @@ def density_axis(ax: Any, sparsities: Iterable[float]) -> float:
     return span
 
 
+def selected(cells: Mapping[CellKey, Cell], limit: int) -> list[str]:
+    """The criteria that a figure of lines can hold: all, else without variants, else the `limit` most accurate.
+
+    Accuracy here is the mean over models and sparsities of the shortfall to the best of each.
+    """
+    names = unique(key[1] for key in cells)
+    if len(names) > limit:
+        names = [name for name in names if split(name)[0] is None or split(name)[1] not in names]
+    if len(names) > limit:
+        best = {(m, s): max(c.accuracy.mean for k, c in cells.items() if k[::2] == (m, s)) for m, _, s in cells}
+        shortfall = {
+            name: stat(best[k[::2]] - c.accuracy.mean for k, c in cells.items() if k[1] == name).mean for name in names
+        }
+        names = [name for name in names if name in sorted(names, key=shortfall.__getitem__)[:limit]]
+    return names
+
+
 def plot_accuracy(rows: Sequence[Result], look: Mapping[str, Look]) -> Any:
     """Accuracy against sparsity: a panel for each model, a line for each criterion, bars of one std over seeds."""
     from matplotlib.lines import Line2D
 
     cells = aggregate(rows)
-    models, criteria = unique(k[0] for k in cells), unique(k[1] for k in cells)
+    models, criteria = unique(k[0] for k in cells), selected(cells, MOST)
+    cells = {key: cell for key, cell in cells.items() if key[1] in criteria}
     figure, axes = panels(len(models), height=3.1)
     for ax, model in zip(axes, models, strict=True):
         own = unique(k[1] for k in cells if k[0] == model)
@@ -151,24 +179,38 @@ def plot_accuracy(rows: Sequence[Result], look: Mapping[str, Look]) -> Any:
     return figure
 
 
+FREE = 0.01  # trainings: masks that cost less stand side by side, for their costs differ by nothing that matters
+
+
 def plot_cost(rows: Sequence[Result], look: Mapping[str, Look]) -> Any:
-    """Accuracy against mask cost: a row of panels for each model, of its three highest sparsities."""
+    """Accuracy against mask cost, a panel for each model and each of its three highest sparsities.
+
+    On the left the criteria that cost less than `FREE`, by accuracy; on the right the others on a logarithmic axis.
+    """
     cells = {k: c for k, c in aggregate(rows).items() if c.mask_cost.n and c.accuracy.n}
     places = [
         (model, sparsity)
         for model in unique(k[0] for k in cells)
         for sparsity in sorted({k[2] for k in cells if k[0] == model})[-3:]
     ]
-    columns = max(sum(m == model for m, _ in places) for model, _ in places)
-    figure, axes = panels(len(places), columns=columns if len({m for m, _ in places}) > 1 else 3, height=3.3)
+    at = {place: [(k[1], c) for k, c in cells.items() if (k[0], k[2]) == place] for place in places}
+    slots = max(sum(cell.mask_cost.mean < FREE for _, cell in points) for points in at.values())
     dearest = max(c.mask_cost.mean for c in cells.values())
+    decades = math.log10(2.5 * max(dearest, 10 * FREE) / FREE) if dearest >= FREE else 0  # 2.5: room for labels
+    unit = 1.5 * max(slots, 8) / decades if decades else 0
+    length = max((len(shortened(k[1], 26)) for k, c in cells.items() if c.mask_cost.mean < FREE), default=0)
+    many = max(map(len, at.values())) > 14
+    figure, axes = panels(len(places), columns=1 if many else 2, height=2.6 + 0.8 * many + 0.055 * length)
+    figure.set_figwidth(WIDTH)
     labels = []
-    for ax, (model, sparsity) in zip(axes, places, strict=True):
-        points = [(c, cell) for (m, c, s), cell in cells.items() if (m, s) == (model, sparsity)]
-        steps = frontier([(cell.mask_cost.mean, cell.accuracy.mean) for _, cell in points])
+    for ax, ((model, sparsity), points) in zip(axes, at.items(), strict=True):
+        free = sorted((p for p in points if p[1].mask_cost.mean < FREE), key=lambda p: p[1].accuracy.mean)
+        x: dict[str, float] = {c: k - len(free) for k, (c, _) in enumerate(free)}
+        x |= {c: 0.5 + unit * math.log10(cell.mask_cost.mean / FREE) for c, cell in points if c not in x}
+        steps = frontier([(max(x[c], -0.4), cell.accuracy.mean) for c, cell in points])
         ax.plot(
-            [x for x, _ in steps] + [1.5 * dearest + 0.1],
-            [100 * y for _, y in steps] + [100 * steps[-1][1]],
+            [-len(free) if free else steps[0][0], *(step for step, _ in steps), 0.5 + unit * decades if unit else -0.4],
+            [100 * y for y in (steps[0][1], *(y for _, y in steps), steps[-1][1])],
             color="#d8d8d8",
             linewidth=2.5,
             drawstyle="steps-post",
@@ -176,28 +218,37 @@ def plot_cost(rows: Sequence[Result], look: Mapping[str, Look]) -> Any:
             solid_capstyle="butt",
         )
         for criterion, cell in points:
-            a = cell.accuracy
-            color, _, marker = look[criterion]
+            a, own = cell.accuracy, look[criterion]._asdict()
             bar = 0 if math.isnan(a.std) else 100 * a.std
-            ax.errorbar(cell.mask_cost.mean, 100 * a.mean, bar, color=color, marker=marker, capsize=2, elinewidth=0.8)
-        ax.set_xscale("symlog", linthresh=0.1, linscale=1.2)
+            ax.errorbar(x[criterion], 100 * a.mean, bar, **own, markersize=5.5, capsize=2, elinewidth=0.8)
+        if slots:
+            ax.axvspan(-slots - 0.7, -0.4, color="#f6f6f6", zorder=0)
+            ax.text(
+                -slots - 0.5,
+                1.0,
+                f"under {FREE:g} trainings",
+                transform=ax.get_xaxis_transform(),
+                va="top",
+                fontsize=7.5,
+                color="#555555",
+            )
         ticks = [
-            t
-            for t in (0, *([] if dearest > 0.5 else [0.03]), 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000)
-            if t <= max(1.3 * dearest, 0.1)
+            t for t in (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000) if unit and t <= 2 * max(dearest, 10 * FREE)
         ]
-        ax.set_xticks(ticks, [f"{t:g}" for t in ticks])
-        ax.set_xticks([], minor=True)
-        ax.set_xlim(-0.02, 4 * dearest + 0.1)  # room for labels at the right
+        ax.set_xticks([0.5 + unit * math.log10(t / FREE) for t in ticks], [f"{t:g}" for t in ticks])
+        ax.set_xticks(
+            [x[c] for c, _ in free], [shortened(c, 26) for c, _ in free], minor=True, rotation=90, fontsize=7.5
+        )
+        ax.tick_params(axis="x", which="minor", length=0)
+        ax.set_xlim(-slots - 0.7 if slots else 0.2, 0.5 + unit * decades if unit else -0.4)
         ax.margins(y=0.12)
         ax.set_title(f"{model}, {100 * sparsity:.6g} % sparse")
         ax.set_xlabel("mask cost (trainings)")
-        labels.append([(cell.mask_cost.mean, 100 * cell.accuracy.mean, criterion) for criterion, cell in points])
-    for ax in axes[:: columns if columns > 1 else 1]:
         ax.set_ylabel("test accuracy (%)")
+        labels.append([(x[c], 100 * cell.accuracy.mean, c) for c, cell in points if x[c] > 0])
     figure.draw_without_rendering()  # places the axes, which the labels' places depend on
     for ax, points_of_ax in zip(axes, labels, strict=True):
-        label_points(ax, points_of_ax)
+        label_points(ax, points_of_ax, left=-0.4)
     return figure
 
 
@@ -210,12 +261,15 @@ def frontier(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]
     return best
 
 
-def label_points(ax: Any, points: Sequence[tuple[float, float, str]], size: float = 7.5) -> None:
-    """Write each (x, y, text) beside its point, at the nearest place free of points and of other labels."""
+def label_points(ax: Any, points: Sequence[tuple[float, float, str]], left: float, size: float = 7.5) -> None:
+    """Write each (x, y, text) beside its point, right of `left`, where it is free of points and of other labels."""
+    if not points:
+        return
     renderer = ax.figure.canvas.get_renderer()
     to_points = 72 / ax.figure.dpi
     spots = ax.transData.transform([(x, y) for x, y, _ in points]) * to_points
     frame = ax.get_window_extent().get_points() * to_points
+    frame[0, 0] = max(frame[0, 0], ax.transData.transform((left, 0))[0] * to_points)
     taken = [(x - 4, y - 4, x + 4, y + 4) for x, y in spots]
     for i in sorted(range(len(points)), key=lambda i: -points[i][1]):
         (px, py), text = spots[i], shortened(points[i][2], 26)

@@ -14,7 +14,11 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from autosparse.experiment.checks import CHECKS, LEVEL, Checked, caution, checked, finding, p_text, split, verdicts
 from autosparse.experiment.figures import (
+    COLOURS,
+    FREE,
+    MOST,
     looks,
     loss_history,
     plot_accuracy,
@@ -23,6 +27,7 @@ from autosparse.experiment.figures import (
     plot_layers,
     plot_rounds,
     plot_survival,
+    selected,
     svg,
 )
 from autosparse.experiment.results import (
@@ -40,10 +45,11 @@ from autosparse.experiment.results import (
     groups,
     in_percent,
     number,
-    paired_difference,
+    paired_differences,
     plural,
     scorer_name,
     sparsity_text,
+    stat,
     unique,
 )
 from autosparse.files import replace_file
@@ -62,7 +68,8 @@ th, td { padding: .3em .55em; text-align: right; vertical-align: top; white-spac
 td { border-bottom: 1px solid #e6e6e6; }
 th { font-weight: 600; border-bottom: 1px solid #999; }
 th:first-child, td:first-child { text-align: left; white-space: normal; max-width: 17em; }
-.cards th { white-space: normal; }
+.cards th, td.text { white-space: normal; }
+td.text, th.text { text-align: left; min-width: 12em; }
 tr.model td { background: #f5f5f5; font-weight: 600; }
 tr.model td .small { font-weight: normal; }
 td .small { display: block; line-height: 1.25; font-size: .8em; }
@@ -144,13 +151,13 @@ def benchmark_sections(found: Found, figure: Figure) -> list[str]:
         if not cells:
             parts.append("<p>No pruned network has a result yet.</p>")
             continue
-        parts += [html_table(rows, cells), html_differences(rows, cells)]
+        parts += [html_table(rows, cells), html_checks(checked(rows)), html_differences(rows, cells)]
         parts.append(
             figure(
                 f"accuracy-sparsity{suffix}",
                 lambda rows=rows: plot_accuracy(rows, look),  # type: ignore[misc]
                 "Mean over seeds, bars of one sample standard deviation; the axis is logarithmic in the weights left. "
-                "Lines whose bars overlap are not told apart by these seeds.",
+                "Lines whose bars overlap are not told apart by these seeds." + left_out(cells, selected(cells, MOST)),
             )
         )
         if any(cell.mask_cost.n for cell in cells.values()):
@@ -158,22 +165,34 @@ def benchmark_sections(found: Found, figure: Figure) -> list[str]:
                 figure(
                     f"accuracy-cost{suffix}",
                     lambda rows=rows: plot_cost(rows, look),  # type: ignore[misc]
-                    "Work spent on finding the mask, in units of one training, at up to the three highest sparsities. "
-                    "The grey line is the best accuracy at that cost or less: a method earns its cost only by "
+                    "Work spent on finding the mask, in units of one training, at up to the three highest sparsities: on "
+                    f"the left masks for less than {FREE:g} trainings, by accuracy, on the right those that cost more. "
+                    "Hollow: the sanity checks of the criterion of that colour. The grey line is the best accuracy at that cost or less: a method earns its cost only by "
                     "raising this line by more than its bar.",
                 )
             )
         densities = found.densities.get((data, recipe))
         if densities:
+            own = {key: cell for key, cell in cells.items() if key in densities and split(key[1])[0] is None}
+            own = own or {key: cell for key, cell in cells.items() if key in densities}
+            drawn = selected(own, len(COLOURS))
+            shown = {key: layers for key, layers in densities.items() if key[1] in drawn}
             parts.append(
                 figure(
                     f"layer-density{suffix}",
-                    lambda densities=densities: plot_layers(densities, look),  # type: ignore[misc]
+                    lambda shown=shown: plot_layers(shown, look),  # type: ignore[misc]
                     "Share of each layer's weights kept, mean over seeds, from input to output. A cross in the grey "
-                    "band is a layer with no weight left for at least one seed: nothing passes through it.",
+                    "band is a layer with no weight left for at least one seed: nothing passes through it. "
+                    "Sanity checks keep the densities of their criterion." + left_out(own, drawn),
                 )
             )
     return parts
+
+
+def left_out(cells: Mapping[CellKey, Cell], drawn: Sequence[str]) -> str:
+    """What a figure says of the criteria that it has no room for."""
+    names = [name for name in unique(key[1] for key in cells) if name not in drawn]
+    return f" Left out, to keep lines apart: {escape(', '.join(names))}." if names else ""
 
 
 def html_table(rows: Sequence[Result], cells: Mapping[CellKey, Cell]) -> str:
@@ -205,13 +224,63 @@ def html_cell(cell: Cell | None, best: bool) -> str:
     if cell is None:
         return "<td></td>"
     value = in_percent(cell.accuracy)
-    notes = [f"n = {cell.accuracy.n}"]
+    return f"<td>{f'<b>{value}</b>' if best else value}{html_small(cell, f'n = {cell.accuracy.n}')}</td>"
+
+
+def html_small(cell: Cell, *notes: str) -> str:
+    """Under a number: the notes, the effective sparsity of its masks and their dead layers."""
     if cell.effective_sparsity.n:
-        notes.append(f"eff. {sparsity_text(cell.effective_sparsity.mean)}")
+        notes = (*notes, f"eff. {sparsity_text(cell.effective_sparsity.mean)}")
     small = f'<span class="small">{" · ".join(notes)}</span>'
     if cell.dead_layers.n and cell.dead_layers.mean > 0:
         small += f'<span class="small dead">{cell.dead_layers.mean:.2g} dead</span>'
-    return f"<td>{f'<b>{value}</b>' if best else value}{small}</td>"
+    return small
+
+
+def html_checks(rows: Sequence[Checked]) -> str:
+    """Every criterion with variants beside it, less each of them, with the paired tests and what they say."""
+    if not rows:
+        return ""
+    checks = [check for check in CHECKS if any(check in row.tests for row in rows)]
+    head = "".join(f"<th>over {CHECKS[check].rival}</th>" for check in checks)
+    lines = [f'<tr><th>criterion</th><th>accuracy</th>{head}<th class="text">finding</th></tr>']
+    place = None
+    for row in rows:
+        if place != (place := (row.model, row.sparsity)):
+            title = f"{escape(row.model)}, {100 * row.sparsity:.6g} % sparse"
+            lines.append(f'<tr class="model"><td colspan="{len(checks) + 3}">{title}</td></tr>')
+        tds = [html_cell(row.cell, False)]
+        for check in checks:
+            test = row.tests.get(check)
+            if test is None:
+                tds.append("<td></td>")
+                continue
+            difference = in_percent(test.difference, signed=True)
+            value = f"<b>{difference}</b>" if test.p is not None and test.p < LEVEL else difference
+            tds.append(f"<td>{value}{html_small(test.cell, f'{p_text(test.p)} · n = {test.difference.n}')}</td>")
+        findings = unique(finding(check, test) for check, test in row.tests.items())
+        lines.append(
+            f'<tr><td>{escape(row.criterion)}</td>{"".join(tds)}<td class="text">{"; ".join(findings)}</td></tr>'
+        )
+    meaning = (
+        "A criterion chooses how many weights each layer keeps, and which ones. Each check takes one thing away and "
+        "trains again: <b>its shuffle</b> keeps the number of weights of every layer and puts them at random places "
+        "within it; <b>new weights</b> keeps the mask and draws the weights under it anew; <b>its lowest scores</b> "
+        "keeps the number of weights of every layer and takes those with the lowest scores. A criterion that does "
+        "not beat its shuffle has shown nothing beyond layer densities, which is what was found of most criteria at "
+        "initialization (Frankle et al. 2021, Su et al. 2020)."
+    )
+    caption = (
+        "Accuracy of the criterion, and its accuracy less that of each check, in points: mean ± standard deviation over "
+        "the n seeds that both have; small, the check's own effective sparsity (%) and dead layers. p: two-sided paired "
+        "t-test, the probability of a difference at least as large if there were none; bold: "
+        f"below {LEVEL:g}. “No sign” means not told apart by n seeds, not equal: with three, a difference must exceed 2.5 "
+        f"times its standard deviation. {caution(rows)}"
+    )
+    return (
+        f'<h3>Sanity checks</h3><p>{meaning}</p><div class="wide"><table><caption>{caption}</caption>'
+        f"{''.join(lines)}</table></div><ul>{''.join(f'<li>{escape(line)}</li>' for line in verdicts(rows))}</ul>"
+    )
 
 
 def html_differences(rows: Sequence[Result], cells: Mapping[CellKey, Cell]) -> str:
@@ -229,8 +298,9 @@ def html_differences(rows: Sequence[Result], cells: Mapping[CellKey, Cell]) -> s
                 if criterion in rivals:
                     text = "<b>best</b>"
                 elif (model, criterion, s) in cells:
-                    difference = paired_difference(rows, model, s, criterion, min(rivals))
-                    text = f'{in_percent(difference, signed=True)}<span class="small">n = {difference.n}</span>'
+                    difference = stat(paired_differences(rows, model, s, criterion, min(rivals)))
+                    cell, text = cells[model, criterion, s], in_percent(difference, signed=True)
+                    text += html_small(cell, f"n = {difference.n}")
                 tds.append(f"<td>{text}</td>")
             lines.append(f"<tr><td>{escape(criterion)}</td>{''.join(tds)}</tr>")
     caption = (

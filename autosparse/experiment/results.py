@@ -205,14 +205,30 @@ def dense_accuracy(rows: Iterable[Result], model: str) -> Stat:
     return stat((own or carried).values())
 
 
-def paired_difference(rows: Iterable[Result], model: str, sparsity: float, criterion: str, rival: str) -> Stat:
-    """Accuracy of `criterion` less that of `rival`, over the seeds that both have."""
+def paired_differences(rows: Iterable[Result], model: str, sparsity: float, criterion: str, rival: str) -> list[float]:
+    """Accuracy of `criterion` less that of `rival`, seed by seed, over the seeds that both have."""
     accuracy: dict[str, dict[int, float]] = defaultdict(dict)
     for row in rows:
         if row.ok and (row.model, row.sparsity) == (model, sparsity):
             accuracy[row.criterion][row.seed] = row.accuracy
     shared = sorted(accuracy[criterion].keys() & accuracy[rival].keys())
-    return stat(accuracy[criterion][seed] - accuracy[rival][seed] for seed in shared)
+    return [accuracy[criterion][seed] - accuracy[rival][seed] for seed in shared]
+
+
+def paired_test(differences: Sequence[float]) -> float | None:
+    """Two-sided p of a paired t-test, `t = mean / (std / √n)` with n − 1 degrees of freedom.
+
+    `None` where there is no test: n < 2, or all differences equal (results.csv has six digits) and not zero, which
+    leaves no spread to measure them by. 1 where all are zero.
+    """
+    mean, std, n = stat(differences)
+    if n < 2:
+        return None
+    if std < 5e-6:
+        return 1.0 if abs(mean) < 5e-6 else None
+    from scipy.special import stdtr
+
+    return float(2 * stdtr(n - 1, -abs(mean) * math.sqrt(n) / std))
 
 
 def best_of_column(cells: Mapping[CellKey, Cell]) -> dict[tuple[str, float], set[str]]:
@@ -261,12 +277,13 @@ def table(rows: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
     """Headers and rows of strings: models × criteria down, sparsities across; rows of one (data, recipe)."""
     cells = aggregate(rows)
     sparsities = sorted({key[2] for key in cells})
-    headers = ["model", "criterion", *(f"{100 * s:.6g} %" for s in sparsities), "mask cost", "seeds", "dead layers"]
+    headers = ["model", "criterion", *(f"{100 * s:.6g} %" for s in sparsities)]
+    headers += ["effective %", "mask cost", "seeds", "dead layers"]
     lines = []
     for model in unique(r.model for r in rows):
         dense = dense_accuracy(rows, model)
         if dense.n:
-            lines.append([model, DENSE, *[in_percent(dense)] * len(sparsities), "0", str(dense.n), "0"])
+            lines.append([model, DENSE, *[in_percent(dense)] * len(sparsities), "0", "0", str(dense.n), "0"])
         for criterion in unique(key[1] for key in cells if key[0] == model):
             row = [cells.get((model, criterion, s)) for s in sparsities]
             present = [cell for cell in row if cell]
@@ -277,6 +294,9 @@ def table(rows: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
                     model,
                     criterion,
                     *(in_percent(cell.accuracy) if cell else "" for cell in row),
+                    " / ".join(
+                        sparsity_text(c.effective_sparsity.mean) if c and c.effective_sparsity.n else "–" for c in row
+                    ),
                     cost_text([cell.mask_cost.mean for cell in present]),
                     str(seeds[0]) if min(seeds) == max(seeds) else f"{min(seeds)}–{max(seeds)}",
                     f"{max(dead):.2g}" if dead else "–",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -45,7 +45,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Channel:
-    """Output filters, kept or removed whole by their mean score."""
+    """Output filters, kept or removed whole by their mean score; coupled ones together."""
 
 
 Granularity = NM | Block | Channel | None
@@ -129,6 +129,8 @@ def select(
     floor: float = 0.0,
     within: Mapping[str, Tensor] | None = None,
     seed: int = 0,
+    coupled: Sequence[Sequence[str]] = (),
+    dense: Sequence[str] = (),
 ) -> Masks:
     """Keep the highest scores: exactly `round(density·N)` weights.
 
@@ -147,10 +149,14 @@ def select(
             patterns have none.
         within: only these weights may be kept (what earlier steps left).
         seed: weights that tie at the cut are chosen by this seed, the same way every time.
+        coupled: for channels: groups of layers of as many filters, such as those that add up to one residual stream.
+            Filters i of a whole group are one unit, of their common mean score; a group has the budget of its layers.
+        dense: for channels: layers whose filters all stay, such as classifiers, and with them what is coupled to them;
+            listed in the report. The others are chosen so that the whole count is right.
 
     Raises:
-        AutoSparseError: scores are not those of the layers, one is not finite, all are zero, or floor and density
-            contradict each other.
+        AutoSparseError: scores are not those of the layers, one is not finite, all are zero, or the density contradicts
+            floor or dense layers; layers cannot be coupled.
     """
     check_density(density)
     if isinstance(scope, Mapping):
@@ -163,6 +169,8 @@ def select(
     _check(scores, layers, within)
     if isinstance(granularity, NM):
         return _select_nm(scores, granularity, layers, within, seed)
+    if isinstance(granularity, Channel) and (coupled or dense):
+        return _select_coupled(scores, density, layers, scope, floor, within, seed, coupled, dense)
     units = {name: _units(s, layers[name], granularity) for name, s in scores.items()}
     allowed = None if within is None else {n: _units(within[n], layers[n], granularity)[0] > 0 for n in units}
     keys = {n: u[0] if allowed is None else u[0].masked_fill(~allowed[n], -math.inf) for n, u in units.items()}
@@ -202,6 +210,100 @@ def select(
         notes.append(f"whole {type(granularity).__name__.lower()}s keep {masks.kept} weights, {total} were asked")
     masks.report = MaskReport(ties=tied / sum(u[0].numel() for u in units.values()), notes=tuple(notes))
     return masks
+
+
+def _select_coupled(
+    scores: Mapping[str, Tensor],
+    density: float,
+    layers: Mapping[str, Layer],
+    scope: str | Mapping[str, float],
+    floor: float,
+    within: Mapping[str, Tensor] | None,
+    seed: int,
+    coupled: Sequence[Sequence[str]],
+    dense: Sequence[str],
+) -> Masks:
+    """Channels of each group as those of one layer, whose matrix has the filters of all members side by side."""
+    stay = whole_layers(layers, density, coupled, dense)
+    free = {n: members for n, members in _groups(layers, coupled).items() if n not in stay}
+    chosen = {n: torch.ones_like(scores[n], dtype=torch.bool) if within is None else within[n].clone() for n in stay}
+    held = sum(int(mask.sum()) for mask in chosen.values())
+    total = round(density * sum(layer.numel for layer in layers.values()))
+    ties = 0.0
+    if free:
+        inside = {name: layers[name] for members in free.values() for name in members}
+        rest = (total - held) / sum(layer.numel for layer in inside.values()) if stay else density
+        if scope == "erk":
+            scope = erk_densities(inside, rest)
+
+        def side_by_side(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {n: torch.cat([_matrix(tensors[m], layers[m]) for m in members], 1) for n, members in free.items()}
+
+        joint = {n: Layer(n, "linear", tuple(s.shape)) for n, s in side_by_side(scores).items()}
+        if isinstance(scope, Mapping):
+            scope = {n: sum(scope[m] * layers[m].numel for m in free[n]) / layer.numel for n, layer in joint.items()}
+        found = select(
+            side_by_side(scores),
+            rest,
+            layers=joint,
+            scope=scope,
+            granularity=Channel(),
+            floor=floor,
+            within=None if within is None else side_by_side(within),
+            seed=seed,
+        )
+        ties = found.report.ties
+        for n, members in free.items():
+            parts = found[n].split([layers[m].numel // joint[n].shape[0] for m in members], 1)
+            chosen.update({m: _weights(part, layers[m]) for m, part in zip(members, parts, strict=True)})
+    masks = Masks({n: chosen[n] for n in scores}, {n: layers[n] for n in scores})
+    notes = (f"whole channels keep {masks.kept} weights, {total} were asked",) if masks.kept != total else ()
+    masks.report = MaskReport(ties=ties, dense_layers=stay, notes=notes)
+    return masks
+
+
+def whole_layers(
+    layers: Mapping[str, Layer], density: float, coupled: Sequence[Sequence[str]], dense: Sequence[str]
+) -> tuple[str, ...]:
+    """The layers that keep all their channels: `dense` and what is coupled with them, see `select`.
+
+    Raises:
+        AutoSparseError: they hold so much that nothing of `density` is left for the others.
+    """
+    groups = [members for members in _groups(layers, coupled).values() if not {*dense}.isdisjoint(members)]
+    stay = tuple(n for n in layers if any(n in members for members in groups))
+    held, weights = (sum(layers[n].numel for n in names) for names in (stay, layers))
+    total = round(density * weights)
+    if stay and total < held + (held < weights):
+        raise AutoSparseError(
+            f"density {density:g} keeps {total} of {weights} weights, but {', '.join(map(repr, stay))}, which stay whole "
+            f"because their channels are the model's outputs, hold {held}: keep more than {held / weights:.4g} or exclude them"
+        )
+    return stay
+
+
+def _groups(layers: Mapping[str, Layer], coupled: Sequence[Sequence[str]]) -> dict[str, tuple[str, ...]]:
+    """All layers in groups, those coupled with nothing alone, by the name of their first member."""
+    leader: dict[str, Sequence[str]] = {}
+    for group in coupled:
+        for name in group:
+            require(name in layers, "coupled layer", name, "it is none of the layers")
+            require(name not in leader, "coupled layer", name, "it may be in one group only")
+            channels = [layers[n].shape[layers[n].out_dim] for n in (group[0], name)]
+            require(channels[0] == channels[1], f"channels of {name!r}", channels[1], f"{group[0]!r} has {channels[0]}")
+            leader[name] = group
+    return {group[0]: tuple(group) for group in (leader.get(name, (name,)) for name in layers)}
+
+
+def _matrix(tensor: Tensor, layer: Layer) -> Tensor:
+    """One row per output."""
+    return tensor.movedim(layer.out_dim, 0).flatten(1)
+
+
+def _weights(matrix: Tensor, layer: Layer) -> Tensor:
+    """The inverse of `_matrix`."""
+    moved = [layer.shape[layer.out_dim], *(n for d, n in enumerate(layer.shape) if d != layer.out_dim)]
+    return matrix.reshape(moved).movedim(0, layer.out_dim).contiguous()
 
 
 def _check(scores: Mapping[str, Tensor], layers: Mapping[str, Layer], within: Mapping[str, Tensor] | None) -> None:
@@ -244,7 +346,7 @@ def _units(score: Tensor, layer: Layer, granularity: Granularity) -> tuple[Tenso
     if granularity is None:
         flat = score.flatten()
         return flat, None
-    matrix = score.movedim(layer.out_dim, 0).flatten(1)
+    matrix = _matrix(score, layer)
     rows, cols = matrix.shape
     height, width = (1, cols) if isinstance(granularity, Channel) else (granularity.height, granularity.width)  # type: ignore[union-attr]
     padding = (0, -cols % width, 0, -rows % height)
@@ -262,12 +364,11 @@ def _expand(kept: Tensor, layer: Layer, granularity: Granularity) -> Tensor:
     """Flat units as a mask of the layer's shape."""
     if granularity is None:
         return kept.view(layer.shape)
-    moved = [layer.shape[layer.out_dim], *(n for d, n in enumerate(layer.shape) if d != layer.out_dim)]
-    rows, cols = moved[0], math.prod(moved[1:])
+    rows = layer.shape[layer.out_dim]
+    cols = layer.numel // max(rows, 1)
     height, width = (1, cols) if isinstance(granularity, Channel) else (granularity.height, granularity.width)  # type: ignore[union-attr]
     grid = kept.view(-(-rows // height), -(-cols // width))
-    matrix = grid.repeat_interleave(height, 0)[:rows].repeat_interleave(width, 1)[:, :cols]
-    return matrix.reshape(moved).movedim(0, layer.out_dim).contiguous()
+    return _weights(grid.repeat_interleave(height, 0)[:rows].repeat_interleave(width, 1)[:, :cols], layer)
 
 
 def _held(kept: Tensor, sizes: Tensor | None) -> int:

@@ -108,6 +108,30 @@ def synaptic_flow(
     return {name: score.detach() for name, score in flow.items()}
 
 
+def rescaled_flow(
+    model: nn.Module, layers: Mapping[str, Layer], example_input: Any, masks: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """Synaptic flow after the `|θ ⊙ m|` of every layer is divided by its spectral norm.
+
+    `|θ⊙m| / σ(|θ⊙m|)` in place of `θ`, σ the largest singular value of the matrix `(out, in·k_h·k_w)`; a layer of norm 0
+    stays as it is. In a chain of layers this multiplies all scores by one constant; where branches meet it weighs them
+    anew. Takes, returns and raises what `synaptic_flow` does, in float64.
+
+    Source: ReSynFlow; the model itself keeps its weights.
+    """
+    parameters = dict(unwrap(model).named_parameters())
+    scaled = {}
+    for name, layer in layers.items():
+        weight = parameters[name].detach().double().abs()
+        if masks is not None and name in masks:
+            weight = weight * (masks[name] != 0).to(weight.device)
+        matrix = weight.movedim(layer.out_dim, 0).flatten(1)
+        small = matrix @ matrix.T if matrix.shape[0] <= matrix.shape[1] else matrix.T @ matrix
+        norm = torch.linalg.eigvalsh(small)[-1].clamp(min=0).sqrt()  # far cheaper than the singular values
+        scaled[name] = weight / norm if norm > 0 else weight
+    return synaptic_flow(model, layers, example_input, masks, weights=scaled)
+
+
 def without_flow(model: nn.Module, layers: Mapping[str, Layer], example_input: Any) -> dict[str, Tensor]:
     """The weights of output units that synaptic flow cannot reach, whatever `layers` weigh: their score is always 0.
 

@@ -112,13 +112,19 @@ class Graph:
 
         A weight that is used again on its own output has an edge to itself.
         """
+        return tuple({(a, b): None for op, before in self._preceded() for b in op.weights for a in before})
+
+    def last_layers(self) -> tuple[str, ...]:
+        """Layers whose output reaches an output of the model with no other layer between: classifiers, as a rule."""
+        return tuple({name: None for op, before in self._preceded() if op.kind == "output" for name in before})
+
+    def _preceded(self) -> Iterator[tuple[Operation, dict[str, None]]]:
+        """Each operation with the last layers before it."""
         nearest: list[dict[str, None]] = []  # per operation: the last layers before its result
-        edges: dict[tuple[str, str], None] = {}
         for op in self.operations:
             before = {name: None for i in op.inputs for name in nearest[i]}
-            edges.update({(source, target): None for target in op.weights for source in before})
+            yield op, before
             nearest.append(dict.fromkeys(op.weights) if op.weights else before)
-        return tuple(edges)
 
     def depth(self) -> dict[str, int]:
         """Layers on the longest path from the input to each layer, itself included (so 1 for the first layer).

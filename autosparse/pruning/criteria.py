@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
+from autosparse.errors import AutoSparseError, suggest
 from autosparse.masks.layers import Layer
-from autosparse.network.signals import Signals
+from autosparse.network.signals import Signals, parse_horizon
 
 if TYPE_CHECKING:
     from autosparse.network.graph import Graph
@@ -50,6 +52,7 @@ class HandMade:
     score: Callable[[Signals, Context], Scores]
     signals: tuple[str, ...] = ()
     n_batches: int = 0
+    per_class: int | None = None  # samples of every class that its authors score on, where they draw a balanced sample
 
     def __call__(self, signals: Signals, context: Context) -> Scores:
         return self.score(signals, context)
@@ -94,13 +97,52 @@ def snip(signals: Signals, context: Context) -> Scores:
     return {name: (weight * gradient[name]).abs() for name, weight in signals["weight"].items()}
 
 
+def force(signals: Signals, context: Context) -> Scores:
+    """`s = |θ ⊙ g(θ ⊙ m)|` of all weights, pruned ones too, so that they may return (de Jorge et al. 2021)."""
+    gradient = signals["gradient"]
+    return {name: (weight * gradient[name]).abs() for name, weight in signals["dense_weight"].items()}
+
+
+def grasp(signals: Signals, context: Context) -> Scores:
+    """`s = θ ⊙ Hg`: keep the weights whose removal would cost the gradient most of its norm (Wang et al. 2020).
+
+    To first order removing `θ_i` changes `½‖g‖²` by `−θ_i (Hg)_i`; the authors take 10 samples of each class.
+    """
+    product = signals["hessian_gradient"]
+    return {name: weight * product[name] for name, weight in signals["weight"].items()}
+
+
+def ntk_sap(signals: Signals, context: Context) -> Scores:
+    """`s = |∂/∂m ‖f(x; θ⊙m) − f(x; (θ+εz)⊙m)‖²|`, whose mean is the trace of the neural tangent kernel (Wang et al.
+    2023); no data."""
+    return {name: value.abs() for name, value in signals["ntk_sensitivity"].items()}
+
+
+def prospr(signals: Signals, context: Context) -> Scores:
+    """`s = |∂L(θ_M)/∂c|`, the loss after M = 3 steps of SGD from `c ⊙ θ` (Alizadeh et al. 2022). Four batches by default:
+    one for each step, one for the loss."""
+    return {name: value.abs() for name, value in signals["meta_gradient"].items()}
+
+
 def synflow(signals: Signals, context: Context) -> Scores:
     """`s = |θ| ⊙ ∂R/∂|θ|`, synaptic flow of the linearised network (Tanaka et al. 2020); no data.
 
     Weights that no flow can reach by construction (queries, keys, gates) would all score 0 and die whatever they are
     worth: of these every layer keeps the target density by magnitude.
     """
-    flow, unreached = signals["flow"], signals["no_flow"]
+    return _flow_and_dry(signals["flow"], signals, context)
+
+
+def resynflow(signals: Signals, context: Context) -> Scores:
+    """`s = |θ̃| ⊙ ∂R/∂|θ̃|`, θ̃ every layer's weights divided by their spectral norm; no data. Else as `synflow`.
+
+    The authors' linear schedule kills layers of deep networks at high sparsity; `schedule="exponential"` does not.
+    """
+    return _flow_and_dry(signals["rescaled_flow"], signals, context)
+
+
+def _flow_and_dry(flow: Mapping[str, Tensor], signals: Signals, context: Context) -> Scores:
+    unreached = signals["no_flow"]
     above = 2 * max(float(f.max()) for f in flow.values())
     scores: Scores = {}
     for name, value in flow.items():
@@ -114,11 +156,61 @@ def synflow(signals: Signals, context: Context) -> Scores:
     return scores
 
 
+def growth0(signals: Signals, context: Context) -> Scores:
+    """`s = −θ ⊙ g`: how a weight would grow in one small step, `d|θ|/dt = −g · sign θ`, times `|θ|`; SNIP with its sign.
+
+    In our own measurements `−g · sign θ` told something of survival beyond `|θ|`, `|g|` nothing. Eight batches by default.
+    """
+    gradient = signals["gradient"]
+    return {name: -weight * gradient[name] for name, weight in signals["weight"].items()}
+
+
+def early_magnitude(signals: Signals, context: Context, *, warm: str) -> Scores:
+    """`s = |θ_t|` after a warm-up of t epochs: one-shot magnitude of a ticket that was hardly trained (our own)."""
+    return {name: weight.abs() for name, weight in signals[warm].items()}
+
+
+def movement(signals: Signals, context: Context, *, warm: str) -> Scores:
+    """`s = |θ_t − θ₀|`: what moved most in a warm-up of t epochs (dissipating gradients' rule, in one shot)."""
+    return {name: moved.abs() for name, moved in signals[warm].items()}
+
+
+def growth(signals: Signals, context: Context, *, warm: str) -> Scores:
+    """`s = |θ_t| − |θ₀|`, signed: what grew most in a warm-up of t epochs comes first, what shrank most goes first.
+
+    Unlike `movement` it tells of survival beyond `|θ₀|` (our own measurements; Zhou et al. 2019 score trained weights
+    so, as "magnitude increase").
+    """
+    moved = signals[warm]
+    return {name: (weight + moved[name]).abs() - weight.abs() for name, weight in signals["weight"].items()}
+
+
+EARLY: dict[str, tuple[Callable[..., Scores], tuple[str, ...], str]] = {  # formula, signals of θ₀, signal of a warm-up
+    "early_magnitude": (early_magnitude, (), "warm_weight"),
+    "movement": (movement, (), "displacement"),
+    "growth": (growth, ("weight",), "displacement"),
+}
+
+
+def early(name: str, epochs: float = 1) -> HandMade:
+    """The criterion of that name in `EARLY` on the signals of a warm-up of `epochs`."""
+    score, initial, signal = EARLY[name]
+    warm = f"{signal}@{epochs:g}"
+    return HandMade(name if epochs == 1 else f"{name}@{epochs:g}", partial(score, warm=warm), (*initial, warm))
+
+
 CRITERIA: dict[str, Criterion] = {
     "random": HandMade("random", random),
     "magnitude": HandMade("magnitude", magnitude, ("weight",)),
     "snip": HandMade("snip", snip, ("weight", "gradient"), n_batches=1),
+    "force": HandMade("force", force, ("dense_weight", "gradient"), n_batches=1),
+    "grasp": HandMade("grasp", grasp, ("weight", "hessian_gradient"), n_batches=1, per_class=10),
+    "ntk_sap": HandMade("ntk_sap", ntk_sap, ("ntk_sensitivity",)),
+    "prospr": HandMade("prospr", prospr, ("meta_gradient",), n_batches=4),
     "synflow": HandMade("synflow", synflow, ("weight", "flow", "no_flow")),
+    "resynflow": HandMade("resynflow", resynflow, ("weight", "rescaled_flow", "no_flow")),
+    "growth0": HandMade("growth0", growth0, ("weight", "gradient"), n_batches=8),
+    **{name: early(name) for name in EARLY},
 }
 
 
@@ -143,5 +235,30 @@ PRESETS: dict[str, Preset] = {
     "magnitude": Preset(CRITERIA["magnitude"]),
     "snip": Preset(CRITERIA["snip"]),
     "iterative_snip": Preset(CRITERIA["snip"], steps=60),  # Verdenius et al. 2020, de Jorge et al. 2021
+    "force": Preset(CRITERIA["force"], steps=60, revive=True),
+    "grasp": Preset(CRITERIA["grasp"]),
+    "ntk_sap": Preset(CRITERIA["ntk_sap"], steps=20),
+    "prospr": Preset(CRITERIA["prospr"]),
     "synflow": Preset(CRITERIA["synflow"], steps=100),
+    "resynflow": Preset(CRITERIA["resynflow"], steps=10, schedule="linear"),
+    "growth0": Preset(CRITERIA["growth0"]),
+    **{name: Preset(CRITERIA[name]) for name in EARLY},
 }
+
+
+def preset_for(text: str) -> Preset:
+    """The preset of that name; `"movement@0.5"` is `"movement"` with a warm-up of half an epoch instead of one.
+
+    Raises:
+        AutoSparseError: the name is unknown, or the horizon no positive number, or the preset takes none.
+    """
+    if text in PRESETS:
+        return PRESETS[text]
+    name = text.partition("@")[0]
+    if name not in PRESETS:
+        raise AutoSparseError(f"criterion is {text!r}: {suggest(name, PRESETS)}")
+    if name not in EARLY:
+        raise AutoSparseError(
+            f"criterion is {text!r}: {name!r} takes no horizon, only {', '.join(EARLY)} do; leave out what follows the @"
+        )
+    return replace(PRESETS[name], criterion=early(name, parse_horizon(text, "criterion")))

@@ -13,15 +13,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autosparse.errors import AutoSparseError, require, suggest
+from autosparse.errors import AutoSparseError, require
 from autosparse.masks.layers import prunable_layers, unwrap
 from autosparse.masks.mask import Masks
 from autosparse.masks.schedule import check_sparsity, densities
-from autosparse.masks.selection import NM, Granularity, parse_granularity, select
+from autosparse.masks.selection import NM, Channel, Granularity, parse_granularity, select, whole_layers
+from autosparse.network.coupling import coupled_filters
 from autosparse.network.graph import trace
 from autosparse.network.reachability import reachability
-from autosparse.network.signals import FIXED, Batch, Loss, Signals, batch_size, measure, take_batches
-from autosparse.pruning.criteria import PRESETS, Context, Criterion, Preset
+from autosparse.network.signals import (
+    FIXED,
+    FROM_BATCHES,
+    Batch,
+    Loss,
+    Signals,
+    images_seen,
+    measure,
+    take_batches,
+)
+from autosparse.pruning.criteria import Context, Criterion, Preset, preset_for
 
 
 def prune(
@@ -57,10 +67,12 @@ def prune(
         example_input: what the model takes (a tuple is positional, a dict keywords), for data-free criteria and for
             tracing; default the first batch.
         scope, granularity, steps, schedule: `None` is what the preset says; else global, unstructured, one step,
-            exponential. Steps towards n:m go through n_t:m. A scope may also be the layer densities themselves.
+            exponential. Steps towards n:m go through n_t:m. Channels that add up, as in residual streams, go together, and
+            layers that give the model's outputs stay whole (`report.dense_layers`). A scope may also be the layer densities
+            themselves.
         loss: `loss(outputs, targets)`; cross-entropy by default.
         signals: known already, such as those of a warm-up; they are taken as they are in every step.
-        seed: of random scores, ties, loaders and dropout.
+        seed: of random scores, ties, loaders, dropout, and of what signals draw, anew in every step.
         include, exclude: shell patterns on parameter names.
         floor: smallest density of any layer; off by default.
 
@@ -86,7 +98,7 @@ def prune(
     steps = preset.steps if steps is None else steps
     path = densities(density, steps, schedule or preset.schedule)
     wanted = n_batches if n_batches is not None else (preset.n_batches or rule.n_batches)
-    fewest = 1 if "gradient" in rule.signals else 0
+    fewest = 1 if set(FROM_BATCHES) & set(rule.signals) else 0
     require(
         isinstance(wanted, Integral) and wanted >= fewest,
         "n_batches",
@@ -94,7 +106,7 @@ def prune(
         f"give a whole number of at least {fewest}",
     )
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    if batches is None and "gradient" in rule.signals:
+    if batches is None and fewest:
         raise AutoSparseError(f"criterion {rule.name!r} needs gradients: give batches, pairs of (inputs, targets)")
     taken = [] if batches is None else take_batches(batches, max(wanted, 1), device, seed)
     example = example_input if example_input is not None else (taken[0][0] if taken else None)
@@ -102,6 +114,11 @@ def prune(
     layers = prunable_layers(
         model, include=include, exclude=exclude, operands=None if graph is None else graph.operands
     )
+    coupled: tuple[tuple[str, ...], ...] = ()
+    dense: tuple[str, ...] = ()
+    if isinstance(pattern, Channel) and graph is not None:
+        coupled, dense = coupled_filters(model, layers, _few(example)), graph.last_layers()
+        whole_layers(layers, path[-1], coupled, dense)  # what cannot be is said before anything is measured
     used = taken[:wanted]
     known = {name: values for name, values in (signals or {}).items() if name in rule.signals}
     changing = [name for name in rule.signals if name not in (*FIXED, *known)]
@@ -116,7 +133,16 @@ def prune(
                 continue
             shape = NM(n, pattern.m)
         measured += 1
-        found = measure(model, layers, changing, batches=used, example_input=example, masks=masks, loss=loss, seed=seed)
+        found = measure(
+            model,
+            layers,
+            changing,
+            batches=used,
+            example_input=example,
+            masks=masks,
+            loss=loss,
+            seed=seed + _STRIDE * (measured - 1),
+        )
         scores = rule({**known, **fixed, **found}, Context(layers, target, graph, masks, seed))
         masks = select(
             scores,
@@ -127,12 +153,16 @@ def prune(
             floor=floor,
             within=None if preset.revive else masks,
             seed=seed,
+            coupled=coupled,
+            dense=dense,
         )
     assert masks is not None
     masks = masks.to(device)
-    images = sum(batch_size(batch) for batch in used) * measured
+    blind = isinstance(pattern, Channel) and graph is None
+    images = images_seen(changing, used, example) * measured
     masks.report = replace(
         masks.report,
+        notes=masks.report.notes + (("no example_input: which channels are coupled is not known",) if blind else ()),
         origin={
             "criterion": rule.name,
             "sparsity": None if sparsity is None else float(sparsity),
@@ -140,12 +170,15 @@ def prune(
             "granularity": str(granularity) if granularity is not None else "unstructured",
             "steps": len(path),
             "n_batches": len(used),
-            "images": images if "gradient" in rule.signals else 0,
+            "images": images,
             "floor": float(floor),
             "seed": seed,
         },
     )
     return describe(model, masks, example)
+
+
+_STRIDE = 1_000_003  # between the seeds of two steps, so that those of neighbouring runs do not meet
 
 
 def describe(model: nn.Module, masks: Masks, example: Any) -> Masks:
@@ -182,9 +215,7 @@ def _preset(criterion: str | Criterion | Preset) -> Preset:
         return criterion
     if not isinstance(criterion, str):
         return Preset(criterion)
-    if criterion not in PRESETS:
-        raise AutoSparseError(f"criterion is {criterion!r}: {suggest(criterion, PRESETS)}")
-    return PRESETS[criterion]
+    return preset_for(criterion)
 
 
 def _density(sparsity: float | None, pattern: Granularity) -> float:

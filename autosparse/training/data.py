@@ -118,6 +118,15 @@ class ImageData:
         order = torch.randperm(len(self.train), generator=generator)[: batch_size * n_batches].to(self.device)
         return [(self.normalise(self.train.images[i]), self.train.labels[i]) for i in order.split(batch_size)]
 
+    def sample_per_class(self, per_class: int, seed: int, batch_size: int) -> list[tuple[Tensor, Tensor]]:
+        """Fixed random training batches of `per_class` images of every class (all where a class has fewer), not augmented."""
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.randperm(len(self.train), generator=generator)
+        labels = self.train.labels.cpu()[order]
+        chosen = torch.cat([order[labels == label][:per_class] for label in range(self.classes)])
+        mixed = chosen[torch.randperm(len(chosen), generator=generator)].to(self.device)
+        return [(self.normalise(self.train.images[i]), self.train.labels[i]) for i in mixed.split(batch_size)]
+
     def epoch(self, batch_size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
         """One epoch of training batches in random order, each image with its own crop and flip; the rest is dropped.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import itertools
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -169,6 +170,8 @@ def fabric_for(device: str = "auto", precision: str = "fp32") -> Any:
     except ImportError:
         from lightning.fabric import Fabric  # the large package holds the same
 
+    for name in ("lightning_fabric", "lightning.fabric"):  # says at each call which precision was asked for
+        logging.getLogger(name).setLevel(logging.WARNING)
     kind, _, index = device.partition(":")
     try:
         return Fabric(accelerator=kind, devices=[int(index)] if index else 1, precision=PRECISIONS[precision])

@@ -1,0 +1,259 @@
+"""Dissipating gradients: remove early in training what does not move; alone, or on the winner of K-starts."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from autosparse.errors import AutoSparseError, require, settings
+from autosparse.files import write_json
+from autosparse.masks.layers import Layer, unwrap
+from autosparse.masks.mask import Masks
+from autosparse.masks.schedule import check_density, densities
+from autosparse.masks.selection import SCOPES, select
+from autosparse.pruning.kstarts import (
+    KStartsSettings,
+    Selected,
+    fingerprint,
+    kstarts,
+    read_progress,
+    read_state,
+    state_on_cpu,
+    without_test,
+    write_state,
+)
+from autosparse.training.data import ImageData
+from autosparse.training.loop import Recipe, put_back, rewound, steps_per_epoch, train
+
+EPSILON = 1e-8  # far under any initial weight but an exact zero, whose relative change it keeps finite
+
+
+@settings
+class DissipatingSettings:
+    """How dissipating weights are removed.
+
+    After each of `epochs` early epochs, by `"rank"` (an equal fraction of what is left, the last removal down to the
+    density that was asked) or by `"threshold"` (all whose change is at most `threshold`, but never below that density).
+    `change`: `"relative"`, `|θ−θ₀|/(|θ₀|+ε)`, or `"absolute"`, `|θ−θ₀|`.
+    """
+
+    epochs: int = 3
+    by: str = "rank"
+    change: str = "relative"
+    threshold: float = 0.1
+
+    def __post_init__(self) -> None:
+        require(self.epochs >= 1, "dissipating.epochs", self.epochs, "give at least 1")
+        require(self.by in ("rank", "threshold"), "dissipating.by", self.by, "known: rank, threshold")
+        require(self.change in ("relative", "absolute"), "dissipating.change", self.change, "known: relative, absolute")
+        require(
+            self.threshold >= 0 and math.isfinite(self.threshold),
+            "dissipating.threshold",
+            self.threshold,
+            "give 0 or more",
+        )
+
+
+def dissipating(
+    model: nn.Module,
+    layers: Mapping[str, Layer],
+    data: ImageData,
+    recipe: Recipe,
+    settings: DissipatingSettings,
+    density: float,
+    *,
+    seed: int = 0,
+    device: str = "auto",
+    masks: Masks | None = None,
+    scope: str = "global",
+    floor: float = 0.0,
+    state: Path | None = None,
+    on_epoch: Callable[[dict[str, float]], None] | None = None,
+) -> Selected:
+    """What still moves in early training, which starts from the state `θ₀` of `model` at the call and goes on over the
+    removals.
+
+    After each of the first E epochs of `recipe` the survivors that moved least since `θ₀` are removed: by rank to the
+    density `ρ_e = ρ^{e/E}`, or within start masks of density `ρ_0` to `ρ_0·(ρ/ρ_0)^{e/E}`; by threshold τ all with
+    `|θ−θ₀| ≤ τ·(|θ₀|+ε)`, or absolutely `|θ−θ₀| ≤ τ`, until ρ is reached (ε = 1e-8). What is over ρ after E epochs
+    stays, and the report says so. Weight decay would move all weights alike, so that these epochs have none; each has a
+    fresh optimizer. The model is left as it was. Source: derived; of the published method only the abstract was to be
+    had.
+
+    Args:
+        density: fraction of all prunable weights kept at the end; `floor` the smallest of any layer.
+        masks: start within these; all weights if `None`.
+        scope: where weights are ranked: `"global"`, `"uniform"`, `"erk"`; by threshold only once the density binds.
+            Relative changes are much alike in all layers, so that `"global"` leaves small layers as sparse as large
+            ones: prefer `"erk"` with them.
+        state: directory for what is done, to continue after a stop; the caller deletes it.
+
+    Raises:
+        AutoSparseError: the epochs are more than a training has, the start masks are another model's or keep less than
+            the density, the floor asks for more than the density keeps, or the state is another search's.
+        AutoSparseFailure: the training diverged.
+    """
+    check_density(density)
+    require(scope in SCOPES, "scope", scope, f"known: {', '.join(SCOPES)}")
+    require(0 <= floor < 1, "floor", floor, "it is the smallest density of a layer, in [0, 1)")
+    per_epoch, length = steps_per_epoch(data, recipe.batch_size), recipe.length(data)
+    require(
+        settings.epochs * per_epoch <= length,
+        "dissipating.epochs",
+        settings.epochs,
+        f"a training has {length / per_epoch:g}; lower it",
+    )
+    if masks is None:
+        masks = Masks({n: torch.ones(layer.shape, dtype=torch.bool) for n, layer in layers.items()}, layers)
+    elif set(masks) != set(layers):
+        raise AutoSparseError("the masks to start within are another model's: give masks of its prunable weights")
+    masks = masks.to("cpu")
+    target = round(density * masks.total)
+    require(target <= masks.kept, "density", density, f"the masks to start within keep {masks.density:.4g}; lower it")
+    fewest = sum(math.ceil(floor * layer.numel) for layer in layers.values())
+    require(fewest <= target, "floor", floor, f"it asks for {fewest} weights, the density keeps {target}; lower it")
+    path = [masks.density * d for d in densities(min(1.0, density / masks.density), settings.epochs)]
+    threshold = None
+    if settings.by == "threshold":
+        path, threshold = [density] * settings.epochs, settings.threshold
+    path[-1] = density
+    recipe = replace(recipe, weight_decay=0.0)
+
+    of = fingerprint(model, data, "dissipating", settings, recipe, density, scope, floor, seed, masks=masks)
+    progress = read_progress(state and state / "dissipating.json", of, {"densities": [], "seconds": 0.0})
+    reached, seconds = list(progress["densities"]), progress["seconds"]
+    with rewound(model) as initial:
+        if reached:
+            assert state is not None
+            masks = Masks.load(state / f"masks{len(reached)}.safetensors")
+            put_back(model, read_state(state / f"weights{len(reached)}.safetensors"))
+        while len(reached) < settings.epochs and masks.kept > target:
+            clock, epoch = time.perf_counter(), len(reached)
+            train(
+                model,
+                without_test(data),
+                recipe,
+                masks=masks,
+                seed=seed,
+                device=device,
+                start_step=epoch * per_epoch,
+                stop_step=(epoch + 1) * per_epoch,
+                on_epoch=on_epoch,
+            )
+            own = dict(unwrap(model).named_parameters())
+            changes = {n: displacement(own[n].detach().cpu(), initial[n].cpu(), settings.change) for n in layers}
+            masks = remove(
+                changes, masks, path[epoch], layers, threshold=threshold, scope=scope, floor=floor, seed=seed
+            )
+            reached.append(masks.density)
+            seconds += time.perf_counter() - clock
+            if state is not None:
+                masks.save(state / f"masks{epoch + 1}.safetensors")
+                write_state(state / f"weights{epoch + 1}.safetensors", state_on_cpu(model))
+                write_json(state / "dissipating.json", {"of": of, "densities": reached, "seconds": seconds})
+                for name in ("masks", "weights"):
+                    (state / f"{name}{epoch}.safetensors").unlink(missing_ok=True)
+        masks.apply_(model)
+        weights = state_on_cpu(model)
+    origin = {"criterion": "dissipating", **asdict(settings), "scope": scope, "density": density, "floor": floor}
+    notes = masks.report.notes
+    if masks.kept > target:
+        notes = (*notes, f"threshold {threshold:g} left density {masks.density:.4g}, asked {density:g}")
+    masks.report = replace(masks.report, notes=notes, origin={**origin, "seed": seed, "densities": reached})
+    return Selected(masks, float(len(reached)), seconds, weights=weights, steps=len(reached) * per_epoch)
+
+
+def displacement(weight: Tensor, initial: Tensor, change: str) -> Tensor:
+    """`|θ−θ₀|`, or `"relative"`: `|θ−θ₀|/(|θ₀|+ε)`."""
+    moved = (weight - initial).abs()
+    return moved / (initial.abs() + EPSILON) if change == "relative" else moved
+
+
+def remove(
+    changes: Mapping[str, Tensor],
+    masks: Masks,
+    density: float,
+    layers: Mapping[str, Layer],
+    *,
+    threshold: float | None = None,
+    scope: str = "global",
+    floor: float = 0.0,
+    seed: int = 0,
+) -> Masks:
+    """The survivors that moved most: at `density`, or all over `threshold` where those are more.
+
+    `floor` of each layer stays in any case.
+    """
+    if threshold is not None:
+        over = sum(
+            max(int((changes[n][m] > threshold).sum()), min(math.ceil(floor * m.numel()), int(m.sum())))
+            for n, m in masks.items()
+        )
+        if over > round(density * masks.total):
+            density, scope = over / masks.total, "global"
+    return select(changes, density, layers=layers, scope=scope, floor=floor, within=masks, seed=seed)
+
+
+def combined(
+    model: nn.Module,
+    layers: Mapping[str, Layer],
+    data: ImageData,
+    recipe: Recipe,
+    starts: KStartsSettings,
+    dissipation: DissipatingSettings,
+    density: float,
+    *,
+    between: float | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    scope: str = "global",
+    floor: float = 0.0,
+    state: Path | None = None,
+    on_epoch: Callable[[dict[str, float]], None] | None = None,
+) -> Selected:
+    """K-starts to an intermediate density, then dissipating gradients within the winner's mask, from `θ₀` again.
+
+    `between`: the intermediate density, `√ρ` if `None`. The costs of both add up. The rest as in `kstarts` and
+    `dissipating`, of which it raises the errors.
+    """
+    check_density(density)
+    between = math.sqrt(density) if between is None else check_density(between, "between")
+    require(between >= density, "between", between, f"it must be at least the density {density:g}")
+    first = kstarts(
+        model,
+        layers,
+        data,
+        recipe,
+        starts,
+        between,
+        seed=seed,
+        device=device,
+        floor=floor,
+        state=state and state / "kstarts",
+        on_epoch=on_epoch,
+    )
+    then = dissipating(
+        model,
+        layers,
+        data,
+        recipe,
+        dissipation,
+        density,
+        seed=seed,
+        device=device,
+        masks=first.masks,
+        scope=scope,
+        floor=floor,
+        state=state and state / "dissipating",
+        on_epoch=on_epoch,
+    )
+    masks = then.masks
+    origin = {"criterion": "kstarts+dissipating", "kstarts": first.masks.report.origin}
+    masks.report = replace(masks.report, origin={**masks.report.origin, **origin})
+    return replace(then, epochs=first.epochs + then.epochs, seconds=first.seconds + then.seconds, fitness=first.fitness)

@@ -328,6 +328,11 @@ def _check(scores: Mapping[str, Tensor], layers: Mapping[str, Layer], within: Ma
                 "or the criterion overflows (try float64 or fewer layers)"
             )
         some = some or bool((score if within is None else score[within[name]]).any())
+    if not some and within is not None:
+        raise AutoSparseError(
+            "all scores of the weights that earlier steps left are zero: those steps cut the network through; "
+            "take more steps, a floor, or another scope"
+        )
     if not some:
         raise AutoSparseError(
             "all scores are zero: no gradient reaches the weights, as with a classifier initialized to zeros; "

@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from autosparse.errors import AutoSparseError, first_line
@@ -200,13 +202,22 @@ def _statistics(model: nn.Module, weights: Weights, inputs: Any) -> dict[str, Te
     return buffers
 
 
+class _Composed(TorchFunctionMode):
+    """Functions whose backward pass torch cannot differentiate, in terms of others that it can."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in ("hardsigmoid", "hardsigmoid_"):
+            return F.relu6(args[0] + 3) / 6
+        return func(*args, **(kwargs or {}))
+
+
 @contextmanager
 def _twice_differentiable(model: nn.Module) -> Iterator[None]:
     """Attention on the plain math kernel; an operator without second derivative is the user's error."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with sdpa_kernel(SDPBackend.MATH):
+        with sdpa_kernel(SDPBackend.MATH), _Composed():
             yield
     except RuntimeError as error:
         if "derivative" not in str(error) and "differentiable" not in str(error):

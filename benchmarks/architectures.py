@@ -23,13 +23,14 @@ import warnings
 from pathlib import Path
 
 import torch
+from torch import nn
 
 import autosparse
 from autosparse.errors import AutoSparseError
 from autosparse.pruning.criteria import PRESETS
 from autosparse.training.models import ModelSettings, create_model
 
-SIDE, BATCH = 64, 8  # of the zoo; ViT-B/16 and Swin take 224
+SIDE, BATCH = 64, 8  # of the zoo
 ZOO = (
     "torchvision:resnet50",
     "torchvision:mobilenet_v3_large",
@@ -62,6 +63,9 @@ def measured(task: Task) -> dict[str, object]:
     """The mask, its figures, and seconds and peak memory (GB, of the whole process, and before pruning began)."""
     settings = ModelSettings(task.model, task.width, json.loads(task.options))
     model = create_model(settings, classes=task.classes, image_size=task.side)
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and not module.weight.any():
+            nn.init.trunc_normal_(module.weight, std=0.02)  # a head of zeros, as ViT has, passes no gradient
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(BATCH, 3, task.side, task.side, generator=generator)
     labels = torch.randint(task.classes, (BATCH,), generator=generator)
@@ -111,10 +115,9 @@ COLUMNS = [f.name for f in dataclasses.fields(Task)] + [
 def zoo(models: list[str], criteria: list[str], most: int) -> list[Task]:
     tasks = []
     for model in models:
-        side = 224 if "vit" in model or "swin" in model else SIDE
         for name in criteria:
             preset = PRESETS[name]
-            tasks.append(Task(model, name, 0.95, side, min(preset.steps, most), preset.schedule))
+            tasks.append(Task(model, name, 0.95, SIDE, min(preset.steps, most), preset.schedule))
     return tasks
 
 

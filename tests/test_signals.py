@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from autosparse.errors import AutoSparseError
 from autosparse.masks.layers import prunable_layers
 from autosparse.network.graph import trace
-from autosparse.network.signals import NORMS, SignalSettings, batch_size, eval_mode, measure, seed_device, take_batches
+from autosparse.network.running import NORMS, batch_size, eval_mode, seed_device, take_batches
+from autosparse.network.signals import SignalSettings, measure
 
 Guard = Callable[[nn.Module], AbstractContextManager[None]]
 CPU = torch.device("cpu")

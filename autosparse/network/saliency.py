@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from autosparse.errors import AutoSparseError, first_line
-from autosparse.network.signals import NORMS, Batch, Loss, batch_loss, batch_size, eval_mode, forward, seeded
+from autosparse.network.running import NORMS, Batch, Loss, batch_loss, batch_size, eval_mode, forward, seeded
 
 Weights = Mapping[str, Tensor]
 

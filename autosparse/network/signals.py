@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils._pytree import tree_leaves
 
-from autosparse.errors import AutoSparseError, first_line, require, settings, suggest
+from autosparse.errors import AutoSparseError, require, settings, suggest
 from autosparse.masks.layers import Layer, unwrap
+from autosparse.network import saliency
 from autosparse.network.flow import rescaled_flow, synaptic_flow, without_flow
+from autosparse.network.running import Batch, Loss, batch_size
 
 Signals = dict[str, dict[str, Tensor]]  # signal -> parameter name -> tensor of the parameter's shape
-Batch = tuple[Any, Any]
-Loss = Callable[[Any, Any], Tensor]
 
 FROM_BATCHES = ("gradient", "hessian_gradient", "meta_gradient")  # these need inputs with their targets
 DATA_FREE = ("flow", "no_flow", "rescaled_flow", "ntk_sensitivity")  # these take an example input instead
@@ -81,28 +79,6 @@ def parse_horizon(name: str, what: str) -> float:
     return epochs
 
 
-def take_batches(batches: Iterable[Batch], n_batches: int, device: torch.device, seed: int = 0) -> list[Batch]:
-    """The first `n_batches` of `(inputs, targets)`, on `device`; what the loader draws comes from `seed`.
-
-    Raises:
-        AutoSparseError: there are none, or an item is not a pair.
-    """
-    taken: list[Batch] = []
-    with seeded(seed, device):
-        for item in batches:
-            if not isinstance(item, (tuple, list)) or len(item) != 2:
-                raise AutoSparseError(
-                    f"batches give {type(item).__name__} items: each must be a pair (inputs, targets); "
-                    "to give an input alone use example_input"
-                )
-            taken.append((_move(item[0], device), _move(item[1], device)))
-            if len(taken) == n_batches:
-                break
-    if not taken:
-        raise AutoSparseError("batches are empty: give at least one pair (inputs, targets)")
-    return taken
-
-
 def measure(
     model: nn.Module,
     layers: Mapping[str, Layer],
@@ -131,8 +107,6 @@ def measure(
         AutoSparseError: an unknown signal, a gradient without batches, flow without an input, or batches that the model
             cannot take.
     """
-    from autosparse.network import saliency  # which runs models with what this module provides
-
     for name in names:
         if parse_warmup(name) is not None:
             raise AutoSparseError(
@@ -188,117 +162,12 @@ def images_seen(names: Iterable[str], batches: Sequence[Batch], example_input: A
     through: its gradient, and a second backward, twice as long as the first; for NTK-SAP each random input goes through
     two networks, and once forward before. Synaptic flow sees no images.
     """
-    from autosparse.network.saliency import INNER_STEPS, NTK_DRAWS
-
     sizes = [batch_size(batch) for batch in batches] or [0]
-    inner = [sizes[step % len(sizes)] for step in range(INNER_STEPS + 1)]
+    inner = [sizes[step % len(sizes)] for step in range(saliency.INNER_STEPS + 1)]
     seen = {
         "gradient": sum(sizes),
         "hessian_gradient": 3 * sum(sizes),
         "meta_gradient": 3 * sum(inner[:-1]) + inner[-1],
-        "ntk_sensitivity": round(NTK_DRAWS * batch_size((example_input, None)) * 7 / 3),
+        "ntk_sensitivity": round(saliency.NTK_DRAWS * batch_size((example_input, None)) * 7 / 3),
     }
     return sum(seen.get(name, 0) for name in names)
-
-
-def forward(model: nn.Module, state: Mapping[str, Tensor], inputs: Any) -> Any:
-    """`model(inputs)` with `state` in place of its parameters and buffers; tuples are positional, dicts keywords.
-
-    Raises:
-        AutoSparseError: the model cannot take the inputs.
-    """
-    args, kwargs = (
-        ((), dict(inputs)) if isinstance(inputs, Mapping) else (inputs if isinstance(inputs, tuple) else (inputs,), {})
-    )
-    try:
-        return torch.func.functional_call(model, dict(state), args, kwargs)
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, ValueError, AssertionError, IndexError, TypeError) as error:
-        raise AutoSparseError(
-            f"{type(model).__name__} cannot take batches {_describe(inputs)}: {first_line(error)}; "
-            "give inputs of the shape that the model takes"
-        ) from error
-
-
-def batch_loss(model: nn.Module, state: Mapping[str, Tensor], batch: Batch, loss: Loss) -> Tensor:
-    """`loss(model(inputs), targets)` with `state` in place of the model's parameters and buffers.
-
-    Raises:
-        AutoSparseError: the model cannot take the inputs, or the loss cannot take these outputs and targets or is no
-            differentiable number.
-    """
-    inputs, targets = batch
-    outputs = forward(model, state, inputs)
-    try:
-        value = loss(outputs, targets)
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, ValueError, IndexError, TypeError) as error:
-        raise AutoSparseError(
-            f"the loss cannot take outputs {_describe(outputs)} and targets {_describe(targets)}: "
-            f"{first_line(error)}; give loss=, or targets that fit the model"
-        ) from error
-    if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
-        raise AutoSparseError(
-            f"the loss is {_describe(value)} without a gradient or not a single number: "
-            "it must be the batch's mean as a tensor that depends on the weights (not under inference_mode)"
-        )
-    return value
-
-
-NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
-
-
-@contextmanager
-def eval_mode(model: nn.Module, but: tuple[type[nn.Module], ...] = ()) -> Iterator[None]:
-    """Every module in eval mode, those of the types `but` in train mode; afterwards each as it was."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        for module, _ in modes:
-            module.training = isinstance(module, but)
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
-@contextmanager
-def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Draw from `seed` on `device` and on the CPU; the global RNG states come back."""
-    devices = [device.index or 0] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        seed_device(seed, device)
-        yield
-
-
-def seed_device(seed: int, device: torch.device) -> None:
-    """Seed the global RNG of `device` and of the CPU, and no other's, as `torch.manual_seed` would."""
-    if device.type == "cuda":
-        with torch.cuda.device(device):
-            torch.cuda.manual_seed(seed)
-    elif device.type != "cpu":
-        torch.manual_seed(seed)
-    torch.default_generator.manual_seed(seed)
-
-
-def _move(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, Mapping):
-        return {key: _move(item, device) for key, item in value.items()}
-    if isinstance(value, (tuple, list)):
-        return tuple(_move(item, device) for item in value)
-    return value
-
-
-def batch_size(batch: Batch) -> int:
-    """Samples in a batch: the length of the first target that has one, or else of the first input."""
-    inputs, targets = batch
-    return next((len(t) for t in tree_leaves((targets, inputs)) if isinstance(t, Tensor) and t.dim()), 1)
-
-
-def _describe(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f"of shape {tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
-    return f"of type {type(value).__name__}"

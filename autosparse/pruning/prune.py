@@ -21,16 +21,8 @@ from autosparse.masks.selection import NM, Channel, Granularity, parse_granulari
 from autosparse.network.coupling import coupled_filters
 from autosparse.network.graph import trace
 from autosparse.network.reachability import reachability
-from autosparse.network.signals import (
-    FIXED,
-    FROM_BATCHES,
-    Batch,
-    Loss,
-    Signals,
-    images_seen,
-    measure,
-    take_batches,
-)
+from autosparse.network.running import Batch, Loss, take_batches
+from autosparse.network.signals import FIXED, FROM_BATCHES, Signals, images_seen, measure
 from autosparse.pruning.criteria import Context, Criterion, Preset, preset_for
 
 

@@ -23,7 +23,7 @@ from autosparse.errors import AutoSparseError, AutoSparseFailure, first_line, re
 from autosparse.files import replace_file
 from autosparse.masks.layers import unwrap
 from autosparse.masks.mask import Masks
-from autosparse.network.signals import eval_mode, seed_device
+from autosparse.network.running import eval_mode, seed_device
 from autosparse.training.data import ImageData
 
 OPTIMIZERS = ("sgd", "adamw")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from autosparse.errors import AutoSparseError, first_line, require, settings, suggest
-from autosparse.network.signals import seeded
+from autosparse.network.running import seeded
 
 
 @settings

@@ -221,8 +221,8 @@ def list_(
     """Names that configs and `prune` understand."""
     from autosparse.errors import suggest
     from autosparse.experiment.candidates import METHODS, VARIANTS
-    from autosparse.network.signals import SIGNALS
-    from autosparse.pruning.criteria import PRESETS
+    from autosparse.network.signals import SIGNALS, WARMUP_SIGNALS
+    from autosparse.pruning.criteria import EARLY, PRESETS
     from autosparse.scorers.features import FEATURES
     from autosparse.training.data import DATA
     from autosparse.training.models import MODELS
@@ -231,13 +231,13 @@ def list_(
         "models": [*MODELS, "torchvision:NAME", "timm:NAME", "package.module:factory"],
         "data": [*DATA, "imagefolder:PATH", "hdf5:PATH"],
         "criteria": [
-            *PRESETS,
+            *(f"{name}[@EPOCHS]" if name in EARLY else name for name in PRESETS),
             *METHODS,
             "SCORER.safetensors",
             "models:/NAME@ALIAS",
             *(f"{v}:ANY_OF_THESE" for v in VARIANTS),
         ],
-        "signals": list(SIGNALS),
+        "signals": [*SIGNALS, *(f"{name}@EPOCHS" for name in WARMUP_SIGNALS)],
         "features": [f"{name}: {meaning}" for name, meaning in FEATURES.items()],
     }
     if what != "all" and what not in names:

@@ -79,6 +79,9 @@ class PruneConfig:
     def __post_init__(self) -> None:
         if self.sparsity is not None:
             check_sparsity(self.sparsity)
+        chosen = self.criterion
+        trains = chosen.variant == "reinit" or chosen.continues
+        require(not trains, "criterion", chosen.criterion, "prune writes masks, no weights: benchmark and check can")
 
 
 @settings

@@ -46,7 +46,8 @@ class Candidate:
     `batch_size` of the batches it scores on (`None`: a scorer's own, else 128). Of `"irp"`: `rounds` of training, then
     removing (5), and `epochs` of each (`None`: those of the recipe); a short round has the whole learning-rate schedule.
     `warmup`: of criteria that look at a short training, whose horizon in epochs stands in their name (`"movement@0.5"`).
-    `kstarts`, `dissipating`: of the methods of these names (relative change has ERK densities unless `scope` is given). `continues`: the final training goes on with the weights
+    `kstarts`, `dissipating`: of the methods of these names (relative change has ERK densities unless `scope` is given); `between`: the density at which the second takes over from
+    the first (`None`: √density). `continues`: the final training goes on with the weights
     that the method ended with, instead of rewinding to the initialization.
     """
 
@@ -64,6 +65,7 @@ class Candidate:
     warmup: WarmupSettings | None = None
     kstarts: KStartsSettings | None = None
     dissipating: DissipatingSettings | None = None
+    between: float | None = None
     continues: bool = False
 
     def __post_init__(self) -> None:
@@ -109,6 +111,13 @@ class Candidate:
         for key, of in (("kstarts", "kstarts"), ("dissipating", "dissipating")):
             value = getattr(self, key)
             require(value is None or of in self.base.split("_"), f"{key} of {self.base}", value, "leave it out")
+        require(
+            self.between is None or self.base == "kstarts_dissipating",
+            f"between of {self.base}",
+            self.between,
+            "leave it out",
+        )
+        require(self.between is None or 0 < self.between <= 1, "between", self.between, "it is a density, in (0, 1]")
         require(self.warmup is None or self.warms_up, f"warmup of {self.base}", self.warmup, "leave it out")
         require(
             not self.continues or (self.variant is None and self.base in METHODS[1:]),
@@ -334,6 +343,7 @@ def _selected(
         if candidate.base == "dissipating":
             found = dissipating(model, layers, data, recipe, fading, density, on_epoch=on_epoch, **common)
         else:
+            common["between"] = candidate.between
             found = combined(model, layers, data, recipe, starts, fading, density, on_epoch=on_epoch, **common)
     masks = found.masks
     origin = {"criterion": candidate.base, "sparsity": sparsity, "seed": seed, "fitness": found.fitness}

@@ -446,6 +446,23 @@ def test_selection_in_early_training(name: str, data: ImageData, tmp_path: Path)
     assert goes_on["accuracy"] != rewinds["accuracy"] or goes_on["loss"] != rewinds["loss"]
 
 
+@pytest.mark.parametrize("name", ["magnitude", "kstarts", "dissipating", "kstarts_dissipating", "irp"])
+def test_the_layer_densities_of_another_candidate_as_scope(name: str, data: ImageData, tmp_path: Path) -> None:
+    model = build_model(MODEL, data)
+    given = {"rounds": 1} if name == "irp" else {}
+    recipe = replace(RECIPE, epochs=3)
+    common: dict[str, Any] = {"recipe": recipe, "device": "cpu"}
+    inner = find_masks(model, data, Candidate("movement@0.4"), 0.8, **common)
+    found = find_masks(model, data, Candidate(name, scope="densities:movement@0.4", **given), 0.8, **common)
+    assert [row.kept for row in found.masks.layers()] == [row.kept for row in inner.masks.layers()]
+    assert found.masks != inner.masks
+    alone = find_masks(model, data, Candidate(name, **given), 0.8, **common)
+    assert found.epochs == pytest.approx(alone.epochs + inner.epochs)
+    assert Candidate("snip", scope="densities:synflow").name == "snip in synflow"
+    with pytest.raises(AutoSparseError, match="criterion is 'synfow'"):
+        Candidate("snip", scope="densities:synfow")
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [

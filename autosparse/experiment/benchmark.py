@@ -78,6 +78,8 @@ class Cell:
             given = {k: v for k, v in values["candidate"].items() if v is not None and v is not False and k != "label"}
             values["candidate"] = given
             values["candidate"]["criterion"] = identity(self.candidate)
+            if (other := self.candidate.layer_densities) is not None:
+                values["candidate"]["scope"] = f"densities:{identity(other)}"
         return values
 
     def key(self) -> str:
@@ -271,7 +273,10 @@ def run_grid(
     fresh = {path: cell for path, cell in zip(paths, cells, strict=True) if path not in results}
     for model in {cell.model.label(): cell.model for cell in fresh.values()}.values():
         check_prunable(build_model(model, data), data.to("cpu"))  # wrong input is told before hours are spent
-    for criterion in {c.candidate.base for c in fresh.values() if c.candidate is not None}:
+    candidates = [c.candidate for c in fresh.values() if c.candidate is not None]
+    for criterion in {
+        c.base for candidate in candidates for c in (candidate, candidate.layer_densities) if c is not None
+    }:
         resolve(criterion)
     for number, (path, cell) in enumerate(zip(paths, cells, strict=True), 1):
         if path in fresh:

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from autosparse.errors import AutoSparseError, require, settings, suggest
 from autosparse.experiment.tracking import load_scorer
 from autosparse.files import read_json, sha256, write_json
-from autosparse.masks.layers import prunable_layers
+from autosparse.masks.layers import Layer, prunable_layers
 from autosparse.masks.mask import Masks
 from autosparse.masks.schedule import SCHEDULES, check_sparsity
-from autosparse.masks.selection import SCOPES, parse_granularity
+from autosparse.masks.selection import SCOPES, Scope, parse_granularity
 from autosparse.network.graph import trace
 from autosparse.network.signals import parse_warmup
 from autosparse.pruning.criteria import PRESETS, Criterion, Inverted, Preset, preset_for
@@ -42,7 +42,8 @@ class Candidate:
     `"densities:"` keeps its layer densities and puts the positions within each layer at random (the layer-wise
     shuffle), the rival that every criterion must beat: one that does not has found layer densities only; `"reinit:"`
     trains its mask from newly drawn weights; `"inverted:"` keeps the lowest scores of each layer at its densities.
-    `label`: its name in tables. `scope`, `granularity`, `steps`, `schedule`, `n_batches`, `floor` as in `prune`;
+    `label`: its name in tables. `scope`: as in `prune`, or `"densities:ANY"`: the layer densities that another candidate
+    finds, at its cost, with positions of this one's choice. `granularity`, `steps`, `schedule`, `n_batches`, `floor` as in `prune`;
     `batch_size` of the batches it scores on (`None`: a scorer's own, else 128). Of `"irp"`: `rounds` of training, then
     removing (5), and `epochs` of each (`None`: those of the recipe); a short round has the whole learning-rate schedule.
     `warmup`: of criteria that look at a short training, whose horizon in epochs stands in their name (`"movement@0.5"`).
@@ -76,8 +77,9 @@ class Candidate:
             )
         if not is_scorer(self.base) and not self.searches:
             preset_for(self.base)  # a horizon that is none is told now
-        if self.scope is not None:
-            require(self.scope in SCOPES, "scope", self.scope, f"known: {', '.join(SCOPES)}")
+        if self.scope is not None and self.layer_densities is None:
+            known = f"known: {', '.join(SCOPES)}, or densities:CRITERION"
+            require(self.scope in SCOPES, "scope", self.scope, known)
         if self.schedule is not None:
             require(self.schedule in SCHEDULES, "schedule", self.schedule, f"known: {', '.join(SCHEDULES)}")
         if self.granularity is not None:
@@ -140,6 +142,12 @@ class Candidate:
         return self.criterion if self.variant is None else self.criterion.partition(":")[2]
 
     @property
+    def layer_densities(self) -> Candidate | None:
+        """Whose layer densities are its scope."""
+        first, sign, rest = (self.scope or "").partition(":")
+        return Candidate(rest) if sign and first == "densities" else None
+
+    @property
     def searches(self) -> bool:
         """Whether it trains to find its masks."""
         return self.base in METHODS
@@ -153,7 +161,7 @@ class Candidate:
     @property
     def repeats(self) -> bool:
         """Whether finding its masks takes many passes, so that they are worth keeping."""
-        if self.searches or self.warms_up:
+        if self.searches or self.warms_up or (self.layer_densities is not None and self.layer_densities.repeats):
             return True
         return not is_scorer(self.base) and (self.steps or preset_for(self.base).steps) > 1
 
@@ -166,6 +174,8 @@ class Candidate:
             name = f"irp-{self.rounds or _ROUNDS}" + (f"x{self.epochs:g}" if self.epochs is not None else "")
         elif self.base.endswith(".safetensors"):
             name = Path(self.base).stem
+        if (other := self.layer_densities) is not None:
+            name = f"{name} in {other.name}"
         return name if self.variant is None else f"{self.variant}:{name}"
 
     def plain(self) -> Candidate:
@@ -235,21 +245,15 @@ def find_masks(
         state: directory in which a method keeps its progress until it is done.
         found: what `candidate.plain()` found, if that is known: its variants begin with it.
     """
+    work = _Work(model, data, sparsity, candidate.scope, recipe, seed, device, state, on_epoch)
     if found is None:
-        if not candidate.searches:
-            found = _scored(model, data, candidate, sparsity, recipe, seed, device, on_epoch)
-        elif sparsity is None:
-            raise AutoSparseError("sparsity is None: give the share of weights to remove, such as 0.95")
-        elif candidate.base == "irp":
-            found = _irp_masks(model, data, candidate, sparsity, recipe, seed, device, state, on_epoch)
-        else:
-            found = _selected(model, data, candidate, sparsity, recipe, seed, device, state, on_epoch)
+        found = _search(work, candidate)
     if candidate.variant == "densities":
         masks = describe(model, found.masks.shuffle(seed), data.normalise(data.train.images[:2]))
         found = replace(found, masks=masks)
     elif candidate.variant == "inverted":
         densities = {layer.name: layer.density for layer in found.masks.layers()}
-        masks = _scored(model, data, candidate, sparsity, recipe, seed, device, on_epoch, densities).masks
+        masks = _scored(replace(work, scope=densities), candidate, inverted=True).masks
         found = replace(found, masks=masks)  # a check, so at the cost of what it checks
     masks = found.masks
     masks.report = replace(
@@ -258,18 +262,52 @@ def find_masks(
     return found
 
 
-def _scored(
-    model: nn.Module,
-    data: ImageData,
-    candidate: Candidate,
-    sparsity: float | None,
-    recipe: Recipe,
-    seed: int,
-    device: str,
-    on_epoch: Callable[[dict[str, float]], None] | None,
-    inverted: Mapping[str, float] | None = None,
-) -> Found:
-    """Masks by a criterion or scorer, after its warm-up; with `inverted`, the lowest scores at these layer densities."""
+@dataclass(frozen=True)
+class _Work:
+    """What every search for masks is given; see `find_masks`."""
+
+    model: nn.Module
+    data: ImageData
+    sparsity: float | None
+    scope: Scope | None
+    recipe: Recipe
+    seed: int
+    device: str
+    state: Path | None
+    on_epoch: Callable[[dict[str, float]], None] | None
+
+    def common(self) -> dict[str, Any]:
+        return {"seed": self.seed, "device": self.device, "on_epoch": self.on_epoch}
+
+
+def _search(work: _Work, candidate: Candidate) -> Found:
+    """The masks of a candidate without its variant, and all that they cost."""
+    seconds = epochs = 0.0
+    if (other := candidate.layer_densities) is not None:
+        inner = replace(work, scope=other.scope, state=work.state and work.state / "scope")
+        densities = _search(inner, other)
+        work = replace(work, scope={layer.name: layer.density for layer in densities.masks.layers()})
+        seconds, epochs = densities.seconds, densities.epochs
+    if not candidate.searches:
+        found = _scored(work, candidate)
+    elif work.sparsity is None:
+        raise AutoSparseError("sparsity is None: give the share of weights to remove, such as 0.95")
+    else:
+        density = 1 - check_sparsity(work.sparsity)
+        example = work.data.normalise(work.data.train.images[:2])
+        layers = prunable_layers(work.model, operands=trace(work.model, example).operands)
+        search = _ticket if candidate.base == "irp" else _selected
+        found = search(work, candidate, layers, density)
+        origin = {"criterion": candidate.base, "sparsity": work.sparsity, "seed": work.seed}
+        masks = found.masks
+        masks.report = replace(masks.report, origin={**masks.report.origin, **origin})
+        found = replace(found, masks=describe(work.model, masks, example))
+    return replace(found, seconds=found.seconds + seconds, epochs=found.epochs + epochs)
+
+
+def _scored(work: _Work, candidate: Candidate, inverted: bool = False) -> Found:
+    """Masks by a criterion or scorer, after its warm-up; `inverted`: by its lowest scores."""
+    model, data, seed = work.model, work.data, work.seed
     clock = time.perf_counter()
     rule = resolve(candidate.base)
     preset = preset_for(rule) if isinstance(rule, str) else Preset(rule)
@@ -285,25 +323,16 @@ def _scored(
     early = [name for name in rule.signals if parse_warmup(name)]
     if early:
         layers = prunable_layers(model, operands=trace(model, batches[0][0][:2]).operands)
-        warm = warmup(
-            model,
-            layers,
-            data,
-            recipe,
-            early,
-            candidate.warmup or WarmupSettings(),
-            seed=seed,
-            device=device,
-            on_epoch=on_epoch,
-        )
+        settings = candidate.warmup or WarmupSettings()
+        warm = warmup(model, layers, data, work.recipe, early, settings, **work.common())
         signals, epochs = warm.signals, warm.epochs
     masks = prune(
         model,
-        sparsity,
-        preset if inverted is None else replace(preset, criterion=Inverted(rule)),
+        work.sparsity,
+        replace(preset, criterion=Inverted(rule)) if inverted else preset,
         batches=batches,
         n_batches=len(batches) if per_class else candidate.n_batches,
-        scope=candidate.scope if inverted is None else inverted,
+        scope=work.scope,
         granularity=candidate.granularity,
         steps=candidate.steps,
         schedule=candidate.schedule,
@@ -315,69 +344,38 @@ def _scored(
     return Found(masks, time.perf_counter() - clock, epochs)
 
 
-def _selected(
-    model: nn.Module,
-    data: ImageData,
-    candidate: Candidate,
-    sparsity: float,
-    recipe: Recipe,
-    seed: int,
-    device: str,
-    state: Path | None,
-    on_epoch: Callable[[dict[str, float]], None] | None,
-) -> Found:
+def _selected(work: _Work, candidate: Candidate, layers: Mapping[str, Layer], density: float) -> Found:
     """Masks by K-starts, by dissipating gradients, or by both."""
-    example = data.normalise(data.train.images[:2])
-    layers = prunable_layers(model, operands=trace(model, example).operands)
-    density = 1 - check_sparsity(sparsity)
-    common: dict[str, Any] = {"seed": seed, "device": device, "floor": candidate.floor, "state": state}
     starts = candidate.kstarts or KStartsSettings()
     fading = candidate.dissipating or DissipatingSettings()
+    model, data, recipe = work.model, work.data, work.recipe
+    common = {**work.common(), "floor": candidate.floor, "state": work.state}
+    # Relative change tells nothing between layers: globally it leaves the first ones a few percent.
+    scope = work.scope or ("erk" if fading.change == "relative" else "global")
     if candidate.base == "kstarts":
-        if candidate.scope is not None:
-            starts = replace(starts, scope=candidate.scope)
-        found = kstarts(model, layers, data, recipe, starts, density, on_epoch=on_epoch, **common)
+        found = kstarts(model, layers, data, recipe, starts, density, scope=work.scope, **common)
+    elif candidate.base == "dissipating":
+        found = dissipating(model, layers, data, recipe, fading, density, scope=scope, **common)
     else:
-        # Relative change tells nothing between layers: globally it leaves the first ones a few percent.
-        common["scope"] = candidate.scope or ("erk" if fading.change == "relative" else "global")
-        if candidate.base == "dissipating":
-            found = dissipating(model, layers, data, recipe, fading, density, on_epoch=on_epoch, **common)
-        else:
-            common["between"] = candidate.between
-            found = combined(model, layers, data, recipe, starts, fading, density, on_epoch=on_epoch, **common)
+        common["between"] = candidate.between
+        found = combined(model, layers, data, recipe, starts, fading, density, scope=scope, **common)
     masks = found.masks
-    origin = {"criterion": candidate.base, "sparsity": sparsity, "seed": seed, "fitness": found.fitness}
-    masks.report = replace(masks.report, origin={**masks.report.origin, **origin})
-    masks = describe(model, masks, example)
+    masks.report = replace(masks.report, origin={**masks.report.origin, "fitness": found.fitness})
     if not candidate.continues:
         return Found(masks, found.seconds, found.epochs)
     return Found(masks, found.seconds, found.epochs, found.weights, found.steps)
 
 
-def _irp_masks(
-    model: nn.Module,
-    data: ImageData,
-    candidate: Candidate,
-    sparsity: float,
-    recipe: Recipe,
-    seed: int,
-    device: str,
-    state: Path | None,
-    on_epoch: Callable[[dict[str, float]], None] | None,
-) -> Found:
+def _ticket(work: _Work, candidate: Candidate, layers: Mapping[str, Layer], density: float) -> Found:
     """The ticket of `rounds` removals; its trainings, but for the ticket's own, are the cost."""
-    example = data.normalise(data.train.images[:2])
-    graph = trace(model, example)
-    layers = prunable_layers(model, operands=graph.operands)
-    rounds = candidate.rounds or _ROUNDS
+    model, data, recipe, state = work.model, work.data, work.recipe, work.state
+    rounds, per_epoch = candidate.rounds or _ROUNDS, steps_per_epoch(data, recipe.batch_size)
     if candidate.epochs is not None:
-        steps = max(1, round(candidate.epochs * steps_per_epoch(data, recipe.batch_size)))
-        recipe = replace(recipe, steps=steps)
+        recipe = replace(recipe, steps=max(1, round(candidate.epochs * per_epoch)))
     chosen = IRPSettings(
         rounds=rounds,
-        density=1 - check_sparsity(sparsity),
+        density=density,
         schedule="linear" if candidate.schedule == "linear" else "geometric",
-        scope=candidate.scope or "global",
         floor=candidate.floor,
     )
     start, masks, seconds = 0, None, 0.0
@@ -392,12 +390,11 @@ def _irp_masks(
             data,
             recipe,
             chosen,
-            seed=seed,
-            device=device,
+            scope=work.scope,
             start=start,
             masks=masks,
             checkpoint=None if state is None else state / "training.pt",
-            on_epoch=on_epoch,
+            **work.common(),
         )
         while start < rounds:
             outcome = next(trainings)
@@ -408,7 +405,5 @@ def _irp_masks(
                 masks.save(state / f"round{start}.safetensors")
                 write_json(state / "irp.json", {"rounds": start, "seconds": seconds})
     assert masks is not None
-    origin = {"criterion": "irp", "rounds": rounds, "sparsity": sparsity, "seed": seed}
-    masks.report = replace(masks.report, origin=origin)
-    epochs = rounds * recipe.length(data) / steps_per_epoch(data, recipe.batch_size)
-    return Found(describe(model, masks, example), seconds, epochs)
+    masks.report = replace(masks.report, origin={"rounds": rounds})
+    return Found(masks, seconds, rounds * recipe.length(data) / per_epoch)

@@ -17,6 +17,7 @@ from autosparse.masks.mask import MaskReport, Masks
 from autosparse.masks.schedule import check_density
 
 SCOPES = ("global", "uniform", "erk")
+Scope = str | Mapping[str, float]  # one of these, or the layer densities themselves
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ def select(
     density: float,
     *,
     layers: Mapping[str, Layer],
-    scope: str | Mapping[str, float] = "global",
+    scope: Scope = "global",
     granularity: Granularity = None,
     floor: float = 0.0,
     within: Mapping[str, Tensor] | None = None,

@@ -16,7 +16,7 @@ from autosparse.files import write_json
 from autosparse.masks.layers import Layer, unwrap
 from autosparse.masks.mask import Masks
 from autosparse.masks.schedule import check_density, densities
-from autosparse.masks.selection import SCOPES, select
+from autosparse.masks.selection import SCOPES, Scope, select
 from autosparse.pruning.kstarts import (
     KStartsSettings,
     Selected,
@@ -71,7 +71,7 @@ def dissipating(
     seed: int = 0,
     device: str = "auto",
     masks: Masks | None = None,
-    scope: str = "global",
+    scope: Scope = "global",
     floor: float = 0.0,
     state: Path | None = None,
     on_epoch: Callable[[dict[str, float]], None] | None = None,
@@ -89,7 +89,7 @@ def dissipating(
     Args:
         density: fraction of all prunable weights kept at the end; `floor` the smallest of any layer.
         masks: start within these; all weights if `None`.
-        scope: where weights are ranked: `"global"`, `"uniform"`, `"erk"`; by threshold only once the density binds.
+        scope: where weights are ranked, as in `select`; by threshold only once the density binds.
             Relative changes are much alike in all layers, so that `"global"` leaves small layers as sparse as large
             ones: prefer `"erk"` with them.
         state: directory for what is done, to continue after a stop; the caller deletes it.
@@ -100,7 +100,7 @@ def dissipating(
         AutoSparseFailure: the training diverged.
     """
     check_density(density)
-    require(scope in SCOPES, "scope", scope, f"known: {', '.join(SCOPES)}")
+    require(not isinstance(scope, str) or scope in SCOPES, "scope", scope, f"known: {', '.join(SCOPES)}")
     require(0 <= floor < 1, "floor", floor, "it is the smallest density of a layer, in [0, 1)")
     per_epoch, length = steps_per_epoch(data, recipe.batch_size), recipe.length(data)
     require(
@@ -182,7 +182,7 @@ def remove(
     layers: Mapping[str, Layer],
     *,
     threshold: float | None = None,
-    scope: str = "global",
+    scope: Scope = "global",
     floor: float = 0.0,
     seed: int = 0,
 ) -> Masks:
@@ -212,7 +212,7 @@ def combined(
     between: float | None = None,
     seed: int = 0,
     device: str = "auto",
-    scope: str = "global",
+    scope: Scope = "global",
     floor: float = 0.0,
     state: Path | None = None,
     on_epoch: Callable[[dict[str, float]], None] | None = None,
@@ -234,6 +234,7 @@ def combined(
         between,
         seed=seed,
         device=device,
+        scope=None if isinstance(scope, str) else scope,
         floor=floor,
         state=state and state / "kstarts",
         on_epoch=on_epoch,

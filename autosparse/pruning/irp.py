@@ -15,7 +15,7 @@ from autosparse.errors import AutoSparseError, require, settings
 from autosparse.masks.layers import Layer
 from autosparse.masks.mask import Masks
 from autosparse.masks.schedule import check_density, densities
-from autosparse.masks.selection import SCOPES, select
+from autosparse.masks.selection import SCOPES, Scope, select
 from autosparse.network.signals import measure
 from autosparse.pruning.criteria import CRITERIA, Context
 from autosparse.training.data import ImageData
@@ -82,6 +82,7 @@ def irp(
     start: int = 0,
     masks: Masks | None = None,
     rewind: Mapping[str, Tensor] | None = None,
+    scope: Scope | None = None,
     checkpoint: Path | None = None,
     on_rewind_state: Callable[[dict[str, Tensor]], None] | None = None,
     on_epoch: Callable[[dict[str, float]], None] | None = None,
@@ -95,6 +96,7 @@ def irp(
     Args:
         start, masks, rewind: continue at round `start` with the masks of that round and, for late rewinding, the state
             of step k that `on_rewind_state` was given.
+        scope: in place of that of the settings, such as layer densities, which each round scales to its own density.
         checkpoint: file for the round in flight.
 
     Raises:
@@ -136,7 +138,7 @@ def irp(
         )
         following = None
         if index < settings.rounds:
-            following = _remove(model, layers, data, recipe, settings, masks, path[index + 1], seed)
+            following = _remove(model, layers, data, recipe, settings, scope, masks, path[index + 1], seed)
         yield Round(index, masks.density, trained, masks, following, time.perf_counter() - clock)
         if following is not None:
             masks = following
@@ -148,6 +150,7 @@ def _remove(
     data: ImageData,
     recipe: Recipe,
     settings: IRPSettings,
+    scope: Scope | None,
     masks: Masks,
     density: float,
     seed: int,
@@ -160,4 +163,12 @@ def _remove(
         batches = data.to(device).sample(recipe.batch_size, settings.n_batches, seed)
     signals = measure(model, layers, criterion.signals, batches=batches, seed=seed)
     scores = {n: s.cpu() for n, s in criterion(signals, Context(layers, density, masks=masks, seed=seed)).items()}
-    return select(scores, density, layers=layers, scope=settings.scope, floor=settings.floor, within=masks, seed=seed)
+    return select(
+        scores,
+        density,
+        layers=layers,
+        scope=scope or settings.scope,
+        floor=settings.floor,
+        within=masks,
+        seed=seed,
+    )

@@ -19,7 +19,7 @@ from autosparse.files import read_json, read_safetensors, replace_file, write_js
 from autosparse.masks.layers import Layer, unwrap
 from autosparse.masks.mask import MaskReport, Masks
 from autosparse.masks.schedule import check_density
-from autosparse.masks.selection import select
+from autosparse.masks.selection import Scope, select
 from autosparse.training.data import ImageData, Split
 from autosparse.training.loop import Recipe, full_state, put_back, rewound, steps_per_epoch, train
 
@@ -95,6 +95,7 @@ def kstarts(
     *,
     seed: int = 0,
     device: str = "auto",
+    scope: Scope | None = None,
     floor: float = 0.0,
     state: Path | None = None,
     on_epoch: Callable[[dict[str, float]], None] | None = None,
@@ -108,6 +109,7 @@ def kstarts(
 
     Args:
         density: fraction of all prunable weights kept; `floor` the smallest of any layer.
+        scope: in place of that of the settings, such as layer densities.
         state: directory for what is done, to continue after a stop; the caller deletes it.
 
     Raises:
@@ -129,13 +131,13 @@ def kstarts(
     generator = torch.Generator().manual_seed(seed)
     noise = {n: torch.rand(layer.shape, generator=generator) for n, layer in layers.items()}
     seeds = torch.randint(2**53, (settings.generations + 1, settings.k), generator=generator).tolist()
-    template = select(noise, density, layers=layers, scope=settings.scope, floor=floor, seed=seed)
+    template = select(noise, density, layers=layers, scope=scope or settings.scope, floor=floor, seed=seed)
     origin = {"criterion": "kstarts", **asdict(settings), "density": density, "floor": floor, "seed": seed}
     if settings.fitness == "random":
         chosen = Masks(template.shuffle(seeds[0][0]), layers, MaskReport(origin=origin))
         return Selected(chosen, 0.0, time.perf_counter() - clock)
 
-    of = fingerprint(model, data, "kstarts", settings, recipe, density, floor, seed)
+    of = fingerprint(model, data, "kstarts", settings, recipe, density, scope, floor, seed)
     progress = read_progress(state and state / "kstarts.json", of, {"values": [], "seconds": 0.0})
     values = [tuple(v) for v in progress["values"]]
     seconds = progress["seconds"]

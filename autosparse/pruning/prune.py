@@ -17,7 +17,7 @@ from autosparse.errors import AutoSparseError, require
 from autosparse.masks.layers import prunable_layers, unwrap
 from autosparse.masks.mask import Masks
 from autosparse.masks.schedule import check_sparsity, densities
-from autosparse.masks.selection import NM, Channel, Granularity, parse_granularity, select, whole_layers
+from autosparse.masks.selection import NM, Channel, Granularity, Scope, parse_granularity, select, whole_layers
 from autosparse.network.coupling import coupled_filters
 from autosparse.network.graph import trace
 from autosparse.network.reachability import reachability
@@ -34,7 +34,7 @@ def prune(
     batches: Iterable[Batch] | None = None,
     n_batches: int | None = None,
     example_input: Any = None,
-    scope: str | Mapping[str, float] | None = None,
+    scope: Scope | None = None,
     granularity: str | Granularity = None,
     steps: int | None = None,
     schedule: str | None = None,

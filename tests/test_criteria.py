@@ -340,6 +340,17 @@ def few_images() -> ImageData:
     return ImageData(split, split, split, 4, torch.full((1,), 0.5), torch.full((1,), 0.3), "none")
 
 
+@pytest.mark.parametrize("preset", ["synflow", "resynflow"])
+def test_a_hundred_layers_keep_a_path_when_the_schedule_is_exponential(preset: str) -> None:
+    """Without norms and shortcuts, at 99.5 %: ten linear steps, as ReSynFlow was published with, leave none."""
+    model = create_model(ModelSettings("convnet", 8, {"depth": 100, "norm": False}), image_size=8)
+    example = torch.zeros(1, 3, 8, 8)
+    masks = prune(model, 0.995, preset, example_input=example, steps=10, schedule="exponential")
+    assert masks.report.dead_layers == () and masks.report.effective_sparsity == pytest.approx(0.995, abs=1e-3)
+    with pytest.warns(UserWarning, match="no path from input to output is left"):
+        prune(model, 0.995, preset, example_input=example, steps=10, schedule="linear")
+
+
 KINDS = ("mlp", "convnet", "resnet8", "resnet50", "vgg11")  # every kind; the others are deeper ones of these
 
 

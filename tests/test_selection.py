@@ -396,7 +396,7 @@ def test_scores_that_mean_nothing() -> None:
             select({"a": good, "b": torch.tensor([[bad, 1.0]])}, 0.5, layers=layers)
     with pytest.raises(AutoSparseError, match=r"all scores are zero.*classifier initialized to zeros"):
         select({n: torch.zeros(1, 2) for n in "ab"}, 0.5, layers=layers)
-    with pytest.raises(AutoSparseError, match="all scores are zero"):
+    with pytest.raises(AutoSparseError, match="earlier steps left are zero: those steps cut the network through"):
         within = {"a": torch.tensor([[False, True]]), "b": torch.tensor([[False, True]])}
         select({n: torch.tensor([[1.0, 0.0]]) for n in "ab"}, 0.5, layers=layers, within=within)
     with pytest.raises(AutoSparseError, match="scores lack 'b': a criterion must score each of the 2 layers"):

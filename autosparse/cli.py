@@ -516,7 +516,11 @@ class _Live:
         elif event.kind == "progress":
             line = self._workers[event.worker]
             total = event.values["rounds"] + 1 if "rounds" in event.values else None
-            at = {} if total is None else {"total": total, "completed": event.values["round"] + 1}
+            at = (
+                {}
+                if total is None
+                else {"total": total, "completed": event.values["round"] + ("density" in event.values)}
+            )
             text = f"worker {event.worker} {event.device}: {event.key}: {doing(event.values)}"
             self._bars.update(line, description=text, **at)
         else:

@@ -67,7 +67,7 @@ def generate(
     Args:
         executor: where they run, and how many at once; the records are the same.
         on_event: called with what happens to each run that is not complete yet, under the run's label; progress has
-            `round` and `rounds`, with `density`, `accuracy` and `loss` at the end of a round, or the row of an epoch.
+            `round` and `rounds`, and `density`, `accuracy` and `loss` at the end of a round, or the row of an epoch.
 
     Raises:
         AutoSparseError: an input is wrong in a way that concerns every run (the data cannot be read), or another process
@@ -120,8 +120,11 @@ def do_run(
 ) -> None:
     """One run as a job; `data` when the caller has it at hand."""
 
+    at = {"round": 0, "rounds": run.irp.rounds}
+
     def on_round(index: int, rounds: int, outcome: Round | None) -> None:
         values: dict[str, Any] = {"round": index, "rounds": rounds}
+        at["round"] = index + 1
         if outcome is not None:
             trained = outcome.trained
             values |= {"density": outcome.density, "accuracy": trained.accuracy, "loss": trained.loss}
@@ -129,4 +132,6 @@ def do_run(
 
     if data is None and not is_complete(path):
         data = shared_data(run.data, str(fabric_for(device).device))
-    generate_record(run, path, device=device, data=data, on_round=on_round, on_epoch=progress)
+    generate_record(
+        run, path, device=device, data=data, on_round=on_round, on_epoch=lambda row: progress({**at, **row})
+    )

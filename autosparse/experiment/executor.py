@@ -346,7 +346,13 @@ def _ray(book: _Book, executor: ExecutorSettings, device: str) -> None:
     started = not ray.is_initialized()
     if started:
         try:
-            ray.init(address=executor.address, log_to_driver=False, logging_level="WARNING", include_dashboard=None)
+            dashboard = False if executor.address is None else None
+            ray.init(
+                address=executor.address or "local",
+                log_to_driver=False,
+                logging_level="WARNING",
+                include_dashboard=dashboard,
+            )
         except Exception as error:  # whatever it raises when nobody answers
             raise AutoSparseError(
                 f"executor.address is {executor.address!r}: {first_line(error)}; start a cluster there, or leave it out"

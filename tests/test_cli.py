@@ -396,7 +396,7 @@ def test_a_directory_with_nothing_to_report(run: Run) -> None:
 
 
 def test_status_of_campaigns_and_grids(run: Run) -> None:
-    assert run("generate", generate_config(output="both/irp"), "executor=local", "executor.workers=2").code == 0
+    assert run("generate", generate_config(output="both/irp"), "executor=local").code == 0
     greedy = {"criterion": "snip", "label": "greedy", "floor": 0.5}
     assert run("benchmark", benchmark_config(output="both/grid", criteria=["random", greedy])).code == 1
     answer = run("status", "both")

@@ -349,10 +349,9 @@ def _jobs(cells: Mapping[Path, Cell], directory: Path, data: ImageData | None) -
     jobs = []
     for path, cell in cells.items():
         masks = _stored(cell, directory / "masks")
-        known = masks is None or masks.exists()
-        after = None if known or masks is None else first.setdefault(masks.stem, path.stem)
+        searches = path.stem if masks is None or masks.exists() else first.setdefault(masks.stem, path.stem)
         arguments = {"cell": cell, "path": path, "store": directory / "masks", "data": data}
-        jobs.append(Job(path.stem, do_cell, arguments, None if after == path.stem else after))
+        jobs.append(Job(path.stem, do_cell, arguments, after=None if searches == path.stem else searches))
     return jobs
 
 

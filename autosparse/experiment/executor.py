@@ -205,7 +205,7 @@ def _inline(book: _Book, executor: ExecutorSettings, device: str) -> None:
 def _local(book: _Book, executor: ExecutorSettings, device: str) -> None:
     from multiprocessing.connection import wait
 
-    devices = executor.devices or _all_devices(device)
+    devices = _devices(executor, device)
     places = [place for _ in range(executor.workers) for place in devices]
     threads = max(1, _cores() // len(places))
     team: dict[int, _Worker] = {}
@@ -215,6 +215,8 @@ def _local(book: _Book, executor: ExecutorSettings, device: str) -> None:
             for number, place in enumerate(places):
                 if number in busy or (job := book.take(number, place)) is None:
                     continue
+                if number in team and not team[number].process.is_alive():  # killed while it had nothing to do
+                    team.pop(number).end()
                 if number not in team:
                     team[number] = _Worker(place, threads)
                 busy[number] = job
@@ -238,13 +240,20 @@ def _local(book: _Book, executor: ExecutorSettings, device: str) -> None:
             worker.end()
 
 
-def _all_devices(device: str) -> tuple[str, ...]:
-    if device in ("auto", "cuda"):
-        import torch
+def _devices(executor: ExecutorSettings, device: str) -> tuple[str, ...]:
+    """Those given, or all GPUs, or `device`; one that is not there would fail all jobs of the others."""
+    chosen = executor.devices or (device,)
+    if not any(name.startswith(("auto", "cuda")) for name in chosen):
+        return chosen
+    import torch
 
-        if torch.cuda.is_available():
-            return tuple(f"cuda:{index}" for index in range(torch.cuda.device_count()))
-    return (device,)
+    gpus = tuple(f"cuda:{index}" for index in range(torch.cuda.device_count()))
+    if executor.devices is None and device in ("auto", "cuda") and gpus:
+        return gpus
+    for name in chosen:
+        there = not name.startswith("cuda") or name in gpus or (name == "cuda" and bool(gpus))
+        require(there, "device", name, f"this machine has {', '.join(gpus) or 'no GPU; use cpu'}")
+    return chosen
 
 
 def _cores() -> int:

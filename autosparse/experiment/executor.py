@@ -20,12 +20,13 @@ KINDS = ("inline", "local", "ray")
 
 @settings
 class ExecutorSettings:
-    """Where jobs run, and how many at once; what comes out is the same.
+    """Where jobs run, and how many at once; what comes out is the same, bit for bit on the same device and CPU threads.
 
     `kind`: `"inline"` (one after another in this process), `"local"` (spawned processes) or `"ray"` (package `ray`).
     `workers` jobs at once for each device; on a Ray cluster without GPUs, in the whole cluster. `devices` of `"local"`,
     such as `["cuda:0", "cuda:1"]`: `None` takes all GPUs where the command's device is `auto` or `cuda` and there are
-    some, else that device. The CPU cores are shared out evenly among the workers. `retries`: how many times a job is
+    some, else that device. The CPU cores are shared out evenly among the workers (sums of floats by another number of
+    threads differ in the last bits; `OMP_NUM_THREADS` sets an upper bound). `retries`: how many times a job is
     tried again after its worker died. `address` of an existing Ray cluster; `None` starts a local one.
     """
 

@@ -14,6 +14,7 @@ from autosparse.errors import AutoSparseError, AutoSparseFailure
 
 if TYPE_CHECKING:
     from autosparse.config import BenchmarkConfig, CheckConfig, FitConfig, GenerateConfig
+    from autosparse.experiment.executor import Event
 
 app = typer.Typer(
     name="autosparse",
@@ -206,6 +207,21 @@ def check(config: Config, overrides: Overrides = None) -> None:
     _benchmark(load_config(CheckConfig, config, overrides or []))
 
 
+@app.command(epilog="Example: autosparse status runs/irp")
+def status(directory: Annotated[Path, typer.Argument(help="The output of generate, benchmark or check.")]) -> None:
+    """What of a campaign or grid is done, running, failed (and why) or waiting; while it runs and after."""
+    from autosparse.experiment.status import STATES, statuses
+
+    for found in statuses(directory):
+        counts = ", ".join(f"{found.count(state)} {state}" for state in STATES)
+        _say(
+            f"{found.directory}: {len(found.jobs)} jobs: {counts}; {'at work' if found.alive else 'nobody works on it'}"
+        )
+        for job in found.jobs:
+            if job.detail:
+                _say(f"  {job.state}: {job.key}: {job.detail}")
+
+
 @app.command(epilog="Example: autosparse report runs/quickstart")
 def report(directory: Annotated[Path, typer.Argument(help="A directory with results, records or scorers.")]) -> None:
     """Write report.html, one file, and its figures as SVG."""
@@ -333,28 +349,21 @@ def _generate(config: GenerateConfig, tracking: Path | None = None) -> None:
 
     todo = runs(config.models, config.data, config.recipe, config.irp, config.signals, config.seeds)
     directory = claim_directory(config)
-    per_run = config.irp.rounds + 1
-    news = not all(is_complete(record_path(directory, run)) for run in todo)
-    enabled = config.tracking and news  # a finished run answers at once
+    news = [run.label() for run in todo if not is_complete(record_path(directory, run))]
+    enabled = config.tracking and bool(news)  # a finished run answers at once
     with track(tracking or directory, "generate", plain(config), enabled=enabled) as tracker, _bars() as bars:
-        task = bars.add_task("IRP", total=per_run * len(todo))
+        live = _Live(bars, "IRP", len(todo), len(todo) - len(news))
 
-        def on_round(run: Any, index: int, rounds: int, outcome: Any) -> None:
-            position = todo.index(run) * per_run + index + 1
-            text = f"{run.label()}: round {index}/{rounds}"
-            if outcome is not None:
-                text += f", density {outcome.density:.3f}, accuracy {100 * outcome.trained.accuracy:.1f} %"
-                metrics = {
-                    "accuracy": outcome.trained.accuracy,
-                    "loss": outcome.trained.loss,
-                    "density": outcome.density,
-                }
-                tracker.log({f"{run.label()}/{k}": v for k, v in metrics.items()}, index)
+        def on_event(event: Event) -> None:
+            live.show(event)
+            values = event.values
+            if event.kind == "progress" and "density" in values:
+                metrics = {f"{event.key}/{k}": values[k] for k in ("accuracy", "loss", "density")}
+                tracker.log(metrics, values["round"])
                 tracker.flush()
-            bars.update(task, completed=position, description=text)
 
-        campaign = run_all(todo, directory, device=config.device, on_round=on_round)
-        bars.update(task, description=f"IRP: {len(campaign.records)} of {len(todo)} records complete")
+        campaign = run_all(todo, directory, device=config.device, executor=config.executor, on_event=on_event)
+        live.end(f"IRP: {len(campaign.records)} of {len(todo)} records complete")
         for path in campaign.records:
             tracker.artifact(path)
     for label, reason in campaign.failures.items():
@@ -422,23 +431,32 @@ def _benchmark(config: BenchmarkConfig | CheckConfig, tracking: Path | None = No
     if isinstance(config, CheckConfig):
         what, criteria = "check", tuple(expand(criteria, config.checks))
     cells = grid(config.models, config.data, config.recipe, criteria, config.sparsities, config.seeds)
-    data = load_data(config.data, fabric_for(config.device).device)
+    place = fabric_for(config.device).device if config.executor.kind == "inline" else "cpu"
+    data = load_data(config.data, place)
     directory = claim_directory(config)
     enabled = config.tracking and not all(result_path(directory, cell).exists() for cell in cells)
     with track(tracking or directory, what, plain(config), enabled=enabled) as tracker, _bars() as bars:
-        task = bars.add_task(what, total=len(cells))
+        live = _Live(bars, what, len(cells), counts=False)
 
         def on_cell(number: int, cell: Any, result: Mapping[str, Any], known: bool) -> None:
             accuracy = result.get("accuracy")
             text = f"{cell.model.label()} {cell.criterion} {cell.sparsity:g} seed {cell.seed}"
             text += f": {100 * accuracy:.1f} %" if accuracy is not None else ": failed"
-            bars.update(task, completed=number, description=text)
+            live.advance(number, f"{what}: {text}")
             if not known and accuracy is not None:
                 tracker.log({f"{cell.criterion}/{cell.sparsity:g}/accuracy": accuracy}, cell.seed)
                 tracker.flush()
 
-        results = run_grid(cells, directory, data, device=config.device, on_cell=on_cell)
-        bars.update(task, description=f"{what}: {len(cells)} cells")
+        results = run_grid(
+            cells,
+            directory,
+            data,
+            device=config.device,
+            executor=config.executor,
+            on_cell=on_cell,
+            on_event=live.show,
+        )
+        live.end(f"{what}: {len(cells)} cells")
         tracker.artifact(directory / "results.csv")
     rows = collect(directory).results
     for title, headers, lines in summary(rows):
@@ -476,6 +494,49 @@ def _table(title: str, headers: Sequence[str], rows: Sequence[Sequence[str]]) ->
     if not console.is_terminal:
         console.width = 160  # a file or a pipe has no width to fit into
     console.print(table)
+
+
+class _Live:
+    """A bar for all jobs, and under it a line for each worker: its job, and how far that is."""
+
+    def __init__(self, bars: Any, what: str, total: int, done: int = 0, counts: bool = True) -> None:
+        self._bars, self._counts = bars, counts
+        self._all = bars.add_task(what, total=total, completed=done)
+        self._what, self._done = what, done
+        self._workers: dict[int, Any] = {}
+
+    def show(self, event: Event) -> None:
+        from autosparse.experiment.status import doing
+
+        if event.kind == "started":
+            if event.worker in self._workers:
+                self._bars.remove_task(self._workers[event.worker])
+            text = f"worker {event.worker} {event.device}: {event.key}"
+            self._workers[event.worker] = self._bars.add_task(text, total=None)
+        elif event.kind == "progress":
+            line = self._workers[event.worker]
+            total = event.values["rounds"] + 1 if "rounds" in event.values else None
+            at = (
+                {}
+                if total is None
+                else {"total": total, "completed": event.values["round"] + ("density" in event.values)}
+            )
+            text = f"worker {event.worker} {event.device}: {event.key}: {doing(event.values)}"
+            self._bars.update(line, description=text, **at)
+        else:
+            if event.kind == "died":
+                self._bars.console.print(f"{event.kind}: {event.key}: {event.values['error']}", markup=False)
+            if self._counts and event.kind != "died":
+                self._done += 1
+                self.advance(self._done, f"{self._what}: {event.key} {event.kind}")
+
+    def advance(self, done: int, text: str) -> None:
+        self._bars.update(self._all, completed=done, description=text)
+
+    def end(self, text: str) -> None:
+        for line in self._workers.values():
+            self._bars.remove_task(line)
+        self._bars.update(self._all, description=text)
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 from autosparse.errors import AutoSparseError, require, settings, suggest
 from autosparse.experiment.candidates import VARIANTS, Candidate
 from autosparse.experiment.checks import expand
+from autosparse.experiment.executor import ExecutorSettings
 from autosparse.files import replace_file
 from autosparse.masks.schedule import check_sparsity
 from autosparse.network.signals import SignalSettings
@@ -30,6 +31,7 @@ T = TypeVar("T")
 _SHORT = {
     **dict.fromkeys(("model", "models", "sources", "target", "data"), "name"),
     **dict.fromkeys(("criterion", "criteria"), "criterion"),
+    "executor": "kind",
 }
 
 
@@ -45,6 +47,7 @@ class GenerateConfig:
     signals: SignalSettings = SignalSettings()
     seeds: tuple[int, ...] = (0,)
     device: str = "auto"
+    executor: ExecutorSettings = ExecutorSettings()
     tracking: bool = True
 
 
@@ -110,6 +113,7 @@ class BenchmarkConfig:
     sparsities: tuple[float, ...] = (0.9, 0.95, 0.98)
     seeds: tuple[int, ...] = (0, 1, 2)
     device: str = "auto"
+    executor: ExecutorSettings = ExecutorSettings()
     tracking: bool = True
 
     def __post_init__(self) -> None:
@@ -133,6 +137,7 @@ class CheckConfig:
     seeds: tuple[int, ...] = (0, 1, 2)
     checks: tuple[str, ...] = VARIANTS
     device: str = "auto"
+    executor: ExecutorSettings = ExecutorSettings()
     tracking: bool = True
 
     def __post_init__(self) -> None:
@@ -177,7 +182,7 @@ class QuickstartConfig:
 
 
 # Keys that may differ between two runs in one directory: they change what more is done, not what has been done.
-_FREE = {"output", "device", "tracking"}
+_FREE = {"output", "device", "executor", "tracking"}
 _GRID = {"models", "criteria", "sparsities", "seeds"}
 _AXES = {GenerateConfig: {"models", "seeds"}, BenchmarkConfig: _GRID, CheckConfig: _GRID | {"checks"}}
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from autosparse.errors import AutoSparseError, AutoSparseFailure, require
 from autosparse.experiment.benchmark import check_prunable
+from autosparse.experiment.executor import INLINE, Event, ExecutorSettings, Job, run_jobs
+from autosparse.experiment.status import journal
 from autosparse.network.signals import SignalSettings
 from autosparse.pruning.irp import IRPSettings, Round
 from autosparse.scorers.records import is_complete
-from autosparse.training.data import DataSettings, load_data
-from autosparse.training.loop import Recipe
+from autosparse.training.data import DataSettings, ImageData, load_data, shared_data
+from autosparse.training.loop import Recipe, fabric_for
 from autosparse.training.models import ModelSettings, create_model
 from data_gen.runs import Run, generate_record
 
@@ -56,19 +59,24 @@ def generate(
     directory: Path,
     *,
     device: str = "auto",
-    on_round: Callable[[Run, int, int, Round | None], None] | None = None,
-    on_epoch: Callable[[dict[str, float]], None] | None = None,
+    executor: ExecutorSettings = INLINE,
+    on_event: Callable[[Event], None] | None = None,
 ) -> Campaign:
-    """Do the runs one after another into `directory/records/NAME.h5`; one that fails does not stop the rest.
+    """Do the runs into `directory/records/NAME.h5`; one that fails does not stop the rest.
+
+    Args:
+        executor: where they run, and how many at once; the records are the same.
+        on_event: called with what happens to each run that is not complete yet, under the run's label; progress has
+            `round` and `rounds`, and `density`, `accuracy` and `loss` at the end of a round, or the row of an epoch.
 
     Raises:
-        AutoSparseError: an input is wrong in a way that concerns every run (the data cannot be read).
+        AutoSparseError: an input is wrong in a way that concerns every run (the data cannot be read), or another process
+            works on the directory.
         AutoSparseFailure: every run failed for the same reason.
     """
     campaign = Campaign()
-    failure: AutoSparseError | AutoSparseFailure | None = None
-    paths = [record_path(directory, run) for run in todo]
-    pending = [run for run, path in zip(todo, paths, strict=True) if not is_complete(path)]
+    paths = {run.label(): record_path(directory, run) for run in todo}
+    pending = [run for run in todo if not is_complete(paths[run.label()])]
     images = load_data(todo[0].data) if pending else None
     for model in {
         run.model.label(): run.model for run in pending
@@ -78,18 +86,52 @@ def generate(
             create_model(model, in_channels=images.channels, classes=images.classes, image_size=images.image_size),
             images,
         )
-    for run, path in zip(todo, paths, strict=True):
+    given = images if executor.kind == "inline" else None
+    jobs = {
+        run.label(): Job(run.label(), do_run, {"run": run, "path": paths[run.label()], "data": given}) for run in todo
+    }
+    open_labels = {run.label() for run in pending}
+    with journal(directory, paths) as book:
 
-        def report(index: int, rounds: int, outcome: Round | None, run: Run = run) -> None:
-            if on_round is not None:
-                on_round(run, index, rounds, outcome)
+        def tell(event: Event) -> None:
+            book.note(event)
+            if on_event is not None and event.key in open_labels:
+                on_event(event)
 
-        try:
-            generate_record(run, path, device=device, data=images, on_round=report, on_epoch=on_epoch)
-            campaign.records.append(path)
-        except (AutoSparseError, AutoSparseFailure) as error:
-            failure = error
-            campaign.failures[run.label()] = str(error)
-    if failure is not None and not campaign.records and len(set(campaign.failures.values())) == 1:
-        raise failure
+        complete = [job for label, job in jobs.items() if label not in open_labels]
+        outcomes = run_jobs(complete, INLINE, tell, device=device)
+        outcomes |= run_jobs([jobs[run.label()] for run in pending], executor, tell, device=device)
+    failed = {label: outcomes[label] for label in paths if outcomes[label].error is not None}
+    campaign.records += [path for label, path in paths.items() if label not in failed]
+    campaign.failures |= {label: str(outcome.error) for label, outcome in failed.items()}
+    if failed and not campaign.records and len(set(campaign.failures.values())) == 1:
+        first = next(iter(failed.values()))
+        raise (AutoSparseError if first.mistake else AutoSparseFailure)(str(first.error))
     return campaign
+
+
+def do_run(
+    run: Run,
+    path: Path,
+    data: ImageData | None,
+    *,
+    device: str,
+    progress: Callable[[Mapping[str, Any]], None],
+) -> None:
+    """One run as a job; `data` when the caller has it at hand."""
+
+    at = {"round": 0, "rounds": run.irp.rounds}
+
+    def on_round(index: int, rounds: int, outcome: Round | None) -> None:
+        values: dict[str, Any] = {"round": index, "rounds": rounds}
+        at["round"] = index + 1
+        if outcome is not None:
+            trained = outcome.trained
+            values |= {"density": outcome.density, "accuracy": trained.accuracy, "loss": trained.loss}
+        progress(values)
+
+    if data is None and not is_complete(path):
+        data = shared_data(run.data, str(fabric_for(device).device))
+    generate_record(
+        run, path, device=device, data=data, on_round=on_round, on_epoch=lambda row: progress({**at, **row})
+    )

@@ -395,6 +395,19 @@ def test_a_directory_with_nothing_to_report(run: Run) -> None:
     assert not Path("nowhere").exists()
 
 
+def test_status_of_campaigns_and_grids(run: Run) -> None:
+    assert run("generate", generate_config(output="both/irp"), "executor=local").code == 0
+    greedy = {"criterion": "snip", "label": "greedy", "floor": 0.5}
+    assert run("benchmark", benchmark_config(output="both/grid", criteria=["random", greedy])).code == 1
+    answer = run("status", "both")
+    assert answer.code == 0
+    grid, failed, campaign = answer.out.splitlines()
+    assert grid == "both/grid: 3 jobs: 2 done, 0 running, 1 failed, 0 waiting; nobody works on it"
+    assert failed.startswith("  failed: mlp-w8_greedy_0.8_s0_") and "floor 0.5 asks for" in failed
+    assert campaign == "both/irp: 2 jobs: 2 done, 0 running, 0 failed, 0 waiting; nobody works on it"
+    refused(run("status", "nowhere"), "no campaign or grid under 'nowhere'")
+
+
 # -- work that fails: exit code 1; stopped: 130 -------------------------------------------------------------------------
 
 

@@ -24,6 +24,7 @@ from autosparse.config import (
 )
 from autosparse.errors import AutoSparseError
 from autosparse.experiment.candidates import Candidate
+from autosparse.experiment.executor import ExecutorSettings
 from autosparse.pruning.irp import IRPSettings
 from autosparse.training.data import DataSettings
 from autosparse.training.loop import Recipe
@@ -330,3 +331,16 @@ def test_plain_values_are_yaml(tmp_path: Path) -> None:
     for schema in SCHEMAS.values():
         assert yaml.safe_load(yaml.safe_dump(plain(schema()))) == plain(schema())
     assert configs.load_config(FitConfig, None).fit.features is None
+
+
+def test_an_executor_is_how_and_not_what(tmp_path: Path) -> None:
+    for schema in (GenerateConfig, BenchmarkConfig, CheckConfig):
+        output = tmp_path / schema.__name__
+        assert load_config(schema, None).executor == ExecutorSettings()
+        chosen = load_config(schema, None, [f"output={output}", "executor=local", "executor.workers=2"])
+        assert chosen.executor == ExecutorSettings("local", workers=2)
+        claim_directory(chosen)
+        (output / "results.csv").write_text("")
+        claim_directory(load_config(schema, None, [f"output={output}", "executor=ray"]))
+    with pytest.raises(AutoSparseError, match=r"executor.kind is 'locl': did you mean 'local'"):
+        load_config(GenerateConfig, None, ["executor=locl"])

@@ -12,21 +12,24 @@ import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from autosparse.errors import AutoSparseError, AutoSparseFailure, require
+from autosparse.errors import AutoSparseFailure, require
 from autosparse.experiment.candidates import Candidate, Found, find_masks, identity, resolve
+from autosparse.experiment.executor import INLINE, Event, ExecutorSettings, Job, run_jobs
+from autosparse.experiment.status import FOLDER, journal
 from autosparse.files import read_json, replace_file, write_json
 from autosparse.masks.layers import prunable_layers
 from autosparse.masks.mask import Masks
 from autosparse.masks.schedule import check_sparsity
 from autosparse.network.graph import trace
-from autosparse.training.data import DataSettings, ImageData
-from autosparse.training.loop import Recipe, Trained, check_fits, put_back, steps_per_epoch, train
+from autosparse.training.data import DataSettings, ImageData, shared_data
+from autosparse.training.loop import Recipe, Trained, check_fits, fabric_for, put_back, steps_per_epoch, train
 from autosparse.training.models import ModelSettings, create_model
 
 COLUMNS = (
@@ -196,18 +199,38 @@ def _search(
             on_epoch=on_epoch,
         )
 
-    if store is None or not cell.candidate.repeats or cell.candidate.continues:
+    path = None if store is None else _stored(cell, store)
+    if path is None:
         return find(cell.candidate)
-    path = store / f"{dataclasses.replace(cell, candidate=cell.candidate.plain()).key()}.safetensors"
-    if path.exists():
-        masks = Masks.load(path).to(data.device)
-        found = Found(masks, masks.report.origin["seconds"], masks.report.origin["epochs"])
-    else:
-        found = find(cell.candidate.plain())
-        origin = {**found.masks.report.origin, "seconds": found.seconds, "epochs": found.epochs}
-        found.masks.report = dataclasses.replace(found.masks.report, origin=origin)
-        found.masks.save(path)
+    with _one_search(path):
+        if path.exists():
+            masks = Masks.load(path).to(data.device)
+            found = Found(masks, masks.report.origin["seconds"], masks.report.origin["epochs"])
+        else:
+            found = find(cell.candidate.plain())
+            origin = {**found.masks.report.origin, "seconds": found.seconds, "epochs": found.epochs}
+            found.masks.report = dataclasses.replace(found.masks.report, origin=origin)
+            found.masks.save(path)
     return find(cell.candidate, found)
+
+
+def _stored(cell: Cell, store: Path) -> Path | None:
+    """Where the masks of the cell's search are kept, if finding them takes many passes."""
+    chosen = cell.candidate
+    if chosen is None or not chosen.repeats or chosen.continues:
+        return None
+    return store / f"{dataclasses.replace(cell, candidate=chosen.plain()).key()}.safetensors"
+
+
+@contextmanager
+def _one_search(path: Path) -> Iterator[None]:
+    """Wait until no other process searches for these masks; a kill frees the lock."""
+    import filelock
+
+    lock = path.parent.parent / FOLDER / f"{path.stem}.lock"
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(lock):
+        yield
 
 
 def _result(cell: Cell, found: Found | None, trained: Trained, epochs: float) -> dict[str, Any]:
@@ -257,16 +280,22 @@ def run_grid(
     data: ImageData,
     *,
     device: str = "auto",
+    executor: ExecutorSettings = INLINE,
     on_cell: Callable[[int, Cell, Mapping[str, Any], bool], None] | None = None,
-    on_epoch: Callable[[dict[str, float]], None] | None = None,
+    on_event: Callable[[Event], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Run every cell that has no result in `directory/cells` yet, and write `directory/results.csv` after each.
 
-    Masks that took many passes to find lie in `directory/masks`. A cell that fails (its training diverges, its criterion cannot score the model) is recorded with its reason, and the
-    others go on; the next start tries it again.
+    Masks that took many passes to find lie in `directory/masks`. A cell that fails (its training diverges, its criterion
+    cannot score the model) is recorded with its reason, and the others go on; the next start tries it again.
 
     Args:
+        executor: where cells run, and how many at once; the results are the same but for seconds.
         on_cell: called with the number of cells done, the cell, its result, and whether it was found done.
+        on_event: called with what happens to each cell under its key; progress is the row of an epoch.
+
+    Raises:
+        AutoSparseError: a model or a scorer cannot work, or another process works on the directory.
     """
     paths = [result_path(directory, cell) for cell in cells]
     results = {path: read_json(path, "result") for path in paths if path.exists()}
@@ -278,26 +307,76 @@ def run_grid(
         c.base for candidate in candidates for c in (candidate, candidate.layer_densities) if c is not None
     }:
         resolve(criterion)
-    for number, (path, cell) in enumerate(zip(paths, cells, strict=True), 1):
-        if path in fresh:
-            state = path.with_suffix(".state")
-            try:
-                results[path] = run_cell(
-                    cell, data, device=device, state=state, store=directory / "masks", on_epoch=on_epoch
-                )
-                write_json(path, results[path])
-                shutil.rmtree(state, ignore_errors=True)
-            except (AutoSparseError, AutoSparseFailure) as error:
-                results[path] = _failed(cell, error)
-            write_results(directory / "results.csv", [results[p] for p in paths if p in results])
+    at = {path.stem: path for path in paths}
+    told = 0
+
+    def write() -> None:
+        write_results(directory / "results.csv", [results[path] for path in paths if path in results])
+
+    def tell(path: Path, cell: Cell, known: bool) -> None:
+        nonlocal told
+        told += 1
         if on_cell is not None:
-            on_cell(number, cell, results[path], path not in fresh)
-    if not fresh:
-        write_results(directory / "results.csv", [results[path] for path in paths])
+            on_cell(told, cell, results[path], known)
+
+    def heard(event: Event) -> None:
+        book.note(event)
+        if on_event is not None:
+            on_event(event)
+        path = at[event.key]
+        if event.kind == "done":
+            results[path] = event.values["value"]
+        elif event.kind == "failed":
+            results[path] = _failed(fresh[path], event.values["error"])
+        else:
+            return
+        with suppress(AutoSparseFailure):  # a full disk; it is written once more at the end
+            write()
+        tell(path, fresh[path], False)
+
+    with journal(directory, at) as book:
+        for path, cell in zip(paths, cells, strict=True):
+            if path not in fresh:
+                tell(path, cell, True)
+        run_jobs(_jobs(fresh, directory, data if executor.kind == "inline" else None), executor, heard, device=device)
+        write()
     return [results[path] for path in paths]
 
 
-def _failed(cell: Cell, error: Exception) -> dict[str, Any]:
+def _jobs(cells: Mapping[Path, Cell], directory: Path, data: ImageData | None) -> list[Job]:
+    """One job for each cell; those that take the masks of a search wait for the first, which does it."""
+    first: dict[str, str] = {}
+    jobs = []
+    for path, cell in cells.items():
+        masks = _stored(cell, directory / "masks")
+        searches = path.stem if masks is None or masks.exists() else first.setdefault(masks.stem, path.stem)
+        arguments = {"cell": cell, "path": path, "store": directory / "masks", "data": data}
+        jobs.append(Job(path.stem, do_cell, arguments, after=None if searches == path.stem else searches))
+    return jobs
+
+
+def do_cell(
+    cell: Cell,
+    path: Path,
+    store: Path,
+    data: ImageData | None,
+    *,
+    device: str,
+    progress: Callable[[Mapping[str, Any]], None],
+) -> dict[str, Any]:
+    """One cell as a job: its result, which lies at `path` then; `data` when the caller has it at hand."""
+    if path.exists():  # an earlier try was killed after its last line
+        return read_json(path, "result")
+    if data is None:
+        data = shared_data(cell.data, str(fabric_for(device).device))
+    state = path.with_suffix(".state")
+    result = run_cell(cell, data, device=device, state=state, store=store, on_epoch=progress)
+    write_json(path, result)
+    shutil.rmtree(state, ignore_errors=True)
+    return result
+
+
+def _failed(cell: Cell, reason: str) -> dict[str, Any]:
     return {
         "model": cell.model.label(),
         "data": cell.data.label(),
@@ -305,7 +384,7 @@ def _failed(cell: Cell, error: Exception) -> dict[str, Any]:
         "sparsity": cell.sparsity,
         "seed": cell.seed,
         "recipe": recipe_hash(cell.recipe, cell.data),
-        "error": str(error),
+        "error": reason,
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -205,6 +206,12 @@ def load_data(data: DataSettings | str, device: torch.device | str = "cpu") -> I
     classes = int(max(raw.train_labels.max(), raw.test_labels.max())) + 1
     mean, std = _moments(train.images)
     return ImageData(train, validation, test, classes, mean, std, chosen.augment or augment).to(device)
+
+
+@functools.lru_cache(maxsize=1)
+def shared_data(data: DataSettings, device: str) -> ImageData:
+    """`load_data`, once for all jobs that a process does one after another."""
+    return load_data(data, device)
 
 
 def _moments(images: Tensor) -> tuple[Tensor, Tensor]:

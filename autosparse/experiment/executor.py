@@ -1,0 +1,445 @@
+"""Many independent jobs: one after another here, in spawned processes, or on a Ray cluster."""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+from autosparse.errors import AutoSparseError, AutoSparseFailure, first_line, require, settings, suggest
+
+KINDS = ("inline", "local", "ray")
+
+
+@settings
+class ExecutorSettings:
+    """Where jobs run, and how many at once; what comes out is the same, bit for bit on the same device and CPU threads.
+
+    `kind`: `"inline"` (one after another in this process), `"local"` (spawned processes) or `"ray"` (package `ray`).
+    `workers` jobs at once for each device; on a Ray cluster without GPUs, in the whole cluster. `devices` of `"local"`,
+    such as `["cuda:0", "cuda:1"]`: `None` takes all GPUs where the command's device is `auto` or `cuda` and there are
+    some, else that device. The CPU cores are shared out evenly among the workers (sums of floats by another number of
+    threads differ in the last bits; `OMP_NUM_THREADS` sets an upper bound). `retries`: how many times a job is
+    tried again after its worker died. `address` of an existing Ray cluster; `None` starts a local one.
+    """
+
+    kind: str = "inline"
+    workers: int = 1
+    devices: tuple[str, ...] | None = None
+    retries: int = 1
+    address: str | None = None
+
+    def __post_init__(self) -> None:
+        require(self.kind in KINDS, "executor.kind", self.kind, suggest(self.kind, KINDS))
+        require(self.workers >= 1, "executor.workers", self.workers, "give at least 1")
+        require(self.retries >= 0, "executor.retries", self.retries, "it must not be negative")
+        inline = self.kind == "inline"
+        require(not inline or self.workers == 1, "executor.workers", self.workers, "set executor.kind: local or ray")
+        given = self.devices is not None
+        require(not given or self.kind == "local", "executor.devices", self.devices, "only kind local takes devices")
+        require(self.devices != (), "executor.devices", self.devices, "give at least one, or leave it out")
+        given = self.address is not None
+        require(not given or self.kind == "ray", "executor.address", self.address, "only kind ray takes an address")
+
+
+INLINE = ExecutorSettings()
+
+
+@dataclass(frozen=True)
+class Job:
+    """`function(**arguments, device=…, progress=…)`, which writes one result file in one step and returns plain values.
+
+    `function` is importable by its name and finds by itself what an earlier try left; `progress` takes plain values.
+    `after`: the key of a job to wait for, whatever comes of it.
+    """
+
+    key: str
+    function: Callable[..., Any]
+    arguments: Mapping[str, Any]
+    after: str | None = None
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happened to a job: `kind` is started, progress, died (and tried again), done or failed.
+
+    `values`: of progress, what the job gave; of done, its `value`; of died and failed, the `error` in one line.
+    """
+
+    kind: str
+    key: str
+    worker: int
+    device: str
+    values: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a job returned, or why it failed; `mistake`: through wrong input."""
+
+    value: Any = None
+    error: str | None = None
+    mistake: bool = False
+
+
+def run_jobs(
+    jobs: Sequence[Job],
+    executor: ExecutorSettings,
+    on_event: Callable[[Event], None] | None = None,
+    *,
+    device: str = "auto",
+) -> dict[str, Outcome]:
+    """Run the jobs and give what came of each, by key; one that fails does not stop the rest.
+
+    A job whose worker died (killed, out of memory) is tried again up to `executor.retries` times; one that raised is
+    not. An interrupt or SIGTERM ends all workers at once, as does the end of this process by whatever means.
+
+    Raises:
+        AutoSparseError: the executor cannot start: a device that is not there, no `ray`, no cluster at the address.
+        KeyboardInterrupt: stopped.
+    """
+    book = _Book(jobs, executor.retries, on_event or (lambda event: None))
+    if jobs:
+        with _terminable():
+            {"inline": _inline, "local": _local, "ray": _ray}[executor.kind](book, executor, device)
+    return book.outcomes
+
+
+class _Book:
+    """Which jobs wait and what came of the others; every entry is an event."""
+
+    def __init__(self, jobs: Sequence[Job], retries: int, on_event: Callable[[Event], None]) -> None:
+        self.waiting = list(jobs)
+        self.outcomes: dict[str, Outcome] = {}
+        self._keys = {job.key for job in jobs}
+        self._retries = retries
+        self._deaths: dict[str, int] = {}
+        self._tell = on_event
+
+    def take(self, worker: int, device: str) -> Job | None:
+        """The next job that may start, if any."""
+        for index, job in enumerate(self.waiting):
+            if job.after is None or job.after not in self._keys or job.after in self.outcomes:
+                self._tell(Event("started", job.key, worker, device))
+                return self.waiting.pop(index)
+        return None
+
+    def heard(self, job: Job, worker: int, device: str, kind: str, values: Mapping[str, Any]) -> None:
+        if kind == "done":
+            self.outcomes[job.key] = Outcome(values["value"])
+        elif kind == "failed":
+            self.outcomes[job.key] = Outcome(error=values["error"], mistake=values.get("mistake", False))
+        self._tell(Event(kind, job.key, worker, device, values))
+
+    def died(self, job: Job, worker: int, device: str, why: str) -> None:
+        deaths = self._deaths[job.key] = self._deaths.get(job.key, 0) + 1
+        if deaths > self._retries:
+            times = "once" if deaths == 1 else f"{deaths} times"
+            self.heard(job, worker, device, "failed", {"error": f"its worker died {times}, at last {why}"})
+        else:
+            self.waiting.insert(0, job)
+            self._tell(Event("died", job.key, worker, device, {"error": f"its worker died, {why}; tried again"}))
+
+
+def _perform(job: Job, device: str, progress: Callable[[Mapping[str, Any]], None]) -> tuple[str, dict[str, Any]]:
+    try:
+        return "done", {"value": job.function(**job.arguments, device=device, progress=progress)}
+    except (AutoSparseError, AutoSparseFailure) as error:
+        return "failed", {"error": str(error), "mistake": isinstance(error, AutoSparseError)}
+    except Exception as error:
+        return "failed", _bug(error)
+
+
+def _bug(error: BaseException) -> dict[str, Any]:
+    text = "".join(traceback.format_exception(error))
+    return {"error": f"{type(error).__name__}: {first_line(error)}", "traceback": text}
+
+
+def _set_threads(threads: int) -> None:
+    """Threads of torch and of the libraries under it, most of them not loaded yet; a smaller `OMP_NUM_THREADS` stays."""
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    threads = min(threads, int(given)) if given.isdigit() else threads
+    os.environ["OMP_NUM_THREADS"] = str(max(1, threads))
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(max(1, threads))
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM is a KeyboardInterrupt inside."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+# -- inline -------------------------------------------------------------------------------------------------------------
+
+
+def _inline(book: _Book, executor: ExecutorSettings, device: str) -> None:
+    while (job := book.take(0, device)) is not None:
+
+        def progress(values: Mapping[str, Any], job: Job = job) -> None:
+            book.heard(job, 0, device, "progress", values)
+
+        book.heard(job, 0, device, *_perform(job, device, progress))
+
+
+# -- spawned processes --------------------------------------------------------------------------------------------------
+
+
+def _local(book: _Book, executor: ExecutorSettings, device: str) -> None:
+    from multiprocessing.connection import wait
+
+    devices = _devices(executor, device)
+    places = [place for _ in range(executor.workers) for place in devices]
+    threads = max(1, _cores() // len(places))
+    team: dict[int, _Worker] = {}
+    busy: dict[int, Job] = {}
+    try:
+        while book.waiting or busy:
+            for number, place in enumerate(places):
+                if number in busy or (job := book.take(number, place)) is None:
+                    continue
+                if number in team and not team[number].process.is_alive():  # killed while it had nothing to do
+                    team.pop(number).end()
+                if number not in team:
+                    team[number] = _Worker(place, threads)
+                busy[number] = job
+                team[number].give(job)
+            wait([waitable for number in busy for waitable in team[number].waitables()])
+            for number, job in list(busy.items()):
+                place = places[number]
+                for kind, values in team[number].messages():
+                    if kind == "died":
+                        book.died(job, number, place, values["error"])
+                    else:
+                        book.heard(job, number, place, kind, values)
+                    if kind != "progress":
+                        del busy[number]
+                    if kind == "died" or "traceback" in values:  # a bug may leave its process (CUDA) in any state
+                        team.pop(number).end()
+    finally:
+        for worker in team.values():
+            worker.process.terminate()
+        for worker in team.values():
+            worker.end()
+
+
+def _devices(executor: ExecutorSettings, device: str) -> tuple[str, ...]:
+    """Those given, or all GPUs, or `device`; one that is not there would fail all jobs of the others."""
+    chosen = executor.devices or (device,)
+    if not any(name.startswith(("auto", "cuda")) for name in chosen):
+        return chosen
+    import torch
+
+    gpus = tuple(f"cuda:{index}" for index in range(torch.cuda.device_count()))
+    if executor.devices is None and device in ("auto", "cuda") and gpus:
+        return gpus
+    for name in chosen:
+        there = not name.startswith("cuda") or name in gpus or (name == "cuda" and bool(gpus))
+        require(there, "device", name, f"this machine has {', '.join(gpus) or 'no GPU; use cpu'}")
+    return chosen
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class _Worker:
+    """A spawned process that does one job at a time."""
+
+    def __init__(self, device: str, threads: int) -> None:
+        import multiprocessing
+
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs, device, threads), daemon=True)
+        with _uninterrupted():
+            self.process.start()
+        theirs.close()
+
+    def waitables(self) -> list[Any]:
+        return [self.connection, self.process.sentinel]
+
+    def give(self, job: Job) -> None:
+        with suppress(BrokenPipeError, ConnectionResetError):  # that it died is told by `messages`
+            self.connection.send(job)
+
+    def messages(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """What it has said; lastly that it died, if it did before the end of its job."""
+        kind = ""
+        alive = self.process.is_alive()  # asked before: what it said is in the pipe
+        try:
+            while kind not in ("done", "failed") and self.connection.poll():
+                kind, values = self.connection.recv()
+                yield kind, values
+        except (EOFError, OSError):
+            alive = False
+        if not alive and kind not in ("done", "failed"):
+            self.process.join()
+            yield "died", {"error": _how(self.process.exitcode)}
+
+    def end(self) -> None:
+        self.process.terminate()
+        self.process.join(3)
+        self.process.kill()
+        self.process.join()
+        self.connection.close()
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Processes started inside leave Ctrl-C to this one."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _how(code: int | None) -> str:
+    if code is not None and code < 0:
+        name = signal.Signals(-code).name
+        return f"killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
+    return f"with exit code {code}"
+
+
+def _serve(connection: Any, device: str, threads: int) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # unlike a kill it clears temporary files away
+    _set_threads(threads)
+    while True:
+        try:
+            job = connection.recv()
+        except EOFError:
+            return
+        except Exception as error:  # the function cannot be imported here
+            connection.send(("failed", _bug(error)))
+            continue
+        kind, values = _perform(job, device, lambda values: connection.send(("progress", values)))
+        connection.send((kind, values))
+
+
+def _end_with_parent() -> None:
+    import multiprocessing
+
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+# -- Ray ----------------------------------------------------------------------------------------------------------------
+
+
+def _ray(book: _Book, executor: ExecutorSettings, device: str) -> None:
+    ray = _import_ray()
+    started = not ray.is_initialized()
+    if started:
+        try:
+            dashboard = False if executor.address is None else None
+            ray.init(
+                address=executor.address or "local",
+                log_to_driver=False,
+                logging_level="WARNING",
+                include_dashboard=dashboard,
+            )
+        except Exception as error:  # whatever it raises when nobody answers
+            raise AutoSparseError(
+                f"executor.address is {executor.address!r}: {first_line(error)}; start a cluster there, or leave it out"
+            ) from error
+    running: dict[Any, tuple[Job, int]] = {}
+    try:
+        place, slots, options, threads = _shares(ray, executor, device)
+        task = ray.remote(_ray_job).options(num_returns="streaming", max_retries=0, **options)
+        free = list(range(slots))[::-1]
+        while book.waiting or running:
+            while free and (job := book.take(free[-1], place)) is not None:
+                running[task.remote(job, place, threads, os.getcwd())] = job, free.pop()
+            ready, _ = ray.wait(list(running), num_returns=1, timeout=1.0)
+            for stream in ready:
+                job, number = running[stream]
+                try:
+                    kind, values = ray.get(next(stream))
+                except (ray.exceptions.RayError, StopIteration) as error:
+                    kind, values = "died", {"error": f"{type(error).__name__}: {first_line(error)}"}
+                if kind != "progress":
+                    del running[stream]
+                    free.append(number)
+                if kind == "died":
+                    book.died(job, number, place, values["error"])
+                else:
+                    book.heard(job, number, place, kind, values)
+    finally:
+        for stream in running:
+            with suppress(Exception):
+                ray.cancel(stream, force=True)
+        if started:
+            ray.shutdown()
+
+
+def _import_ray() -> Any:
+    try:
+        import ray
+    except ImportError as error:
+        raise AutoSparseError(
+            "executor.kind is 'ray': the package ray is not installed; pip install 'autosparse[ray]', or use local"
+        ) from error
+    return ray
+
+
+def _shares(ray: Any, executor: ExecutorSettings, device: str) -> tuple[str, int, dict[str, float], int]:
+    """Device, jobs at once, resources and threads of each job."""
+    total = ray.cluster_resources()
+    nodes = [int(node["Resources"].get("CPU", 1)) for node in ray.nodes() if node["Alive"]]
+    kind = device.partition(":")[0]
+    if kind == "cuda" or (kind == "auto" and total.get("GPU", 0) >= 1):
+        require(total.get("GPU", 0) >= 1, "device", device, "the Ray cluster has no GPU; use cpu")
+        slots = int(total["GPU"]) * executor.workers
+        threads = max(1, min(int(total.get("CPU", 1)) // slots, *nodes))
+        return "cuda", slots, {"num_gpus": 1 / executor.workers, "num_cpus": threads}, threads
+    cpus = int(total.get("CPU", 1))
+    threads = max(1, min(cpus // executor.workers, *nodes))
+    return device, min(executor.workers, cpus), {"num_cpus": threads}, threads
+
+
+def _ray_job(job: Job, device: str, threads: int, folder: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What a job says, as it says it; paths mean what they mean to the driver, on a file system that both see."""
+    said: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
+
+    def work() -> None:
+        try:
+            os.chdir(folder)
+        except OSError as error:
+            said.put(("failed", {"error": f"folder {folder} is not on this node ({error}): use a shared one"}))
+            return
+        _set_threads(threads)
+        try:
+            said.put(_perform(job, device, lambda values: said.put(("progress", values))))
+        except BaseException as error:  # a SystemExit would end this thread without a word
+            said.put(("failed", _bug(error)))
+
+    threading.Thread(target=work, daemon=True).start()
+    kind = ""
+    while kind not in ("done", "failed"):
+        kind, values = said.get()
+        yield kind, values

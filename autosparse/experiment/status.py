@@ -1,0 +1,183 @@
+"""What of a campaign or grid is done, running, failed or waiting, kept in small files beside the results."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from autosparse.errors import AutoSparseError, AutoSparseFailure
+from autosparse.experiment.executor import Event
+from autosparse.files import read_json, write_json
+
+FOLDER = ".jobs"
+STATES = ("done", "running", "failed", "waiting")
+
+
+class Journal:
+    """Writes down who runs what and what failed; what is done the results themselves say."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / "live.json"
+        self._running: dict[str, dict[str, Any]] = {}
+        self._failed: dict[str, dict[str, Any]] = {}
+        self._written = 0.0
+        self.write()
+
+    def note(self, event: Event) -> None:
+        if event.kind == "started":
+            row = {"worker": event.worker, "device": event.device, "since": time.time(), "doing": ""}
+            self._running[event.key] = row
+            self._failed.pop(event.key, None)
+        elif event.kind == "progress":
+            self._running[event.key]["doing"] = doing(event.values)
+            if time.time() - self._written < 1:
+                return
+        else:
+            self._running.pop(event.key, None)
+        if event.kind == "failed":
+            self._failed[event.key] = {k: v for k, v in event.values.items() if k in ("error", "traceback")}
+        self.write()
+
+    def write(self) -> None:
+        """A disk that is full must not stop the work."""
+        self._written = time.time()
+        values = {"host": socket.gethostname(), "pid": os.getpid(), "running": self._running, "failed": self._failed}
+        with suppress(AutoSparseFailure):
+            write_json(self._path, values)
+
+
+@contextmanager
+def journal(directory: Path, jobs: Mapping[str, Path]) -> Iterator[Journal]:
+    """Be the one process that works on `directory`: `jobs` are the keys of all its jobs and the result file of each.
+
+    Raises:
+        AutoSparseError: another process works on it.
+    """
+    import filelock
+
+    folder = directory / FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(folder / "driver.lock", timeout=2)  # `status` holds it for an instant
+    try:
+        lock.acquire()
+    except filelock.Timeout as error:
+        raise AutoSparseError(
+            f"{directory} is being written by another process: wait for it, or choose another output directory"
+        ) from error
+    try:
+        _clear(directory, {path.parent for path in jobs.values()})
+        write_json(folder / "plan.json", {key: os.path.relpath(path, directory) for key, path in jobs.items()})
+        yield Journal(folder)
+    finally:
+        lock.release()
+
+
+def _clear(directory: Path, folders: set[Path]) -> None:
+    """Remove what killed writers left half written."""
+    for folder in {directory / FOLDER, *folders}:
+        for path in folder.glob(".*.tmp"):
+            path.unlink(missing_ok=True)
+
+
+def doing(values: Mapping[str, Any]) -> str:
+    """Progress in words: the latest round and epoch, with the accuracy."""
+    words = []
+    if "round" in values:
+        words.append(f"round {values['round']}/{values['rounds']}")
+    if "epoch" in values:
+        words.append(f"epoch {values['epoch']:.0f}")
+    if "density" in values:
+        words.append(f"density {values['density']:.3f}")
+    if "accuracy" in values:
+        words.append(f"accuracy {100 * values['accuracy']:.1f} %")
+    return ", ".join(words)
+
+
+@dataclass(frozen=True)
+class JobStatus:
+    """`state` is one of `STATES`; `detail`: what it is doing, or why it failed."""
+
+    key: str
+    state: str
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Status:
+    """The jobs of one directory, and whether a process works on them now."""
+
+    directory: Path
+    alive: bool
+    jobs: Sequence[JobStatus]
+
+    def count(self, state: str) -> int:
+        return sum(job.state == state for job in self.jobs)
+
+
+def statuses(directory: Path) -> list[Status]:
+    """The status of every campaign and grid under `directory`, from its files alone.
+
+    Raises:
+        AutoSparseError: there is none.
+    """
+    plans = sorted(directory.rglob(f"{FOLDER}/plan.json")) if directory.is_dir() else []
+    if not plans:
+        raise AutoSparseError(
+            f"no campaign or grid under {str(directory)!r}: give the output of autosparse generate, benchmark or check"
+        )
+    return [_status(plan.parent.parent) for plan in plans]
+
+
+def _status(directory: Path) -> Status:
+    folder = directory / FOLDER
+    alive = _is_held(folder / "driver.lock")
+    plan = read_json(folder / "plan.json", "plan")
+    live = read_json(folder / "live.json", "journal") if (folder / "live.json").exists() else {}
+    running, failed = live.get("running", {}), live.get("failed", {})
+    jobs = []
+    for key, place in plan.items():
+        path = directory / place
+        if alive and key in running:
+            row = running[key]
+            where = f"worker {row['worker']} ({row['device']}), {_duration(time.time() - row['since'])}"
+            jobs.append(JobStatus(key, "running", f"{where}: {row['doing']}" if row["doing"] else where))
+        elif _is_done(path):
+            jobs.append(JobStatus(key, "done"))
+        elif key in failed:
+            jobs.append(JobStatus(key, "failed", failed[key]["error"]))
+        else:
+            begun = path.exists() or path.with_suffix(".state").exists()
+            jobs.append(JobStatus(key, "waiting", "begun, goes on from its last checkpoint" if begun else ""))
+    return Status(directory, alive, jobs)
+
+
+def _is_done(path: Path) -> bool:
+    if path.suffix == ".h5":
+        from autosparse.scorers.records import is_complete
+
+        return is_complete(path)
+    return path.exists()
+
+
+def _is_held(path: Path) -> bool:
+    """Whether a process holds the lock; a kill frees it."""
+    import filelock
+
+    lock = filelock.FileLock(path, timeout=0)
+    try:
+        with lock:
+            return False
+    except filelock.Timeout:
+        return True
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(max(0, round(seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}"

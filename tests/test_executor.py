@@ -1,0 +1,317 @@
+"""Jobs by every executor: what dies is tried again, what fails is told, nothing is done twice, results are the same."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from jobs import work
+from test_runs import same
+
+from autosparse.errors import AutoSparseError, AutoSparseFailure
+from autosparse.experiment.benchmark import grid, run_grid
+from autosparse.experiment.candidates import Candidate
+from autosparse.experiment.executor import INLINE, Event, ExecutorSettings, Job, _devices, run_jobs
+from autosparse.experiment.status import FOLDER, journal, statuses
+from autosparse.network.signals import SignalSettings
+from autosparse.pruning.irp import IRPSettings
+from autosparse.training.data import DataSettings, load_data
+from autosparse.training.loop import Recipe
+from autosparse.training.models import ModelSettings
+from data_gen.campaign import generate, runs
+
+torch.set_num_threads(1)
+
+HERE = Path(__file__).parent
+MODEL, DATA = ModelSettings("convnet", 4), DataSettings("digits", limit=300, limit_test=100)
+RECIPE = Recipe(epochs=1, batch_size=50, lr=0.05, schedule="cosine")
+LOCAL = ExecutorSettings("local", workers=2)
+needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="the package ray is not installed")
+BOTH = [pytest.param(LOCAL, id="local"), pytest.param(ExecutorSettings("ray", workers=2), id="ray", marks=needs_ray)]
+
+
+@pytest.fixture(autouse=True)
+def importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes that are not spawned by this one find this file too."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH", "")]))
+
+
+def jobs_of(place: Path, **how: str) -> list[Job]:
+    return [Job(name, work, {"place": place, "name": name, "how": kind}) for name, kind in how.items()]
+
+
+# -- settings -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "match"),
+    [
+        ({"kind": "locl"}, "did you mean 'local'"),
+        ({"workers": 2}, "executor.workers is 2: set executor.kind"),
+        ({"kind": "local", "workers": 0}, "executor.workers is 0"),
+        ({"kind": "local", "retries": -1}, "executor.retries is -1"),
+        ({"kind": "local", "devices": ()}, "give at least one"),
+        ({"kind": "ray", "devices": ("cuda:0",)}, "only kind local takes devices"),
+        ({"kind": "local", "address": "auto"}, "only kind ray takes an address"),
+    ],
+)
+def test_wrong_settings_are_told(given: dict[str, Any], match: str) -> None:
+    with pytest.raises(AutoSparseError, match=match):
+        ExecutorSettings(**given)
+
+
+def test_without_ray_it_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(AutoSparseError, match=r"package ray is not installed; pip install 'autosparse\[ray\]'"):
+        run_jobs(jobs_of(tmp_path, a="good"), ExecutorSettings("ray"))
+
+
+def test_devices_that_are_not_there_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for executor in (replace(LOCAL, devices=("cuda:0", "cuda:1")), LOCAL):
+        with pytest.raises(AutoSparseError, match="device is 'cuda:1': this machine has cuda:0"):
+            run_jobs(jobs_of(tmp_path, a="good"), executor, device="cuda:1")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert _devices(LOCAL, "auto") == _devices(LOCAL, "cuda") == ("cuda:0", "cuda:1")
+    assert _devices(LOCAL, "cuda:1") == ("cuda:1",) and _devices(LOCAL, "cpu") == ("cpu",)
+    assert _devices(replace(LOCAL, devices=("cuda:1", "cpu")), "auto") == ("cuda:1", "cpu")
+
+
+# -- what dies and what fails ---------------------------------------------------------------------------------------------
+
+
+def test_inline_lists_what_fails_and_goes_on(tmp_path: Path) -> None:
+    events: list[Event] = []
+    jobs = jobs_of(tmp_path, a="good", b="poisoned", c="wrong", d="full", e="good")
+    outcomes = run_jobs(jobs, INLINE, events.append, device="cpu")
+    assert [(k, o.error, o.mistake) for k, o in outcomes.items()] == [
+        ("a", None, False),
+        ("b", "ZeroDivisionError: as planned", False),
+        ("c", "model is 'x': choose another", True),
+        ("d", "cannot write: no space left on device", False),
+        ("e", None, False),
+    ]
+    assert outcomes["e"].value == "e on cpu"
+    assert [e.kind for e in events if e.key in "ab"] == ["started", "progress", "done", "started", "progress", "failed"]
+
+
+@pytest.mark.parametrize("executor", BOTH)
+def test_workers_that_die_and_jobs_that_fail(tmp_path: Path, executor: ExecutorSettings) -> None:
+    events: list[Event] = []
+    how = {"a": "good", "b": "poisoned", "c": "killed once", "d": "killed", "e": "wrong", "f": "exit", "g": "good"}
+    outcomes = run_jobs(jobs_of(tmp_path, **how), executor, events.append, device="cpu")
+    assert {k: o.value for k, o in outcomes.items() if o.error is None} == {k: f"{k} on cpu" for k in "acg"}
+    errors = {k: o.error for k, o in outcomes.items() if o.error is not None}
+    assert errors.keys() == set("bdef") and all("\n" not in str(e) for e in errors.values())
+    assert errors["b"] == "ZeroDivisionError: as planned" and errors["e"] == "model is 'x': choose another"
+    assert str(errors["d"]).startswith("its worker died 2 times")
+    assert [len((tmp_path / f"{k}.marks").read_text()) for k in "abcdeg"] == [1, 1, 2, 2, 1, 1]
+    kinds = [e.kind for e in events if e.key == "c" and e.kind != "progress"]  # Ray loses what is said before a kill
+    assert kinds == ["started", "died", "started", "done"]
+    assert len({e.worker for e in events}) == 2 and {e.device for e in events} == {"cpu"}
+    if executor.kind == "local":
+        assert errors["d"] == "its worker died 2 times, at last killed by SIGKILL (out of memory?)"
+        assert errors["f"] == "its worker died 2 times, at last with exit code 3"
+
+
+def test_a_job_waits_for_another(tmp_path: Path) -> None:
+    jobs = jobs_of(tmp_path, first="poisoned", a="order", b="order", c="good")
+    jobs = [jobs[0], *(replace(job, after="first") for job in jobs[1:3]), replace(jobs[3], after="none of these")]
+    events: list[Event] = []
+    outcomes = run_jobs(jobs, LOCAL, events.append, device="cpu")
+    assert [k for k, o in outcomes.items() if o.error] == ["first"]
+    order = [(e.kind, e.key) for e in events]
+    assert order.index(("failed", "first")) < order.index(("started", "a")) < order.index(("started", "b"))
+    assert order.index(("started", "c")) == 1
+
+
+def test_jobs_that_cannot_be_imported_fail(tmp_path: Path) -> None:
+    def here(**_: Any) -> None: ...
+
+    with pytest.raises(AttributeError):
+        run_jobs([Job("a", here, {})], LOCAL, device="cpu")
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_the_end_of_the_driver_ends_the_workers(tmp_path: Path, how: int) -> None:
+    code = f"""
+import sys
+from pathlib import Path
+from jobs import slow
+from autosparse.experiment.executor import ExecutorSettings, Job, run_jobs
+jobs = [Job(n, slow, {{"place": Path({str(tmp_path)!r}), "name": n, "seconds": 600}}) for n in "abc"]
+run_jobs(jobs, ExecutorSettings('local', workers=2), device="cpu")
+"""
+    driver = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE)
+    files = [tmp_path / "a.pid", tmp_path / "b.pid"]
+    until(lambda: driver.poll() is not None or all(f.exists() and f.read_text() for f in files))
+    driver.send_signal(how)
+    driver.wait()
+    until(lambda: not any(running(int(f.read_text())) for f in files))
+    assert not (tmp_path / "c.pid").exists()
+
+
+def until(holds: Callable[[], bool]) -> None:
+    for _ in range(60_000):
+        if holds():
+            return
+        time.sleep(0.01)
+    raise AssertionError("it never came")
+
+
+def running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+# -- campaigns and grids --------------------------------------------------------------------------------------------------
+
+
+def corpus(seeds: int) -> list[Any]:
+    settings = IRPSettings(rounds=2, density=0.2), SignalSettings(n_batches=1, batch_size=32)
+    return runs([MODEL], DATA, RECIPE, *settings, list(range(seeds)))
+
+
+@pytest.mark.parametrize("executor", BOTH)
+def test_records_are_the_same_by_every_executor(tmp_path: Path, executor: ExecutorSettings) -> None:
+    todo = corpus(3)
+    serial = generate(todo, tmp_path / "serial", device="cpu")
+    events: list[Event] = []
+    spread = generate(todo, tmp_path / "spread", device="cpu", executor=executor, on_event=events.append)
+    assert not spread.failures and [p.name for p in spread.records] == [p.name for p in serial.records]
+    for a, b in zip(serial.records, spread.records, strict=True):
+        same(a, b)
+    rounds = [e.values["round"] for e in events if e.key == todo[0].label() and "density" in e.values]
+    assert rounds == [0, 1, 2]
+    (found,) = statuses(tmp_path / "spread")
+    assert not found.alive and [job.state for job in found.jobs] == ["done"] * 3
+
+
+def plain_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A result without how long it took."""
+    return {k: v for k, v in json.loads(json.dumps(row)).items() if not k.endswith("_seconds")}
+
+
+def test_grids_are_the_same_by_every_executor(tmp_path: Path) -> None:
+    """With a method and two variants of it, which share one search; and a cell that fails."""
+    irp = Candidate("irp", rounds=2)
+    shared = [Candidate(f"{variant}:irp", rounds=2) for variant in ("densities", "reinit")]
+    greedy = Candidate("snip", label="greedy", floor=0.5)
+    cells = grid([MODEL], DATA, RECIPE, [shared[0], irp, shared[1], Candidate("snip"), greedy], [0.8], [0, 1])
+    data = load_data(DATA)
+    inline = run_grid(cells, tmp_path / "inline", data, device="cpu")
+    counts: list[int] = []
+    local = run_grid(
+        cells, tmp_path / "local", data, device="cpu", executor=LOCAL, on_cell=lambda n, *_: counts.append(n)
+    )
+    assert [plain_row(r) for r in inline] == [plain_row(r) for r in local]
+    assert counts == list(range(1, 13)) and sum(bool(r["error"]) for r in local) == 2
+    for seed in (0, 1):
+        seconds = {r["mask_seconds"] for r in local if "irp" in r["criterion"] and r["seed"] == seed}
+        assert len(seconds) == 1, "one search for the three"
+    (found,) = statuses(tmp_path / "local")
+    assert {s: found.count(s) for s in ("done", "failed", "running", "waiting")} == {
+        "done": 10,
+        "failed": 2,
+        "running": 0,
+        "waiting": 0,
+    }
+    assert all("floor 0.5 asks for" in job.detail for job in found.jobs if job.state == "failed")
+
+
+def test_a_killed_campaign_goes_on_and_does_nothing_twice(tmp_path: Path) -> None:
+    values = {
+        "output": str(tmp_path / "out"),
+        "models": [{"name": "convnet", "width": 4}],
+        "data": {"name": "digits", "limit": 300, "limit_test": 100},
+        "recipe": {"epochs": 1, "batch_size": 50, "lr": 0.05, "schedule": "cosine"},
+        "irp": {"rounds": 2, "density": 0.2},
+        "signals": {"n_batches": 1, "batch_size": 32},
+        "seeds": [0, 1, 2],
+        "executor": "local",
+        "device": "cpu",
+        "tracking": False,
+    }
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(values))
+    command = [sys.executable, "-m", "data_gen", str(tmp_path / "c.yaml")]
+    driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def some_done() -> bool:
+        if not (tmp_path / "out" / FOLDER / "plan.json").exists():
+            return False
+        (found,) = statuses(tmp_path / "out")
+        return found.count("done") >= 1
+
+    until(some_done)
+    driver.kill()
+    driver.wait()
+    (found,) = statuses(tmp_path / "out")
+    done = {tmp_path / "out" / "records" / f"{j.key}.h5" for j in found.jobs if j.state == "done"}
+    before = {path: path.stat().st_mtime_ns for path in done}
+    assert not found.alive and found.count("running") == 0 and found.count("done") + found.count("waiting") == 3
+    answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert answer.returncode == 0 and "records: 3 complete" in answer.stdout, answer.stderr
+    assert {path: path.stat().st_mtime_ns for path in done} == before, "nothing was done twice"
+    serial = generate(corpus(3), tmp_path / "serial", device="cpu")
+    for path in serial.records:
+        same(path, tmp_path / "out" / "records" / path.name)
+    assert not [p for p in (tmp_path / "out" / "records").iterdir() if p.name.endswith((".tmp", ".state"))]
+
+
+# -- status -------------------------------------------------------------------------------------------------------------
+
+
+def test_status_while_it_runs_and_after(tmp_path: Path) -> None:
+    places = {name: tmp_path / "cells" / f"{name}.json" for name in "abcd"}
+    (tmp_path / "cells" / "d.state").mkdir(parents=True)
+    with journal(tmp_path, places) as book:
+        for name in "abc":
+            book.note(Event("started", name, 1, "cuda:1"))
+        places["a"].write_text("{}")
+        book.note(Event("done", "a", 1, "cuda:1", {"value": {}}))
+        book.note(Event("failed", "b", 1, "cuda:1", {"error": "ZeroDivisionError: x", "traceback": "…"}))
+        book.note(Event("progress", "c", 1, "cuda:1", {"round": 2, "rounds": 5, "density": 0.25, "accuracy": 0.5}))
+        book.write()
+        (found,) = statuses(tmp_path)
+        assert found.alive and [(j.key, j.state) for j in found.jobs] == [
+            ("a", "done"),
+            ("b", "failed"),
+            ("c", "running"),
+            ("d", "waiting"),
+        ]
+        assert found.jobs[1].detail == "ZeroDivisionError: x" and "goes on from its last" in found.jobs[3].detail
+        assert found.jobs[2].detail.startswith("worker 1 (cuda:1), 0:00:0")
+        assert found.jobs[2].detail.endswith(": round 2/5, density 0.250, accuracy 50.0 %")
+        with pytest.raises(AutoSparseError, match="is being written by another process"), journal(tmp_path, places):
+            pass
+    (found,) = statuses(tmp_path.parent / tmp_path.name)
+    assert not found.alive and [j.state for j in found.jobs] == ["done", "failed", "waiting", "waiting"]
+
+
+def test_a_full_disk_does_not_stop_the_journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise AutoSparseFailure("cannot write: no space left on device")
+
+    with journal(tmp_path, {"a": tmp_path / "a.json"}) as book:
+        monkeypatch.setattr("autosparse.experiment.status.write_json", full)
+        book.note(Event("started", "a", 0, "cpu"))
+
+
+def test_a_directory_without_jobs_is_told(tmp_path: Path) -> None:
+    for place in (tmp_path, tmp_path / "none"):
+        with pytest.raises(AutoSparseError, match="no campaign or grid under"):
+            statuses(place)

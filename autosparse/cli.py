@@ -29,6 +29,9 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="Settings that override the file's: recipe.epochs=10"),
 ]
+Profile = Annotated[
+    bool, typer.Option("--profile", help="Trace some steps and say where the time goes, in OUTPUT/profile/.")
+]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -54,14 +57,16 @@ def _fail(message: str, code: int) -> None:
 
 
 @app.command(epilog="Example: autosparse generate configs/irp/digits.yaml seeds=[0,1] irp.rounds=8")
-def generate(config: Config, overrides: Overrides = None) -> None:
+def generate(config: Config, overrides: Overrides = None, profile: Profile = False) -> None:
     """Run IRP on every model with every seed, and record what each weight looked like and survived.
 
     A second start goes on after the last finished round; a finished run answers at once.
     """
     from autosparse.config import GenerateConfig, load_config
 
-    _generate(load_config(GenerateConfig, config, overrides or []))
+    chosen = load_config(GenerateConfig, config, overrides or [])
+    with _profiled(chosen.output, profile):
+        _generate(chosen)
 
 
 @app.command(epilog="Example: autosparse fit configs/scorer/digits.yaml fit.head=mse")
@@ -124,7 +129,7 @@ def prune(config: Config, overrides: Overrides = None) -> None:
 
 
 @app.command(epilog="Example: autosparse train configs/train.yaml masks=runs/prune/masks.safetensors")
-def train(config: Config, overrides: Overrides = None) -> None:
+def train(config: Config, overrides: Overrides = None, profile: Profile = False) -> None:
     """Train a network, with masks or dense. Stopped, it goes on from its last checkpoint."""
     from autosparse.config import TrainConfig, claim_directory, load_config, plain
     from autosparse.experiment.benchmark import build_model
@@ -147,10 +152,13 @@ def train(config: Config, overrides: Overrides = None) -> None:
     if done.exists():
         result = read_json(done, "result")
         _say(f"complete: accuracy {100 * result['accuracy']:.2f} %, {directory / 'model.safetensors'}")
+        if profile:
+            _say("profile: nothing was trained; give another output")
         return
     history: list[dict[str, float]] = []
     total = max(1, round(chosen.recipe.length(data) / max(1, len(data.train) // chosen.recipe.batch_size)))
-    with track(directory, "train", plain(chosen), enabled=chosen.tracking) as tracker, _bars() as bars:
+    tracked = track(directory, "train", plain(chosen), enabled=chosen.tracking)
+    with _profiled(directory, profile), tracked as tracker, _bars() as bars:
         task = bars.add_task(f"train {chosen.model.label()}", total=total)
 
         def on_epoch(row: dict[str, float]) -> None:
@@ -188,11 +196,13 @@ def train(config: Config, overrides: Overrides = None) -> None:
 
 
 @app.command(epilog="Example: autosparse benchmark configs/benchmark/digits.yaml seeds=[0,1,2]")
-def benchmark(config: Config, overrides: Overrides = None) -> None:
+def benchmark(config: Config, overrides: Overrides = None, profile: Profile = False) -> None:
     """Prune and train every model × criterion × sparsity × seed under one recipe; results.csv and report.html."""
     from autosparse.config import BenchmarkConfig, load_config
 
-    _benchmark(load_config(BenchmarkConfig, config, overrides or []))
+    chosen = load_config(BenchmarkConfig, config, overrides or [])
+    with _profiled(chosen.output, profile):
+        _benchmark(chosen)
 
 
 @app.command(epilog="Example: autosparse check configs/check.yaml sparsities=[0.9,0.98] seeds=[0,1,2,3,4]")
@@ -560,6 +570,28 @@ def _bars() -> Iterator[Any]:
     ]
     with Progress(*columns) as bars:
         yield bars
+
+
+@contextmanager
+def _profiled(output: str | Path, wanted: bool) -> Iterator[None]:
+    """The block, and after it where its time went."""
+    if not wanted:
+        yield
+        return
+    from autosparse.training.profile import profiling
+
+    with profiling(Path(output) / "profile") as profile:
+        yield
+    if not profile.clocked:
+        _say(
+            f"profile: {profile.steps} training steps ran in this process, and the clock starts after "
+            f"{profile.warmup + profile.traced}: profile a longer training, into another output"
+        )
+        return
+    rows = [[part, f"{seconds:.3f}", f"{percent:.1f} %"] for part, seconds, percent in profile.rows()]
+    rows.append(["sum", f"{profile.wall:.3f}", "100.0 %"])
+    _table(f"{profile.clocked:,} steps by part", ["part", "seconds", "share"], rows)
+    _say(f"profile: {profile.table}, {profile.trace}")
 
 
 @contextmanager

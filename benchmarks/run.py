@@ -1,6 +1,6 @@
 """What AutoSparse costs beside the plain thing, measured side by side in one process.
 
-    python benchmarks/run.py [step loop record scoring snip] [--threads N] [--csv benchmarks/results/NAME.csv]
+    python benchmarks/run.py [step loop usual runs record scoring snip] [--threads N] [--csv benchmarks/results/NAME.csv]
 
 Other work on the machine slows both sides of a comparison, so each round times them one right after the other, in turns
 of order; a ratio is the median over rounds, beside its quartiles.
@@ -15,6 +15,7 @@ import gc
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import re
 import shlex
@@ -25,6 +26,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import numpy as np
@@ -162,11 +164,11 @@ def step() -> Iterator[Row]:
 # -- loop: `train` against a bare loop on batches in place --------------------------------------------------------------
 
 
-def random_data(train_images: int, validation_images: int) -> ImageData:
+def random_data(train_images: int, validation_images: int, side: int = SIDE) -> ImageData:
     generator = torch.Generator().manual_seed(0)
 
     def split(count: int) -> Split:
-        images = torch.randint(256, (count, 3, SIDE, SIDE), dtype=torch.uint8, generator=generator)
+        images = torch.randint(256, (count, 3, side, side), dtype=torch.uint8, generator=generator)
         return Split(images, torch.randint(CLASSES, (count,), generator=generator))
 
     moments = torch.full((3,), 0.5), torch.full((3,), 0.29)
@@ -213,6 +215,199 @@ def loop() -> Iterator[Row]:
             goal = ">= 0.95" if share == 0 else ""
             yield row("loop", device, f"train / bare images per second, {what}", ratios, goal=goal)
             yield row("loop", device, f"train, {what}", steps * BATCH / mine, "images/s")
+
+
+# -- usual: `train` against a bare loop and against the loop of most repositories ---------------------------------------
+
+
+class PerImage(torch.utils.data.Dataset):
+    """Image by image through Pillow and transforms, as torchvision's CIFAR-10 does."""
+
+    def __init__(self, images: np.ndarray, labels: np.ndarray) -> None:
+        from torchvision import transforms
+
+        self.images, self.labels = images, labels
+        self.transform = transforms.Compose(
+            [
+                transforms.RandomCrop(images.shape[1], padding=4),
+                transforms.RandomHorizontalFlip(),
+                transforms.ToTensor(),
+                transforms.Normalize((0.5,) * 3, (0.29,) * 3),
+            ]
+        )
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        from PIL import Image
+
+        return self.transform(Image.fromarray(self.images[index])), int(self.labels[index])
+
+
+def usual_loader(data: ImageData, workers: int, device: str) -> torch.utils.data.DataLoader:
+    arrays = data.train.images.permute(0, 2, 3, 1).contiguous().numpy(), data.train.labels.numpy()
+    return torch.utils.data.DataLoader(
+        PerImage(*arrays),
+        batch_size=BATCH,
+        shuffle=True,
+        drop_last=True,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        prefetch_factor=1 if workers else None,  # little is made ready while the other sides run
+        pin_memory=device == "cuda",
+    )
+
+
+def usual_steps(model: nn.Module, loader: torch.utils.data.DataLoader, device: str, steps: int) -> Callable[[], None]:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    batches = itertools.chain.from_iterable(itertools.repeat(loader))
+    next(batches)  # its workers start before the clock does
+
+    def run() -> None:
+        total = 0.0
+        for images, labels in itertools.islice(batches, steps):
+            logits = model(images.to(device, non_blocking=True))
+            loss = F.cross_entropy(logits, labels.to(device, non_blocking=True))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            total += loss.item()
+        wait(device)
+
+    return run
+
+
+def usual() -> Iterator[Row]:
+    """As in `loop`: one `train` of several epochs; after each of them the other sides take as many steps."""
+    for device, name in itertools.product(devices(), ("resnet20", "resnet18")):
+        steps, epochs = {"cpu": {"resnet20": (6, 5), "resnet18": (1, 4)}}.get(device, {}).get(name, (300, 9))
+        data = random_data(steps * BATCH, 0, 32)
+
+        def make(name: str = name, device: str = device) -> nn.Module:
+            return create_model(name, classes=CLASSES, image_size=32).to(device).train()
+
+        fast = {"precision": "bf16", "channels_last": True}
+        for precision, options in {"fp32": {}, **({"bf16": fast} if device == "cuda" else {})}.items():
+            recipe = Recipe(epochs=epochs, lr=0.01, batch_size=BATCH, schedule="cosine", **options)
+            form = torch.channels_last if options else torch.contiguous_format
+            ready = [
+                (x.contiguous(memory_format=form), y)
+                for x, y in itertools.islice(data.to(device).epoch(BATCH, 0), min(steps, 8))
+            ]
+            model = make().to(memory_format=form)
+            optimizer, batches = build_optimizer(model, recipe), itertools.cycle(ready)
+
+            def bare(
+                model: nn.Module = model,
+                optimizer: torch.optim.Optimizer = optimizer,
+                batches: Iterator[tuple[Tensor, Tensor]] = batches,
+                steps: int = steps,
+                device: str = device,
+                bf16: bool = bool(options),
+            ) -> None:
+                with torch.autocast(device, torch.bfloat16, enabled=bf16):
+                    plain_step(model, optimizer, batches, steps)
+                wait(device)
+
+            sides = {"bare": bare}
+            for workers in (0, 2):
+                sides[f"usual, {workers} workers"] = usual_steps(
+                    make(), usual_loader(data, workers, device), device, steps
+                )
+            ours: list[float] = []
+            others: dict[str, list[float]] = {side: [] for side in sides}
+            clock = time.perf_counter()
+
+            def on_epoch(
+                _: dict[str, float],
+                device: str = device,
+                sides: dict[str, Callable[[], None]] = sides,
+                ours: list[float] = ours,
+                others: dict[str, list[float]] = others,
+            ) -> None:
+                nonlocal clock
+                wait(device)
+                ours.append(time.perf_counter() - clock)
+                names = list(sides)
+                first = len(ours) % len(names)
+                for side in names[first:] + names[:first]:
+                    others[side].extend(alternate(1, {side: sides[side]})[side])
+                clock = time.perf_counter()
+
+            train(make(), data, recipe, device=device, on_epoch=on_epoch)
+            mine = np.array(ours[1:])
+            what = f"{name}, {precision}"
+            yield row("usual", device, f"train, {what}", steps * BATCH / mine, "images/s")
+            for side, seconds in others.items():
+                found = np.array(seconds)
+                ratios = (found[1:] + found[:-1]) / 2 / mine
+                goal = "" if device == "cpu" else ">= 0.9" if side == "bare" else ">= 5"
+                yield row("usual", device, f"{side}, {what}", steps * BATCH / found, "images/s")
+                yield row("usual", device, f"train / {side}, images per second, {what}", ratios, goal=goal)
+
+
+# -- runs: IRP runs per hour, by processes that share the device --------------------------------------------------------
+
+
+def one_run(device: str, folder: str, index: int, steps: int, batch: int, barrier: Barrier) -> None:
+    """In a process of its own: a recorded IRP run of 12 rounds between two meetings with the others."""
+    from autosparse.network.signals import SignalSettings
+    from autosparse.pruning.irp import IRPSettings
+    from autosparse.training.data import DataSettings
+    from autosparse.training.models import ModelSettings
+    from data_gen.runs import Run, generate_record
+
+    torch.set_num_threads(1)
+    data = DataSettings(f"hdf5:{folder}/data.h5")
+    recipe = Recipe(steps=steps, batch_size=batch, lr=0.05, schedule="cosine")
+    run = Run(ModelSettings("resnet20"), data, recipe, IRPSettings(rounds=12, density=0.05), SignalSettings(), index)
+    train(
+        create_model("resnet20", image_size=SIDE),
+        random_data(batch, 0),
+        Recipe(steps=1, batch_size=batch),
+        device=device,
+    )
+    barrier.wait()
+    generate_record(run, Path(folder) / f"{index}.h5", device=device)
+    barrier.wait()
+
+
+def runs() -> Iterator[Row]:
+    """Starting the processes is left out: in a campaign they live on."""
+    import h5py
+
+    processes = multiprocessing.get_context("spawn")
+    for device in devices():
+        steps, batch, counts, rounds = (4, 32, (1, 2), 3) if device == "cpu" else (400, 128, (1, 2, 4, 8), 3)
+        hours: dict[int, list[float]] = {count: [] for count in counts}
+        for _, count in itertools.product(range(rounds), counts):
+            with tempfile.TemporaryDirectory() as folder:
+                with h5py.File(f"{folder}/data.h5", "w") as file:
+                    for split, source in (("train", 1024 if device == "cpu" else 50_000), ("test", 256)):
+                        part = random_data(source, 0).train
+                        file[f"{split}/images"] = part.images.permute(0, 2, 3, 1).numpy()
+                        file[f"{split}/labels"] = part.labels.numpy()
+                barrier = processes.Barrier(count + 1)
+                crew = [
+                    processes.Process(target=one_run, args=(device, folder, i, steps, batch, barrier), daemon=True)
+                    for i in range(count)
+                ]
+                for process in crew:
+                    process.start()
+                barrier.wait(300)
+                start = time.perf_counter()
+                barrier.wait(3600)
+                hours[count].append((time.perf_counter() - start) / 3600)
+                for process in crew:
+                    process.join()
+        single = np.array(hours[1])
+        for count in counts:
+            spent = np.array(hours[count])
+            what = f"{count} process{'es' * (count > 1)}"
+            yield row("runs", device, f"12-round IRP of ResNet-20, {13 * steps} steps, {what}", count / spent, "runs/h")
+            if count > 1:
+                yield row("runs", device, f"runs per hour, {what} / 1 process", count * single / spent)
 
 
 # -- record: HDF5 record against a plain binary file -------------------------------------------------------------------
@@ -395,6 +590,8 @@ def snip() -> Iterator[Row]:
 BENCHMARKS: dict[str, Callable[[], Iterator[Row]]] = {
     "step": step,
     "loop": loop,
+    "usual": usual,
+    "runs": runs,
     "record": record,
     "scoring": scoring,
     "snip": snip,
@@ -416,6 +613,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", metavar="name", help=f"of {', '.join(BENCHMARKS)}; all by default")
     parser.add_argument("--csv", type=Path, help="file to write the figures to")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of torch on the CPU")
+    parser.add_argument("--note", help="a line for the head of the file, such as what else ran")
     parser.add_argument("--child", choices=["scoring"], help=argparse.SUPPRESS)
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
@@ -428,6 +626,7 @@ def main() -> None:
         if name not in BENCHMARKS:
             parser.error(f"benchmark is {name!r}: known are {', '.join(BENCHMARKS)}")
     header = ["python benchmarks/run.py " + shlex.join(sys.argv[1:]), *machine()]
+    header += [options.note] if options.note else []
     print(*(f"# {line}" for line in header), sep="\n")
     print(f"{'':8} {'device':6} {'measure':62} {'median':>9} {'quartiles':>19} {'rounds':>6}  unit")
     rows = []

@@ -222,6 +222,16 @@ def test_from_records_to_a_report(run: Run) -> None:
     refused(run("fit", fit_config()), "fit.validation is 'run' but the records hold only one run")
 
 
+def test_profiles(run: Run) -> None:
+    recipe = {**TINY["recipe"], "epochs": 4}
+    answer = run("train", train_config(recipe=recipe), "--profile")  # 20 steps: 15 before the clock starts
+    assert answer.code == 0 and "5 steps by part" in answer.out, answer.err
+    assert "profile: train/profile/parts.csv, train/profile/trace.json.gz" in answer.out
+    assert "profile: nothing was trained" in run("train", train_config(recipe=recipe), "--profile").out
+    answer = run("generate", generate_config(seeds=[0]), "--profile")
+    assert answer.code == 0 and "profile: 15 training steps ran in this process" in answer.out, answer.err
+
+
 def test_a_resolved_config_runs_again(run: Run) -> None:
     assert run("prune", prune_config(), "sparsity=0.5").code == 0
     answer = run("prune", "prune/config.yaml", "output=other")

@@ -160,7 +160,7 @@ def test_a_stop_inside_a_round(
     """Round 1 is stopped after its second epoch; it goes on from its checkpoint, not from its start."""
     recipe = Recipe(epochs=3, batch_size=16, lr=0.05)
     settings = IRPSettings(rounds=1, density=0.5)
-    rounds = run(convnet(), digits, settings, recipe=recipe)
+    rounds = run(convnet(), digits, settings, recipe=recipe, on_epoch=lambda row: None)
 
     class Stop(Exception):
         pass

@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from autosparse.errors import AutoSparseError, AutoSparseFailure
 from autosparse.masks.layers import prunable_layers
@@ -438,6 +439,74 @@ def test_compiled(digits: ImageData, monkeypatch: pytest.MonkeyPatch) -> None:
     assert trained.accuracy == expected.accuracy
     assert (one[1].weight[~masks["1.weight"]] == 0).all()
     assert list(one.state_dict()) == ["1.weight", "1.bias"]
+
+
+class Narrow(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(64, width), nn.Linear(width, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.two(self.one(x.flatten(1)))
+
+
+def test_compiled_once_per_architecture(digits: ImageData, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not once per training, seed, mask or split; and not only for the first 8 architectures of a class, as torch does."""
+    graphs: list[int] = []
+
+    def count(graph: Any, _: Any) -> Any:
+        graphs.append(1)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=count))
+    recipe = Recipe(steps=3, batch_size=16, lr=0.01, compile=True)
+    model = Narrow(2)
+    train(model, digits, recipe)
+    train(model, digits, recipe, masks=half(model), seed=1, start_step=2)
+    train(Narrow(2), digits, recipe)
+    assert len(graphs) == 1
+    for width in range(3, 12):
+        train(Narrow(width), digits, recipe, validate=False)
+    train(Narrow(2), digits, recipe)
+    assert len(graphs) == 10
+
+
+class Waits(TorchDispatchMode):
+    """Counts the reads of a tensor's value: on a GPU each waits until all that was queued is done."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_no_step_waits_for_the_device(optimizer: str, digits: ImageData, convnet: Make) -> None:
+    counts = []
+    for size in (32, 8):  # 2 and 8 steps in the one epoch
+        model = convnet()
+        recipe = Recipe(epochs=1, batch_size=size, lr=0.01, optimizer=optimizer, clip_norm=1.0, label_smoothing=0.1)
+        with Waits() as waits:
+            train(model, digits, recipe, masks=half(model))
+        counts.append(waits.count)
+    assert 0 < counts[0] == counts[1]
+
+
+def test_clipped_divergence_is_a_failure_too(digits: ImageData, convnet: Make) -> None:
+    with pytest.raises(AutoSparseFailure, match="training diverged"):
+        train(convnet(), digits, Recipe(epochs=5, batch_size=16, lr=1e38, clip_norm=1e30))
+
+
+def test_validation_changes_nothing(digits: ImageData) -> None:
+    one, other = dropped(), dropped()
+    looked, blind = train(one, digits, SHORT), train(other, digits, SHORT, validate=False)
+    assert_same(one, other)
+    assert (blind.accuracy, blind.loss, blind.steps) == (looked.accuracy, looked.loss, looked.steps)
+    assert all(math.isnan(r["accuracy"]) and math.isnan(r["validation_loss"]) for r in blind.history)
+    assert [r["loss"] for r in blind.history] == [r["loss"] for r in looked.history]
 
 
 class Pair(nn.Module):

@@ -144,6 +144,7 @@ def dissipating(
                 device=device,
                 start_step=epoch * per_epoch,
                 stop_step=(epoch + 1) * per_epoch,
+                validate=on_epoch is not None,
                 on_epoch=on_epoch,
             )
             own = dict(unwrap(model).named_parameters())

@@ -98,6 +98,7 @@ def irp(
             of step k that `on_rewind_state` was given.
         scope: in place of that of the settings, such as layer densities, which each round scales to its own density.
         checkpoint: file for the round in flight.
+        on_epoch: called with each new row of a training's history; without it nothing is validated.
 
     Raises:
         AutoSparseError: the rewind step lies beyond the training, the floor asks for more weights than the last density
@@ -118,7 +119,15 @@ def irp(
     origin = rewind
     if origin is None:
         if settings.rewind_step:
-            train(model, data, recipe, seed=seed, device=device, stop_step=settings.rewind_step)
+            train(
+                model,
+                data,
+                recipe,
+                seed=seed,
+                device=device,
+                stop_step=settings.rewind_step,
+                validate=on_epoch is not None,
+            )
         origin = full_state(model)
         if settings.rewind_step and on_rewind_state is not None:
             on_rewind_state(dict(origin))
@@ -134,6 +143,7 @@ def irp(
             device=device,
             start_step=settings.rewind_step,
             checkpoint=checkpoint,
+            validate=on_epoch is not None,
             on_epoch=on_epoch,
         )
         following = None

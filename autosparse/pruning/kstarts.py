@@ -215,6 +215,7 @@ def _start(
         stop_step=steps,
         # a training that goes on from its checkpoint would have lost the gradients before it
         checkpoint=None if state is None or gradients else state / "training.pt",
+        validate=fitness == "validation" or on_epoch is not None,
         on_epoch=on_epoch,
         on_gradient=add if gradients else None,
     )

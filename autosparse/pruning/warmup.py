@@ -121,6 +121,7 @@ def warmup(
                     masks=masks,
                     seed=order,
                     device=device,
+                    validate=on_epoch is not None,
                     on_epoch=on_epoch,
                     on_gradient=look,
                 )

@@ -25,11 +25,13 @@ from autosparse.masks.layers import unwrap
 from autosparse.masks.mask import Masks
 from autosparse.network.running import eval_mode, seed_device
 from autosparse.training.data import ImageData
+from autosparse.training.profile import parts
 
 OPTIMIZERS = ("sgd", "adamw")
 LR_SCHEDULES = ("multistep", "cosine", "onecycle", "constant")
 PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed"}
 _CHECK_EVERY = 200  # steps between looks at the loss: a look waits for the device
+_ARCHITECTURES = 256  # torch compiles a class for 8 networks and runs the others uncompiled, without a word
 
 
 @settings
@@ -40,7 +42,8 @@ class Recipe:
     (× `gamma` at each of `milestones`, shares of the length), `"cosine"` (to 0), `"onecycle"` (linear up to `lr`, then
     linear to 0), `"constant"`; `warmup` is the share of the length with a linear rise (`"onecycle"`: 0.3 if 0). Length:
     `epochs`, or `steps` when that is given. `clip_norm`: largest gradient norm, over the kept weights. `precision`:
-    `"fp32"` or `"bf16"` (autocast). Weight decay is on all parameters.
+    `"fp32"` or `"bf16"` (autocast). `compile`: the training steps go through `torch.compile`, once per architecture in a
+    process, whatever the seed, masks or round. Weight decay is on all parameters.
     """
 
     epochs: int = 160
@@ -90,7 +93,8 @@ class Recipe:
 class Trained:
     """What a training gave: `accuracy` and `loss` on the test images after the last step, never the best epoch's.
 
-    `history` has one row per epoch: epoch, step, loss (training), accuracy and validation_loss (validation), lr.
+    `history` has one row per epoch: epoch, step, loss (training), accuracy and validation_loss (validation; NaN where it
+    was not looked at), lr.
     """
 
     accuracy: float = math.nan
@@ -252,6 +256,7 @@ def train(
     stop_step: int | None = None,
     checkpoint: Path | None = None,
     checkpoint_every: float = 30.0,
+    validate: bool = True,
     on_epoch: Callable[[dict[str, float]], None] | None = None,
     on_gradient: Callable[[int], None] | None = None,
 ) -> Trained:
@@ -266,6 +271,7 @@ def train(
         start_step, stop_step: train this part of the recipe's steps only (late rewinding).
         checkpoint: file to write at epoch ends, `checkpoint_every` seconds apart or more, and to resume from; it is
             removed at the end. It must be of this very training: recipe, seed, masks, steps and data.
+        validate: measure accuracy and loss on the validation images after each epoch; nothing else depends on it.
         on_epoch: called with each new row of the history.
         on_gradient: called before each step of the optimizer with the number of steps done, when the gradients of the
             parameters are there (before clipping).
@@ -281,25 +287,36 @@ def train(
     if recipe.channels_last:
         model.to(memory_format=torch.channels_last)
     check_fits(model, data)
-    network, optimizer = fabric.setup(
-        torch.compile(model) if recipe.compile else model, build_optimizer(model, recipe), move_to_device=False
-    )
+    # Static shapes: else the second architecture of a class would be compiled for any number of channels.
+    compiled = torch.compile(model, dynamic=False) if recipe.compile else model
+    network, optimizer = fabric.setup(compiled, build_optimizer(model, recipe), move_to_device=False)
+    begin = parts(fabric.device)
     per_epoch, length = steps_per_epoch(data, recipe.batch_size), recipe.length(data)
     stop = length if stop_step is None else min(stop_step, length)
     result = Trained(steps=start_step)
     of = "" if checkpoint is None else _fingerprint(data, recipe, masks, seed, start_step, stop)
     if checkpoint is not None and checkpoint.exists():
         _restore(checkpoint, of, model, optimizer.optimizer, result)
-    handle = masks.enforce(model, optimizer.optimizer) if masks is not None else None
+    handles = []
+    if masks is not None:
+        handles.append(optimizer.optimizer.register_step_post_hook(lambda *_: begin("mask")))
+        handles.append(masks.enforce(model, optimizer.optimizer))
     # Weights that are not there must not take part in the gradient's norm.
     own = dict(unwrap(model).named_parameters())
     alive = [(own[n], m.to(fabric.device)) for n, m in (masks or {}).items() if own[n].requires_grad]
     devices = [fabric.device.index or 0] if fabric.device.type == "cuda" else []
+
+    def look(split: str) -> tuple[float, float]:
+        with fabric.autocast():  # never the compiled network: to compile it again for this costs more than it wins
+            return evaluate(model, data, split, recipe.channels_last)
+
     clock, saved, seen = time.perf_counter(), time.perf_counter(), 0
     before = result.seconds
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=devices))
         stack.enter_context(torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True))
+        stack.enter_context(torch._dynamo.config.patch(recompile_limit=_ARCHITECTURES))
+        stack.callback(begin, "other")
         while result.steps < stop:
             epoch = result.steps // per_epoch
             first = result.steps % per_epoch
@@ -307,29 +324,40 @@ def train(
             network.train()
             total = torch.zeros((), device=fabric.device)
             batches = data.epoch(recipe.batch_size, _mix(seed, epoch, 0))
+            begin("data")
             for images, labels in itertools.islice(batches, first, last):
+                begin("bookkeeping")
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(recipe, result.steps, length)
                 optimizer.zero_grad(set_to_none=True)
                 seed_device(_mix(seed, result.steps, 1), fabric.device)
+                begin("forward")
                 logits = network(_layout(images, recipe.channels_last))
                 loss = F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
+                begin("backward")
                 fabric.backward(loss)
+                begin("optimizer")
                 if on_gradient is not None:
                     on_gradient(result.steps)
                 if recipe.clip_norm is not None:
                     for parameter, mask in alive:
                         if parameter.grad is not None:
                             parameter.grad.mul_(mask)
-                    fabric.clip_gradients(network, optimizer, max_norm=recipe.clip_norm)
+                    # To raise on a norm that is not finite would wait for the device at every step.
+                    fabric.clip_gradients(network, optimizer, max_norm=recipe.clip_norm, error_if_nonfinite=False)
                 optimizer.step()
+                begin("bookkeeping")
                 total += loss.detach()
                 result.steps += 1
                 seen += len(labels)
                 if result.steps % _CHECK_EVERY == 0:
                     _check_finite(total, result, recipe)
+                begin("data")
+            begin("bookkeeping")
             _check_finite(total, result, recipe)
-            accuracy, validation_loss = evaluate(network, data, "validation", recipe.channels_last)
+            begin("evaluation")
+            accuracy, validation_loss = look("validation") if validate else (math.nan, math.nan)
+            begin("other")
             row = {
                 "epoch": epoch + 1,
                 "step": result.steps,
@@ -345,10 +373,11 @@ def train(
             if checkpoint is not None and result.steps < stop and time.perf_counter() - saved >= checkpoint_every:
                 _save(checkpoint, of, model, optimizer.optimizer, result)
                 saved = time.perf_counter()
-        if handle is not None:
+        for handle in handles:
             handle.remove()
         result.images_per_second = seen / max(time.perf_counter() - clock, 1e-9)
-        result.accuracy, result.loss = evaluate(network, data, "test", recipe.channels_last)
+        begin("evaluation")
+        result.accuracy, result.loss = look("test")
         if len(data.test) > 0:
             _check_finite(result.loss, result, recipe)
     result.epochs = (result.steps - start_step) / per_epoch

@@ -147,9 +147,10 @@ def test_jobs_that_cannot_be_imported_fail(tmp_path: Path) -> None:
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_the_end_of_the_driver_ends_the_workers(tmp_path: Path, how: int) -> None:
     code = f"""
-import sys
+import signal, sys
 from pathlib import Path
 from jobs import slow
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background has it ignored
 from autosparse.experiment.executor import ExecutorSettings, Job, run_jobs
 jobs = [Job(n, slow, {{"place": Path({str(tmp_path)!r}), "name": n, "seconds": 600}}) for n in "abc"]
 run_jobs(jobs, ExecutorSettings('local', workers=2), device="cpu")

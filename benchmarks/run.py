@@ -245,11 +245,11 @@ class PerImage(torch.utils.data.Dataset):
         return self.transform(Image.fromarray(self.images[index])), int(self.labels[index])
 
 
-def usual_loader(data: ImageData, workers: int, device: str) -> torch.utils.data.DataLoader:
+def usual_loader(data: ImageData, workers: int, device: str, batch: int) -> torch.utils.data.DataLoader:
     arrays = data.train.images.permute(0, 2, 3, 1).contiguous().numpy(), data.train.labels.numpy()
     return torch.utils.data.DataLoader(
         PerImage(*arrays),
-        batch_size=BATCH,
+        batch_size=batch,
         shuffle=True,
         drop_last=True,
         num_workers=workers,
@@ -281,19 +281,21 @@ def usual_steps(model: nn.Module, loader: torch.utils.data.DataLoader, device: s
 def usual() -> Iterator[Row]:
     """As in `loop`: one `train` of several epochs; after each of them the other sides take as many steps."""
     for device, name in itertools.product(devices(), ("resnet20", "resnet18")):
-        steps, epochs = {"cpu": {"resnet20": (6, 5), "resnet18": (1, 4)}}.get(device, {}).get(name, (300, 9))
-        data = random_data(steps * BATCH, 0, 32)
+        steps, epochs, batch = (
+            (300, 9, BATCH) if device == "cuda" else (6, 5, BATCH) if name == "resnet20" else (2, 4, 16)
+        )
+        data = random_data(steps * batch, 0, 32)
 
         def make(name: str = name, device: str = device) -> nn.Module:
             return create_model(name, classes=CLASSES, image_size=32).to(device).train()
 
         fast = {"precision": "bf16", "channels_last": True}
         for precision, options in {"fp32": {}, **({"bf16": fast} if device == "cuda" else {})}.items():
-            recipe = Recipe(epochs=epochs, lr=0.01, batch_size=BATCH, schedule="cosine", **options)
+            recipe = Recipe(epochs=epochs, lr=0.01, batch_size=batch, schedule="cosine", **options)
             form = torch.channels_last if options else torch.contiguous_format
             ready = [
                 (x.contiguous(memory_format=form), y)
-                for x, y in itertools.islice(data.to(device).epoch(BATCH, 0), min(steps, 8))
+                for x, y in itertools.islice(data.to(device).epoch(batch, 0), min(steps, 8))
             ]
             model = make().to(memory_format=form)
             optimizer, batches = build_optimizer(model, recipe), itertools.cycle(ready)
@@ -313,7 +315,7 @@ def usual() -> Iterator[Row]:
             sides = {"bare": bare}
             for workers in (0, 2):
                 sides[f"usual, {workers} workers"] = usual_steps(
-                    make(), usual_loader(data, workers, device), device, steps
+                    make(), usual_loader(data, workers, device, batch), device, steps
                 )
             ours: list[float] = []
             others: dict[str, list[float]] = {side: [] for side in sides}
@@ -338,12 +340,12 @@ def usual() -> Iterator[Row]:
             train(make(), data, recipe, device=device, on_epoch=on_epoch)
             mine = np.array(ours[1:])
             what = f"{name}, {precision}"
-            yield row("usual", device, f"train, {what}", steps * BATCH / mine, "images/s")
+            yield row("usual", device, f"train, {what}", steps * batch / mine, "images/s")
             for side, seconds in others.items():
                 found = np.array(seconds)
                 ratios = (found[1:] + found[:-1]) / 2 / mine
                 goal = "" if device == "cpu" else ">= 0.9" if side == "bare" else ">= 5"
-                yield row("usual", device, f"{side}, {what}", steps * BATCH / found, "images/s")
+                yield row("usual", device, f"{side}, {what}", steps * batch / found, "images/s")
                 yield row("usual", device, f"train / {side}, images per second, {what}", ratios, goal=goal)
 
 
@@ -379,7 +381,7 @@ def runs() -> Iterator[Row]:
 
     processes = multiprocessing.get_context("spawn")
     for device in devices():
-        steps, batch, counts, rounds = (4, 32, (1, 2), 3) if device == "cpu" else (400, 128, (1, 2, 4, 8), 3)
+        steps, batch, counts, rounds = (2, 32, (1, 2), 3) if device == "cpu" else (400, 128, (1, 2, 4, 8), 3)
         hours: dict[int, list[float]] = {count: [] for count in counts}
         for _, count in itertools.product(range(rounds), counts):
             with tempfile.TemporaryDirectory() as folder:

@@ -325,7 +325,7 @@ def _how(code: int | None) -> str:
 
 def _serve(connection: Any, device: str, threads: int) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # unlike a kill it clears temporary files away
+    signal.signal(signal.SIGTERM, _leave)
     _set_threads(threads)
     while True:
         try:
@@ -337,6 +337,12 @@ def _serve(connection: Any, device: str, threads: int) -> None:
             continue
         kind, values = _perform(job, device, lambda values: connection.send(("progress", values)))
         connection.send((kind, values))
+
+
+def _leave(*_: Any) -> None:
+    """Unlike a kill, an exit clears temporary files away; a second SIGTERM must not break into that."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit(1)
 
 
 def _end_with_parent() -> None:

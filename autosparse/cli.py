@@ -246,7 +246,8 @@ def list_(
 ) -> None:
     """Names that configs and `prune` understand."""
     from autosparse.errors import suggest
-    from autosparse.experiment.candidates import METHODS, VARIANTS
+    from autosparse.experiment.candidates import METHODS
+    from autosparse.experiment.checks import CHECKS
     from autosparse.network.signals import SIGNALS, WARMUP_SIGNALS
     from autosparse.pruning.criteria import EARLY, PRESETS
     from autosparse.scorers.features import FEATURES
@@ -261,7 +262,7 @@ def list_(
             *METHODS,
             "SCORER.safetensors",
             "models:/NAME@ALIAS",
-            *(f"{v}:ANY_OF_THESE" for v in VARIANTS),
+            *(f"{v}:ANY_OF_THESE" for v in CHECKS),
         ],
         "signals": [*SIGNALS, *(f"{name}@EPOCHS" for name in WARMUP_SIGNALS)],
         "features": [f"{name}: {meaning}" for name, meaning in FEATURES.items()],

@@ -13,8 +13,8 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from autosparse.errors import AutoSparseError, require, settings, suggest
-from autosparse.experiment.candidates import VARIANTS, Candidate
-from autosparse.experiment.checks import expand
+from autosparse.experiment.candidates import Candidate
+from autosparse.experiment.checks import CHECKS, expand
 from autosparse.experiment.executor import ExecutorSettings
 from autosparse.files import replace_file
 from autosparse.masks.schedule import check_sparsity
@@ -135,7 +135,7 @@ class CheckConfig:
     criteria: tuple[Candidate, ...] = (Candidate("magnitude"), Candidate("snip"))
     sparsities: tuple[float, ...] = (0.95,)
     seeds: tuple[int, ...] = (0, 1, 2)
-    checks: tuple[str, ...] = VARIANTS
+    checks: tuple[str, ...] = tuple(CHECKS)
     device: str = "auto"
     executor: ExecutorSettings = ExecutorSettings()
     tracking: bool = True
@@ -143,9 +143,9 @@ class CheckConfig:
     def __post_init__(self) -> None:
         for sparsity in self.sparsities:
             check_sparsity(sparsity)
-        require(len(self.checks) > 0, "checks", list(self.checks), f"give at least one of {', '.join(VARIANTS)}")
+        require(len(self.checks) > 0, "checks", list(self.checks), f"give at least one of {', '.join(CHECKS)}")
         for check in self.checks:
-            require(check in VARIANTS, "checks", check, suggest(check, VARIANTS))
+            require(check in CHECKS, "checks", check, suggest(check, CHECKS))
         for criterion in self.criteria:
             require(
                 criterion.variant is None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,6 +65,14 @@ def read_json(path: Path, what: str) -> Any:
         raise AutoSparseError(f"{what} {path} does not exist: check the path") from error
     except (OSError, ValueError) as error:
         raise AutoSparseError(f"{what} {path} is damaged: {error}; delete it and run again") from error
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], schema: str, **metadata: str) -> None:
+    """A safetensors file of the tensors, whose metadata name `schema`, in one step."""
+    from safetensors.torch import save_file
+
+    with replace_file(path) as temporary:
+        save_file({n: t.cpu().contiguous() for n, t in tensors.items()}, temporary, {"schema": schema, **metadata})
 
 
 def read_safetensors(path: Path, schema: str, what: str) -> tuple[dict[str, Tensor], dict[str, str]]:

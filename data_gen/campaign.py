@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,8 +46,8 @@ def runs(
     require(len(seeds) > 0, "seeds", list(seeds), "give at least one")
     found = [Run(model, data, recipe, irp, signals, seed) for seed in seeds for model in models]
     labels = [run.label() for run in found]
-    for label in labels:
-        require(labels.count(label) == 1, "run", label, "two runs have this name; drop the repeated model or seed")
+    for label, count in Counter(labels).items():
+        require(count == 1, "run", label, "two runs have this name; drop the repeated model or seed")
     return found
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from autosparse.errors import AutoSparseError
-from autosparse.files import read_json, read_safetensors, replace_file, write_json
+from autosparse.files import read_json, read_safetensors, write_json, write_safetensors
 from autosparse.masks.layers import Layer, prunable_layers
 from autosparse.masks.mask import Masks
 from autosparse.network.graph import trace
@@ -27,6 +27,8 @@ from autosparse.scorers.records import Record, read_record, write_record
 from autosparse.training.data import DataSettings, ImageData, load_data
 from autosparse.training.loop import Recipe, fabric_for
 from autosparse.training.models import ModelSettings, create_model
+
+_STATE = "autosparse.state/1"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,7 +179,7 @@ def _continue(
         masks=masks,
         rewind=rewind,
         checkpoint=state / "training.pt",
-        on_rewind_state=lambda tensors: _save_state(state / "rewind.safetensors", tensors),
+        on_rewind_state=lambda tensors: write_safetensors(state / "rewind.safetensors", tensors, _STATE),
         on_epoch=on_epoch,
     )
     for outcome in rounds:
@@ -245,15 +247,8 @@ def masks_of_round(survival: Mapping[str, np.ndarray], layers: Mapping[str, Laye
     return Masks({n: torch.from_numpy(s >= index) for n, s in survival.items()}, layers)
 
 
-def _save_state(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    from safetensors.torch import save_file
-
-    with replace_file(path) as temporary:
-        save_file({n: t.cpu().contiguous() for n, t in tensors.items()}, temporary, {"schema": "autosparse.state/1"})
-
-
 def _load_state(path: Path, record: Path) -> dict[str, Tensor]:
     try:
-        return read_safetensors(path, "autosparse.state/1", "rewind state")[0]
+        return read_safetensors(path, _STATE, "rewind state")[0]
     except AutoSparseError as error:
         raise AutoSparseError(f"{record} cannot be resumed: {error}; delete the record to start it again") from error

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from autosparse.errors import AutoSparseError, require, settings, suggest
+from autosparse.experiment.checks import CHECKS, split
 from autosparse.experiment.tracking import load_scorer
 from autosparse.files import read_json, sha256, write_json
 from autosparse.masks.layers import Layer, prunable_layers
@@ -30,7 +31,6 @@ from autosparse.training.data import ImageData
 from autosparse.training.loop import Recipe, rewound, steps_per_epoch
 
 METHODS = ("irp", "kstarts", "dissipating", "kstarts_dissipating")
-VARIANTS = ("densities", "reinit", "inverted")
 
 
 @settings
@@ -73,7 +73,7 @@ class Candidate:
         if not is_scorer(self.base) and self.base.partition("@")[0] not in (*PRESETS, *METHODS):
             raise AutoSparseError(
                 f"criterion is {self.criterion!r}: {suggest(self.base, [*PRESETS, *METHODS])}; "
-                f"or a scorer's file, NAME.safetensors; or {': or '.join(VARIANTS)}: before one of them"
+                f"or a scorer's file, NAME.safetensors; or {': or '.join(CHECKS)}: before one of them"
             )
         if not is_scorer(self.base) and not self.searches:
             preset_for(self.base)  # a horizon that is none is told now
@@ -133,13 +133,12 @@ class Candidate:
     @property
     def variant(self) -> str | None:
         """The sanity check that stands before the criterion."""
-        first, sign, _ = self.criterion.partition(":")
-        return first if sign and first in VARIANTS else None
+        return split(self.criterion)[0]
 
     @property
     def base(self) -> str:
         """The criterion without its variant."""
-        return self.criterion if self.variant is None else self.criterion.partition(":")[2]
+        return split(self.criterion)[1]
 
     @property
     def layer_densities(self) -> Candidate | None:

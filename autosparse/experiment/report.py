@@ -215,7 +215,7 @@ def html_table(rows: Sequence[Result], cells: Mapping[CellKey, Cell]) -> str:
         "Test accuracy (%) of the last epoch, mean ± sample standard deviation over n seeds. Bold: highest mean of its "
         "column, whether or not the difference is more than noise. “eff.”: effective sparsity (%), which counts "
         "weights that no path reaches as pruned. “dead”: layers that pass nothing on, mean over seeds. Mask cost: "
-        "work to find the mask, in trainings."
+        "images passed to find the mask, in trainings; criteria without data, such as SynFlow, count as none, whatever time they take."
     )
     return f'<div class="wide"><table><caption>{caption}</caption>{"".join(lines)}</table></div>'
 

@@ -182,18 +182,11 @@ class Masks(Mapping[str, Tensor]):
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file: the boolean tensors, layers and report; atomically."""
-        from safetensors.torch import save_file
+        from autosparse.files import write_safetensors
 
-        from autosparse.files import replace_file
-
-        metadata = {
-            "schema": SCHEMA,
-            "layers": json.dumps({n: asdict(layer) for n, layer in self.layer_info.items()}),
-            "report": json.dumps(asdict(self.report)),
-        }
-        tensors = {n: t.cpu().clone(memory_format=torch.contiguous_format) for n, t in self._tensors.items()}
-        with replace_file(Path(path)) as temporary:
-            save_file(tensors, temporary, metadata=metadata)
+        layers = json.dumps({n: asdict(layer) for n, layer in self.layer_info.items()})
+        tensors = {n: t.clone() for n, t in self._tensors.items()}  # masks may share memory, tensors of a file may not
+        write_safetensors(Path(path), tensors, SCHEMA, layers=layers, report=json.dumps(asdict(self.report)))
 
     @classmethod
     def load(cls, path: str | Path) -> Masks:

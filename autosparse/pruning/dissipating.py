@@ -12,24 +12,21 @@ import torch
 from torch import Tensor, nn
 
 from autosparse.errors import AutoSparseError, require, settings
-from autosparse.files import write_json
+from autosparse.files import read_safetensors, write_json, write_safetensors
 from autosparse.masks.layers import Layer, unwrap
 from autosparse.masks.mask import Masks
 from autosparse.masks.schedule import check_density, densities
 from autosparse.masks.selection import SCOPES, Scope, select
 from autosparse.pruning.kstarts import (
+    STATE,
     KStartsSettings,
     Selected,
     fingerprint,
     kstarts,
     read_progress,
-    read_state,
-    state_on_cpu,
-    without_test,
-    write_state,
 )
 from autosparse.training.data import ImageData
-from autosparse.training.loop import Recipe, put_back, rewound, steps_per_epoch, train
+from autosparse.training.loop import Recipe, full_state, put_back, rewound, steps_per_epoch, train
 
 EPSILON = 1e-8  # far under any initial weight but an exact zero, whose relative change it keeps finite
 
@@ -132,12 +129,13 @@ def dissipating(
         if reached:
             assert state is not None
             masks = Masks.load(state / f"masks{len(reached)}.safetensors")
-            put_back(model, read_state(state / f"weights{len(reached)}.safetensors"))
+            weights = state / f"weights{len(reached)}.safetensors"
+            put_back(model, read_safetensors(weights, STATE, "state of a search")[0])
         while len(reached) < settings.epochs and masks.kept > target:
             clock, epoch = time.perf_counter(), len(reached)
             train(
                 model,
-                without_test(data),
+                data.without("test"),
                 recipe,
                 masks=masks,
                 seed=seed,
@@ -156,18 +154,18 @@ def dissipating(
             seconds += time.perf_counter() - clock
             if state is not None:
                 masks.save(state / f"masks{epoch + 1}.safetensors")
-                write_state(state / f"weights{epoch + 1}.safetensors", state_on_cpu(model))
+                write_safetensors(state / f"weights{epoch + 1}.safetensors", full_state(model), STATE)
                 write_json(state / "dissipating.json", {"of": of, "densities": reached, "seconds": seconds})
                 for name in ("masks", "weights"):
                     (state / f"{name}{epoch}.safetensors").unlink(missing_ok=True)
         masks.apply_(model)
-        weights = state_on_cpu(model)
+        final = {n: t.cpu() for n, t in full_state(model).items()}
     origin = {"criterion": "dissipating", **asdict(settings), "scope": scope, "density": density, "floor": floor}
     notes = masks.report.notes
     if masks.kept > target:
         notes = (*notes, f"threshold {threshold:g} left density {masks.density:.4g}, asked {density:g}")
     masks.report = replace(masks.report, notes=notes, origin={**origin, "seed": seed, "densities": reached})
-    return Selected(masks, float(len(reached)), seconds, weights=weights, steps=len(reached) * per_epoch)
+    return Selected(masks, float(len(reached)), seconds, weights=final, steps=len(reached) * per_epoch)
 
 
 def displacement(weight: Tensor, initial: Tensor, change: str) -> Tensor:

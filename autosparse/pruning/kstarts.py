@@ -7,7 +7,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from autosparse.errors import AutoSparseError, AutoSparseFailure, require, settings
-from autosparse.files import read_json, read_safetensors, replace_file, write_json
+from autosparse.files import read_json, read_safetensors, write_json, write_safetensors
 from autosparse.masks.layers import Layer, unwrap
 from autosparse.masks.mask import MaskReport, Masks
 from autosparse.masks.schedule import check_density
 from autosparse.masks.selection import Scope, select
-from autosparse.training.data import ImageData, Split
+from autosparse.training.data import ImageData
 from autosparse.training.loop import Recipe, full_state, put_back, rewound, steps_per_epoch, train
 
 FITNESS = ("weights", "gradients", "both", "validation", "random")
-_STATE = "autosparse.state/1"
+STATE = "autosparse.state/1"
 
 
 @settings
@@ -165,11 +165,11 @@ def kstarts(
                 )
                 seconds += time.perf_counter() - clock
                 front = {present[i] for i in unbeaten([values[i] for i in present])}
-                held[number] = state_on_cpu(model)
+                held[number] = {n: t.cpu() for n, t in full_state(model).items()}
                 held = {i: tensors for i, tensors in held.items() if i in front}
                 if state is not None:
                     if number in front:
-                        write_state(state / f"start{number}.safetensors", held[number])
+                        write_safetensors(state / f"start{number}.safetensors", held[number], STATE)
                     write_json(state / "kstarts.json", {"of": of, "values": values, "seconds": seconds})
                     for path in state.glob("start*.safetensors"):
                         if int(path.stem.removeprefix("start")) not in front:
@@ -177,7 +177,7 @@ def kstarts(
     winner = present[ranking([values[i] for i in present])[0]]
     if winner not in held:
         assert state is not None
-        held[winner] = read_state(state / f"start{winner}.safetensors")
+        held[winner] = read_safetensors(state / f"start{winner}.safetensors", STATE, "state of a search")[0]
     masks = Masks(trained[winner], layers, MaskReport(origin={**origin, "start": winner}))
     return Selected(masks, len(trained) * steps / per_epoch, seconds, tuple(values), held[winner], steps)
 
@@ -207,7 +207,7 @@ def _start(
     gradients = fitness in ("gradients", "both")
     result = train(
         model,
-        without_test(data),
+        data.without("test"),
         recipe,
         masks=masks,
         seed=seed,
@@ -292,11 +292,6 @@ def child(parents: Sequence[Masks], mutation: float, seed: int) -> Masks:
     return Masks({n: mutate(m, mutation, generator) for n, m in crossed.items()}, one.layer_info or None)
 
 
-def without_test(data: ImageData) -> ImageData:
-    """The same data with no test images: a search has no business with them."""
-    return replace(data, test=Split(data.test.images[:0], data.test.labels[:0]))
-
-
 def fingerprint(model: nn.Module, data: ImageData, *facts: Any, masks: Mapping[str, Tensor] | None = None) -> str:
     """What the state of a search belongs to: its settings, the weights and masks it starts from, the data."""
     digest = hashlib.sha256(repr((facts, data.augment, data.classes)).encode())
@@ -321,18 +316,3 @@ def read_progress(path: Path | None, of: str, nothing: dict[str, Any]) -> dict[s
             "delete its directory or give another one"
         )
     return progress
-
-
-def state_on_cpu(model: nn.Module) -> dict[str, Tensor]:
-    return {n: t.cpu() for n, t in full_state(model).items()}
-
-
-def write_state(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    from safetensors.torch import save_file
-
-    with replace_file(path) as temporary:
-        save_file({n: t.contiguous() for n, t in tensors.items()}, temporary, {"schema": _STATE})
-
-
-def read_state(path: Path) -> dict[str, Tensor]:
-    return read_safetensors(path, _STATE, "state of a search")[0]

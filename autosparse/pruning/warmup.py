@@ -14,7 +14,7 @@ from autosparse.errors import AutoSparseError, AutoSparseFailure, require, setti
 from autosparse.masks.layers import Layer, unwrap
 from autosparse.masks.mask import Masks
 from autosparse.network.signals import WARMUP_SIGNALS, Signals, parse_warmup
-from autosparse.training.data import ImageData, Split
+from autosparse.training.data import ImageData
 from autosparse.training.loop import Recipe, fabric_for, put_back, rewound, steps_per_epoch, train
 
 
@@ -101,7 +101,7 @@ def warmup(
     model = unwrap(model)
     home = next(model.parameters()).device
     place = fabric_for(device).device
-    data = _training_only(data.to(place))
+    data = data.to(place).without("validation", "test")
     with rewound(model) as origin:
         try:
             model.zero_grad(set_to_none=True)  # else those to be given back would move to the device too
@@ -175,9 +175,3 @@ class _Look:
                     total += self.own[n] - self.start[n]
                 else:
                     total += self.own[n]
-
-
-def _training_only(data: ImageData) -> ImageData:
-    """The training images alone, so that no time goes into accuracies that nobody asks for."""
-    none = Split(data.train.images[:0], data.train.labels[:0])
-    return replace(data, validation=none, test=none)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +99,11 @@ class ImageData:
             Split(s.images.to(device), s.labels.to(device)) for s in (self.train, self.validation, self.test)
         )
         return ImageData(train, validation, test, self.classes, self.mean.to(device), self.std.to(device), self.augment)
+
+    def without(self, *splits: str) -> ImageData:
+        """The same with these splits empty: for trainings that have no business with them."""
+        empty: dict[str, Any] = {name: Split(self.train.images[:0], self.train.labels[:0]) for name in splits}
+        return replace(self, **empty)
 
     def normalise(self, images: Tensor) -> Tensor:
         """uint8 `(B, C, H, W)` → float32 of zero mean and unit variance over the training images."""

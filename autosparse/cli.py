@@ -250,7 +250,7 @@ def list_(
     from autosparse.experiment.checks import CHECKS
     from autosparse.network.signals import SIGNALS, WARMUP_SIGNALS
     from autosparse.pruning.criteria import EARLY, PRESETS
-    from autosparse.scorers.features import FEATURES
+    from autosparse.scorers.features import FEATURES, GROUPS
     from autosparse.training.data import DATA
     from autosparse.training.models import MODELS
 
@@ -265,7 +265,10 @@ def list_(
             *(f"{v}:ANY_OF_THESE" for v in CHECKS),
         ],
         "signals": [*SIGNALS, *(f"{name}@EPOCHS" for name in WARMUP_SIGNALS)],
-        "features": [f"{name}: {meaning}" for name, meaning in FEATURES.items()],
+        "features": [
+            *(f"{name}: {feature.meaning}" for name, feature in FEATURES.items()),
+            *(f"{name}: all of {', '.join(members)}" for name, members in GROUPS.items()),
+        ],
     }
     if what != "all" and what not in names:
         raise AutoSparseError(f"list {what!r}: {suggest(what, names)}")
@@ -420,9 +423,10 @@ def _fit(config: FitConfig, tracking: Path | None = None) -> Path:
     figures = scorer.card["validation"]
     if figures:
         _say(
-            f"held-out records: AUC {figures['auc']:.3f} (|θ₀| alone {figures['auc_magnitude']:.3f}), within layers "
-            f"{figures['auc_within_layers']:.3f} ({figures['auc_magnitude_within_layers']:.3f}), "
-            f"within bins of |θ₀| {figures['auc_within_magnitude_bins']:.3f} (0.5)"
+            f"held-out records: AUC {figures['auc']:.3f} (|θ₀| alone {figures['magnitude_auc']:.3f}), within layers "
+            f"{figures['auc_within_layers']:.3f} ({figures['magnitude_auc_within_layers']:.3f}), "
+            f"within bins of |θ₀| {figures['auc_within_magnitude_bins']:.3f} (0.5), overlap "
+            f"{figures['overlap']:.3f} ({figures['magnitude_overlap']:.3f})"
         )
     _say(f"scorer: {path}")
     return path

@@ -41,7 +41,7 @@ from autosparse.network.graph import trace
 from autosparse.pruning.criteria import Context
 from autosparse.scorers import heads
 from autosparse.scorers.features import DEFAULT
-from autosparse.scorers.fitting import Scorer
+from autosparse.scorers.scorer import Scorer
 from autosparse.scorers.mlp import MLPScorer
 from autosparse.scorers.records import Record, read_record, write_record
 from autosparse.training.data import ImageData, Split

@@ -120,7 +120,8 @@ class Candidate:
             "leave it out",
         )
         require(self.between is None or 0 < self.between <= 1, "between", self.between, "it is a density, in (0, 1]")
-        require(self.warmup is None or self.warms_up, f"warmup of {self.base}", self.warmup, "leave it out")
+        early = self.warms_up or is_scorer(self.base)
+        require(self.warmup is None or early, f"warmup of {self.base}", self.warmup, "leave it out")
         require(
             not self.continues or (self.variant is None and self.base in METHODS[1:]),
             f"continues of {self.criterion}",
@@ -322,7 +323,7 @@ def _scored(work: _Work, candidate: Candidate, inverted: bool = False) -> Found:
     early = [name for name in rule.signals if parse_warmup(name)]
     if early:
         layers = prunable_layers(model, operands=trace(model, batches[0][0][:2]).operands)
-        settings = candidate.warmup or WarmupSettings()
+        settings = candidate.warmup or WarmupSettings(**getattr(rule, "warmup", {}))
         warm = warmup(model, layers, data, work.recipe, early, settings, **work.common())
         signals, epochs = warm.signals, warm.epochs
     masks = prune(

@@ -16,7 +16,7 @@ from urllib.parse import quote
 from autosparse.errors import AutoSparseError, first_line
 
 if TYPE_CHECKING:
-    from autosparse.scorers.fitting import Scorer
+    from autosparse.scorers.scorer import Scorer
 
 FLUSH_AT = 500  # metrics; MLflow takes 1000 in a batch
 KEY_LENGTH, VALUE_LENGTH, PARAMS_IN_BATCH = 250, 6000, 100  # MLflow's limits
@@ -188,7 +188,7 @@ def load_scorer(source: str | Path, directory: Path | None = None) -> Scorer:
 
     AutoSparseError: no such file or model, or one that is no scorer of this version.
     """
-    from autosparse.scorers.fitting import read_scorer
+    from autosparse.scorers.scorer import read_scorer
 
     if str(source).startswith("models:/"):
         source = download_scorer(str(source), directory)

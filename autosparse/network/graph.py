@@ -112,19 +112,43 @@ class Graph:
 
         A weight that is used again on its own output has an edge to itself.
         """
-        return tuple({(a, b): None for op, before in self._preceded() for b in op.weights for a in before})
+        return tuple(self.links())
+
+    def links(self) -> dict[tuple[str, str], frozenset[str]]:
+        """The edges, each with the kinds of all operations on the ways from one layer to the next: `"add"` where a residual
+        sum lies between, `"concat"`, `"attention"`, `"pool"`, …"""
+        found: dict[tuple[str, str], frozenset[str]] = {}
+        for op, before in self._preceded():
+            for b in op.weights:
+                for a, kinds in before.items():
+                    found[a, b] = found.get((a, b), frozenset()) | kinds
+        return found
+
+    def stride(self) -> dict[str, float]:
+        """Stride of each layer's convolution at its first use, the geometric mean over dimensions; 1 for products."""
+        found: dict[str, float] = {}
+        for op in self.operations:
+            for name in op.weights:
+                found.setdefault(name, math.prod(op.stride) ** (1 / max(len(op.stride), 1)))
+        return found
 
     def last_layers(self) -> tuple[str, ...]:
         """Layers whose output reaches an output of the model with no other layer between: classifiers, as a rule."""
         return tuple({name: None for op, before in self._preceded() if op.kind == "output" for name in before})
 
-    def _preceded(self) -> Iterator[tuple[Operation, dict[str, None]]]:
-        """Each operation with the last layers before it."""
-        nearest: list[dict[str, None]] = []  # per operation: the last layers before its result
+    def _preceded(self) -> Iterator[tuple[Operation, dict[str, frozenset[str]]]]:
+        """Each operation with the last layers before it, and the kinds of the operations between."""
+        nearest: list[dict[str, frozenset[str]]] = []  # per operation: the last layers before its result
         for op in self.operations:
-            before = {name: None for i in op.inputs for name in nearest[i]}
+            before: dict[str, frozenset[str]] = {}
+            for i in op.inputs:
+                for name, kinds in nearest[i].items():
+                    before[name] = before.get(name, frozenset()) | kinds
             yield op, before
-            nearest.append(dict.fromkeys(op.weights) if op.weights else before)
+            if op.weights:
+                nearest.append(dict.fromkeys(op.weights, frozenset()))
+            else:
+                nearest.append({name: kinds | {op.kind} for name, kinds in before.items()})
 
     def depth(self) -> dict[str, int]:
         """Layers on the longest path from the input to each layer, itself included (so 1 for the first layer).

@@ -1,62 +1,74 @@
-"""Records -> trained scorer; saving and loading."""
+"""Records -> trained scorer."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import h5py
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from autosparse.errors import AutoSparseError, AutoSparseFailure, require, settings
-from autosparse.files import read_safetensors, replace_file, sha256
-from autosparse.network.signals import Signals
-from autosparse.pruning.criteria import Context, Scores
-from autosparse.scorers import heads
+from autosparse.files import sha256
+from autosparse.masks.layers import Layer
+from autosparse.scorers import heads, image
+from autosparse.scorers.evaluation import evaluate
 from autosparse.scorers.features import (
     DEFAULT,
-    FEATURES,
-    VERSION,
     LayerContext,
+    View,
+    channel_index,
     check_features,
-    contexts,
+    of_weights,
     rows,
     signals_of,
 )
-from autosparse.scorers.mlp import MLPScorer
+from autosparse.scorers.mlp import Moments
 from autosparse.scorers.records import Record, open_record, read_record
+from autosparse.scorers.scorer import KINDS, Scorer, build_network
 
-SCHEMA = "autosparse.scorer/1"
 VALIDATIONS = ("run", "model", "none")
 _BLOCK = 1 << 16  # rows that are read at a time
-Table = tuple[Tensor, Tensor, Tensor]  # features (n, F), survival (n,), which record (n,)
 
 
 @settings
 class FitSettings:
     """How a scorer is fitted.
 
-    `head`: `"hazard"` or `"mse"`. `features`: names, `None` for the default ones (`autosparse list features`). `hidden`:
-    widths of the MLP. `validation`: `"run"` holds out whole IRP runs, `"model"` whole architectures (what tells whether
-    it transfers), `"none"`; never single weights. `validation_share`: of the runs or architectures, at least one.
-    `rows_per_record`: at most so many weights of each record in an epoch, so that large networks do not drown small
-    ones. `memory_gib`: above this the rows are streamed from the files instead of held.
+    `scorer`: `"mlp"` (one weight at a time), `"gnn"` (the whole network) or `"image"` (the published form, for comparison:
+    its features are the raw weight and gradient, and it sees 20,000 weights in all). `head`: `"hazard"`,
+    `"cumulative"` or `"mse"`. `features`: names of features or groups (`autosparse list features`), `None` for the default
+    ones. `hidden`: widths of the MLP. `width`, `rounds`: of the graph network, states and rounds of message passing.
+    `backbone`: of the image scorer. `validation`: `"run"` holds out whole IRP runs, `"model"` whole architectures (what
+    tells whether it transfers), `"tag:NAME"` every record with that tag (`deeper`, `no_norm`, …: see `corpus.py`),
+    `"none"`; never single weights. `validation_share`: of the runs or architectures, at least one.
+    `rows_per_record`: at most so many weights of each record in an epoch, so that large networks do not drown small ones.
+    `records_per_step`: networks that one step of the graph network sees. `balance`: exponent b of the weight `ρ^−b` that
+    what happens at density ρ has in the loss; 0 counts every weight alike, 1 every density.
+    `memory_gib`: above this the rows are streamed from the files instead of held.
     """
 
+    scorer: str = "mlp"
     head: str = "hazard"
     features: tuple[str, ...] | None = None
     hidden: tuple[int, ...] = (64, 64)
+    width: int = 32
+    rounds: int = 3
+    backbone: str = "resnet18"
     epochs: int = 20
     batch_size: int = 4096
+    records_per_step: int = 8
     lr: float = 2e-3
     weight_decay: float = 1e-4
+    balance: float = 0.0
     validation: str = "run"
     validation_share: float = 0.25
     rows_per_record: int | None = 200_000
@@ -64,14 +76,24 @@ class FitSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        require(self.scorer in KINDS, "fit.scorer", self.scorer, f"known: {', '.join(KINDS)}")
         heads.outputs(self.head)
         if self.features is not None:
             check_features(self.features)
+            raw = tuple(self.features) == image.FEATURES
+            require(self.scorer != "image" or raw, "fit.features", self.features, "an image scorer takes its own only")
         require(len(self.hidden) >= 1 and min(self.hidden) >= 1, "fit.hidden", self.hidden, "give widths of at least 1")
+        require(self.width >= 1, "fit.width", self.width, "give at least 1")
+        require(self.rounds >= 0, "fit.rounds", self.rounds, "it must not be negative")
+        require(self.backbone in image.NETWORKS, "fit.backbone", self.backbone, f"known: {', '.join(image.NETWORKS)}")
         require(self.epochs >= 1, "fit.epochs", self.epochs, "give at least 1")
         require(self.batch_size >= 1, "fit.batch_size", self.batch_size, "give at least 1")
+        require(self.records_per_step >= 1, "fit.records_per_step", self.records_per_step, "give at least 1")
         require(self.lr > 0, "fit.lr", self.lr, "give a positive number")
-        require(self.validation in VALIDATIONS, "fit.validation", self.validation, f"known: {', '.join(VALIDATIONS)}")
+        require(0 <= self.balance <= 1, "fit.balance", self.balance, "it must be in [0, 1]")
+        tagged = self.validation.startswith("tag:") and len(self.validation) > 4
+        known = f"known: {', '.join(VALIDATIONS)}, tag:NAME"
+        require(self.validation in VALIDATIONS or tagged, "fit.validation", self.validation, known)
         require(0 < self.validation_share < 1, "fit.validation_share", self.validation_share, "it must be in (0, 1)")
         require(
             self.rows_per_record is None or self.rows_per_record >= 1,
@@ -81,246 +103,215 @@ class FitSettings:
         )
         require(self.memory_gib > 0, "fit.memory_gib", self.memory_gib, "give a positive number")
 
-
-@dataclass(frozen=True)
-class Scorer:
-    """A trained criterion: call it like any other, or give it to `prune`.
-
-    Raises:
-        AutoSparseError: when called without the signals that its features are made of.
-    """
-
-    network: MLPScorer
-    head: str
-    features: tuple[str, ...]
-    n_batches: int
-    batch_size: int
-    card: Mapping[str, Any] = field(default_factory=dict)
-    name: str = "scorer"
-
-    @property
-    def signals(self) -> tuple[str, ...]:
-        return signals_of(self.features)
-
-    @torch.no_grad()
-    def __call__(self, signals: Signals, context: Context) -> Scores:
-        for name in self.signals:
-            if name not in signals:
-                raise AutoSparseError(f"scorer {self.name!r} needs the signal {name!r}: measure it too")
-        device = next(iter(signals["weight"].values())).device
-        network = self.network.to(device)
-        found = contexts(context.layers, signals, context.graph, context.masks)
-        scores: Scores = {}
-        step = max(1, _BLOCK // 4)  # the activations of a quarter stay in the cache: half the time of whole blocks
-        for name, layer in context.layers.items():
-            weight = signals["weight"][name].flatten()
-            gradient = signals["gradient"][name].flatten() if "gradient" in signals else None
-            score = torch.empty(weight.numel(), device=device)
-            for start in range(0, weight.numel(), step):
-                part = slice(start, start + step)
-                inputs = rows(self.features, weight[part], None if gradient is None else gradient[part], found[name])
-                score[part] = heads.score(self.head, network(inputs), context.density)
-            scores[name] = score.view(layer.shape)
-        return scores
-
-    def save(self, path: str | Path) -> None:
-        """Write a safetensors file that holds the weights, their own configuration, feature names and card."""
-        from safetensors.torch import save_file
-
-        config = {
-            "kind": "mlp",
-            "head": self.head,
-            "features": self.features,
-            "feature_version": VERSION,
-            "hidden": [layer.out_features for layer in self.network.hidden],
-            "n_batches": self.n_batches,
-            "batch_size": self.batch_size,
-            "name": self.name,
-        }
-        metadata = {"schema": SCHEMA, "config": json.dumps(config), "card": json.dumps(self.card)}
-        with replace_file(Path(path)) as temporary:
-            save_file({n: t.cpu() for n, t in self.network.state_dict().items()}, temporary, metadata=metadata)
+    def options(self) -> dict[str, Any]:
+        """Those of the network."""
+        if self.scorer == "mlp":
+            return {"hidden": list(self.hidden)}
+        return {"width": self.width, "rounds": self.rounds} if self.scorer == "gnn" else {"size": _TABLE}
 
 
-def read_scorer(path: str | Path) -> Scorer:
-    """Read a scorer saved by `Scorer.save`; no pickle.
-
-    Raises:
-        AutoSparseError: the file is missing, damaged or something else, or its features are not those of this version.
-    """
-    tensors, metadata = read_safetensors(Path(path), SCHEMA, "scorer")
-    try:
-        return _build(Path(path), tensors, json.loads(metadata["config"]), json.loads(metadata["card"]))
-    except (KeyError, TypeError, RuntimeError, json.JSONDecodeError) as error:
-        raise AutoSparseError(f"scorer {path} is damaged: its weights do not fit its own configuration") from error
-
-
-def _build(path: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any], card: Mapping[str, Any]) -> Scorer:
-    unknown = [name for name in config["features"] if name not in FEATURES]
-    if unknown or config["feature_version"] != VERSION:
-        what = f"feature {unknown[0]!r}" if unknown else f"feature version {config['feature_version']}"
-        raise AutoSparseError(
-            f"scorer {path} uses {what}, this AutoSparse has version {VERSION} of {', '.join(FEATURES)}: "
-            "fit it again with this version"
-        )
-    network = MLPScorer(len(config["features"]), heads.outputs(config["head"]), config["hidden"])
-    network.load_state_dict(tensors)
-    network.eval()
-    return Scorer(
-        network,
-        config["head"],
-        tuple(config["features"]),
-        config["n_batches"],
-        config["batch_size"],
-        card,
-        config["name"],
-    )
+_TABLE = 64  # points of an image scorer's table along each of its two inputs
 
 
 # -- rows of records ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class _Source:
-    """One record, opened: the contexts of its layers and the exposure tables of its labels."""
+class Source:
+    """One record, opened: the contexts of its layers, the exposure tables of its labels, and, for a graph network, the
+    network with the statistics of its weights."""
 
     path: Path
     model: str
+    tags: frozenset[str]
+    layers: Mapping[str, Layer]
     contexts: Mapping[str, LayerContext]
-    sizes: Mapping[str, int]
     removal_densities: tuple[float, ...]
     config: Mapping[str, Any]
+    data: Any = None
 
     @property
     def total(self) -> int:
-        return sum(self.sizes.values())
+        return sum(layer.numel for layer in self.layers.values())
 
 
-def _open_source(path: Path, features: Sequence[str]) -> _Source:
+def open_source(path: Path, features: Sequence[str], *, graph: bool = False, tags: bool = False) -> Source:
+    """Open a record for fitting; with `graph` one pass over its weights is made.
+
+    Raises:
+        AutoSparseError: the record is missing, damaged, has no finished round, or lacks a signal.
+    """
     record = read_record(path, signals_of(features))
     if record.rounds_done == 0:
         raise AutoSparseError(f"record {path} has no finished round: run autosparse generate on it again")
-    signals = as_signals(record)
-    return _Source(
-        path,
-        str(_model_label(record.config)),
-        contexts(record.layers, signals, record.graph()),
-        {name: layer.numel for name, layer in record.layers.items()},
-        tuple(record.removal_densities),
-        record.config,
+    view = View.of(features, record.layers, as_signals(record), record.graph() if record.operations else None)
+    data = None
+    if graph:
+        from autosparse.scorers.gnn import network_data
+
+        data = network_data(view)
+    found: frozenset[str] = frozenset()
+    if tags:
+        from autosparse.scorers.corpus import tags_of
+
+        found = tags_of(record)
+    model = json.dumps(record.config.get("model", {}), sort_keys=True)
+    return Source(
+        path, model, found, record.layers, view.contexts, tuple(record.removal_densities), record.config, data
     )
 
 
-def as_signals(record: Record) -> Signals:
+def as_signals(record: Record) -> dict[str, dict[str, Tensor]]:
     return {s: {n: torch.from_numpy(a) for n, a in arrays.items()} for s, arrays in record.signals.items()}
 
 
-def _model_label(config: Mapping[str, Any]) -> str:
-    model = config.get("model", {})
-    return json.dumps(model, sort_keys=True)
+class Table(NamedTuple):
+    """Rows of several records: features `(n, F)`, survival `(n,)`, which record `(n,)`, and the weight's layer, output
+    channel and input channel in it `(n, 3)`."""
 
+    x: Tensor
+    y: Tensor
+    owner: Tensor
+    place: Tensor
 
-def _read_block(
-    file: h5py.File, source: _Source, layer: str, start: int, stop: int, features: Sequence[str]
-) -> tuple[Tensor, Tensor]:
-    """Features and labels of the weights of leading rows `start … stop` of one layer."""
-    group = file[f"layers/{layer}"]
-    weight = torch.from_numpy(group["weight"][start:stop].ravel())
-    needs_gradient = "gradient" in signals_of(features)
-    gradient = torch.from_numpy(group["gradient"][start:stop].ravel()) if needs_gradient else None
-    labels = torch.from_numpy(group["survival"][start:stop].ravel().astype(np.int64))
-    return rows(features, weight, gradient, source.contexts[layer]), labels
+    def pick(self, index: Tensor) -> Table:
+        return Table(*(column[index] for column in self))
+
+    @staticmethod
+    def join(parts: Sequence[Table]) -> Table:
+        return Table(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of several records in shuffled batches, held in memory when they fit, else streamed block by block."""
+    """Rows of several records in shuffled batches, held in memory when they fit, else streamed block by block.
 
-    sources: Sequence[_Source]
+    `features`: the columns. `group`: how many records one batch may mix.
+    """
+
+    sources: Sequence[Source]
     features: tuple[str, ...]
     settings: FitSettings
+    group: int
 
-    def share(self, source: _Source) -> float:
+    def share(self, source: Source) -> float:
         limit = self.settings.rows_per_record
+        if self.settings.scorer == "image":
+            limit = min(limit or image.MOST_ROWS, max(1, image.MOST_ROWS // len(self.sources)))
         return 1.0 if limit is None else min(1.0, limit / source.total)
 
     @property
     def per_epoch(self) -> int:
         return sum(round(self.share(s) * s.total) for s in self.sources)
 
+    @property
+    def steps(self) -> int:
+        """Batches of an epoch, at most: every group ends with a smaller one."""
+        groups = math.ceil(len(self.sources) / self.group)
+        return math.ceil(self.per_epoch / self.settings.batch_size) + groups
+
     def held(self) -> bool:
-        size = sum(s.total for s in self.sources) * (4 * len(self.features) + 16)  # features, label, record index
+        size = sum(s.total for s in self.sources) * (4 * len(self.features) + 8 + 8 + 24)
         return size <= self.settings.memory_gib * 2**30
 
-    def blocks(self, index: int) -> Iterator[tuple[str, int, int]]:
-        """Layer and range of leading rows, about `_BLOCK` weights each."""
-        source = self.sources[index]
-        with open_record(source.path) as file:
-            for layer, size in source.sizes.items():
-                lead = file[f"layers/{layer}/weight"].shape[0]
-                step = max(1, _BLOCK * lead // max(size, 1))
-                for start in range(0, lead, step):
-                    yield layer, start, min(start + step, lead)
-
-    def load(self) -> Table:
-        """All rows, record after record."""
-        xs, ys, owners = [], [], []
+    def load(self) -> list[Table]:
+        """All rows, a table for each record."""
+        found = []
         for index, source in enumerate(self.sources):
             with open_record(source.path) as file:
-                for block in self.blocks(index):
-                    x, y = _read_block(file, source, *block, self.features)
-                    xs.append(x)
-                    ys.append(y)
-                    owners.append(torch.full((len(x),), index))
-        return torch.cat(xs), torch.cat(ys), torch.cat(owners)
+                found.append(Table.join([self._read(file, index, *block) for block in self._blocks(source)]))
+        return found
 
-    def epoch(self, held: Table | None, generator: torch.Generator) -> Iterator[Table]:
-        """Batches of features, labels and record indices, in random order; `held` is what `load` gave, if anything."""
-        size = self.settings.batch_size
-        if held is not None:
-            x, y, owner = held
-            picks, start = [], 0
-            for source in self.sources:
-                order = torch.randperm(source.total, generator=generator)
-                picks.append(start + order[: round(self.share(source) * source.total)])
-                start += source.total
-            chosen = torch.cat(picks)
-            chosen = chosen[torch.randperm(len(chosen), generator=generator)]
-            for pick in chosen.split(size):
-                yield x[pick], y[pick], owner[pick]
-            return
-        plan = [(i, *block) for i in range(len(self.sources)) for block in self.blocks(i)]
+    def _blocks(self, source: Source) -> Iterator[tuple[str, int, int]]:
+        """Layer and range of leading rows, about `_BLOCK` weights each."""
+        for name, layer in source.layers.items():
+            lead = layer.shape[0]
+            step = max(1, _BLOCK * lead // max(layer.numel, 1))
+            for start in range(0, lead, step):
+                yield name, start, min(start + step, lead)
+
+    def _read(self, file: h5py.File, index: int, name: str, start: int, stop: int) -> Table:
+        """The weights of leading rows `start … stop` of one layer."""
+        source = self.sources[index]
+        group, layer = file[f"layers/{name}"], source.layers[name]
+        part = {signal: torch.from_numpy(group[signal][start:stop]) for signal in signals_of(self.features)}
+        y = torch.from_numpy(group["survival"][start:stop].ravel().astype(np.int64))
+        shape = (stop - start, *layer.shape[1:])
+        place = [torch.full((len(y),), list(source.layers).index(name))]
+        for side in ("out", "in"):
+            along = channel_index(layer, side)
+            along = along[start:stop] if len(along) > 1 else along
+            place.append(along.expand(shape).flatten())
+        x = rows(self.features, part, source.contexts[name], start)
+        return Table(x, y, torch.full((len(y),), index), torch.stack(place, dim=1))
+
+    def epoch(self, held: Sequence[Table] | None, generator: torch.Generator) -> Iterator[Table]:
+        """Batches in random order; `held` is what `load` gave, if anything."""
+        order = torch.randperm(len(self.sources), generator=generator).split(self.group)
+        for members in order:
+            some = self._of_files if held is None else self._of_memory
+            for table in some(members.tolist(), held or (), generator):
+                for pick in torch.randperm(len(table.y), generator=generator).split(self.settings.batch_size):
+                    yield table.pick(pick)
+
+    def _of_memory(self, members: list[int], held: Sequence[Table], generator: torch.Generator) -> Iterator[Table]:
+        parts = []
+        for index in members:
+            source = self.sources[index]
+            pick = torch.randperm(source.total, generator=generator)[: round(self.share(source) * source.total)]
+            parts.append(held[index].pick(pick))
+        yield Table.join(parts)
+
+    def _of_files(self, members: list[int], held: Sequence[Table], generator: torch.Generator) -> Iterator[Table]:
+        plan = [(i, *block) for i in members for block in self._blocks(self.sources[i])]
         plan = [plan[i] for i in torch.randperm(len(plan), generator=generator).tolist()]
-        files = [open_record(s.path) for s in self.sources]
+        files = {i: open_record(self.sources[i].path) for i in members}
         try:
             for start in range(0, len(plan), 32):  # about two million rows are mixed at a time
-                xs, ys, owners = [], [], []
-                for index, layer, first, last in plan[start : start + 32]:
-                    x, y = _read_block(files[index], self.sources[index], layer, first, last, self.features)
-                    count = max(1, round(self.share(self.sources[index]) * len(x)))
-                    pick = torch.randperm(len(x), generator=generator)[:count]
-                    xs.append(x[pick])
-                    ys.append(y[pick])
-                    owners.append(torch.full((count,), index))
-                x, y, owner = torch.cat(xs), torch.cat(ys), torch.cat(owners)
-                for pick in torch.randperm(len(x), generator=generator).split(size):
-                    yield x[pick], y[pick], owner[pick]
+                parts = []
+                for index, name, first, last in plan[start : start + 32]:
+                    table = self._read(files[index], index, name, first, last)
+                    count = max(1, round(self.share(self.sources[index]) * len(table.y)))
+                    parts.append(table.pick(torch.randperm(len(table.y), generator=generator)[:count]))
+                yield Table.join(parts)
         finally:
-            for file in files:
+            for file in files.values():
                 file.close()
 
 
 # -- fitting ------------------------------------------------------------------------------------------------------------
 
 
-def split_records(sources: Sequence[_Source], how: str, share: float, seed: int) -> tuple[list[int], list[int]]:
-    """Indices for training and validation, by whole run (of which there may be copies) or whole architecture.
+def split_records(sources: Sequence[Source], how: str, share: float, seed: int) -> tuple[list[int], list[int]]:
+    """Indices for training and validation, by whole run (of which there may be copies), whole architecture, or tag.
 
     Raises:
-        AutoSparseError: there is only one run or architecture.
+        AutoSparseError: there is only one run or architecture, or the tag is that of none or of all.
     """
+    everything = list(range(len(sources)))
     if how == "none":
-        return list(range(len(sources))), []
+        return everything, []
+    if how.startswith("tag:"):
+        held_out = [i for i in everything if how[4:] in sources[i].tags]
+        if len(held_out) in (0, len(sources)):
+            known = sorted({tag for s in sources for tag in s.tags})
+            whose = "none" if not held_out else "all"
+            raise AutoSparseError(
+                f"fit.validation is {how!r}: {whose} of the records have this tag; there are {', '.join(known)}"
+            )
+        return [i for i in everything if i not in set(held_out)], held_out
+    folds = folds_of(sources, how, seed)
+    count = max(1, round(share * len(folds)))
+    held = [i for fold in folds[:count] for i in fold]
+    return [i for i in everything if i not in set(held)], sorted(held)
+
+
+def folds_of(sources: Sequence[Source], how: str, seed: int) -> list[list[int]]:
+    """The records of each run or architecture, in random order.
+
+    Raises:
+        AutoSparseError: there is only one.
+    """
     keys = [s.model if how == "model" else json.dumps(s.config, sort_keys=True) for s in sources]
     distinct = sorted(set(keys))
     if len(distinct) < 2:
@@ -328,9 +319,7 @@ def split_records(sources: Sequence[_Source], how: str, share: float, seed: int)
             f"fit.validation is {how!r} but the records hold only one {how}: generate more, or set fit.validation=none"
         )
     order = np.random.default_rng(seed).permutation(len(distinct))
-    held = {distinct[i] for i in order[: max(1, round(share * len(distinct)))]}
-    training = [i for i, key in enumerate(keys) if key not in held]
-    return training, [i for i, key in enumerate(keys) if key in held]
+    return [[i for i, key in enumerate(keys) if key == distinct[j]] for j in order]
 
 
 def fit(
@@ -344,51 +333,94 @@ def fit(
     """Train a scorer to predict survival from the signals at initialization.
 
     The network of the epoch with the best validation loss is kept (the last one without validation); its card tells how
-    it ranks held-out runs, beside `|θ₀|` alone: overall, within layers, and within bins of equal layer and `|θ₀|`.
+    it ranks held-out runs, beside the hand-made criteria (see `evaluation.py`).
 
     Raises:
         AutoSparseError: records missing, damaged, without rounds or without the signals that the features need.
         AutoSparseFailure: the loss is no longer finite.
     """
-    features = fit_settings.features or DEFAULT
-    clock = time.perf_counter()
-    sources = [_open_source(path, features) for path in records]
+    sources = open_sources(records, fit_settings)
     training, held_out = split_records(
         sources, fit_settings.validation, fit_settings.validation_share, fit_settings.seed
     )
-    train_rows = Rows([sources[i] for i in training], features, fit_settings)
-    held_rows = Rows([sources[i] for i in held_out], features, fit_settings)
+    return fit_sources(sources, training, held_out, fit_settings, name=name, device=device, on_epoch=on_epoch)
+
+
+def features_of(fit_settings: FitSettings) -> tuple[str, ...]:
+    if fit_settings.scorer == "image":
+        return image.FEATURES
+    return check_features(fit_settings.features or DEFAULT)
+
+
+def open_sources(records: Sequence[Path], fit_settings: FitSettings) -> list[Source]:
+    features, graph = features_of(fit_settings), fit_settings.scorer == "gnn"
+    tags = fit_settings.validation.startswith("tag:")
+    return [open_source(path, features, graph=graph, tags=tags) for path in records]
+
+
+def fit_sources(
+    sources: Sequence[Source],
+    training: Sequence[int],
+    held_out: Sequence[int],
+    fit_settings: FitSettings,
+    *,
+    name: str = "scorer",
+    device: str = "cpu",
+    on_epoch: Callable[[dict[str, float]], None] | None = None,
+) -> Scorer:
+    """`fit` of records that are open already: those at the indices `training`, judged by those at `held_out`."""
+    clock = time.perf_counter()
+    features = features_of(fit_settings)
+    columns = of_weights(features) if fit_settings.scorer == "gnn" else features
+
+    def part(which: Sequence[int]) -> Rows:
+        group = fit_settings.records_per_step if fit_settings.scorer == "gnn" else max(len(which), 1)
+        return Rows([sources[i] for i in which], columns, fit_settings, group)
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(fit_settings.seed)
-        network = MLPScorer(len(features), heads.outputs(fit_settings.head), fit_settings.hidden)
-        history = _train(network, train_rows, held_rows, fit_settings, torch.device(device), on_epoch)
+        if fit_settings.scorer == "image":
+            network: nn.Module = image.ImageScorer(heads.outputs(fit_settings.head), fit_settings.backbone)
+        else:
+            network = build_network(
+                fit_settings.scorer, features, heads.outputs(fit_settings.head), fit_settings.options()
+            )
+        history = _train(network, part(training), part(held_out), fit_settings, torch.device(device), on_epoch)
+        if isinstance(network, image.ImageScorer):
+            network = network.table(_TABLE)
     network.cpu().eval()
     first = sources[0].config.get("signals", {})
     scorer = Scorer(
+        fit_settings.scorer,
         network,
         fit_settings.head,
-        tuple(features),
+        features,
         int(first.get("n_batches", 1)),
         int(first.get("batch_size", 128)),
+        fit_settings.options(),
+        {"orders": first["warmup_orders"], "lr": first["warmup_lr"]} if "warmup_orders" in first else {},
         name=name,
     )
+    hashes = [{"name": s.path.name, "sha256": sha256(s.path)} for s in sources]
     card = {
         "name": name,
+        "scorer": fit_settings.scorer,
         "head": fit_settings.head,
         "features": list(features),
-        "settings": asdict(fit_settings),
-        "records": [{"name": s.path.name, "sha256": sha256(s.path)} for s in sources],
+        "settings": dataclasses.asdict(fit_settings),
+        "records": hashes,
         "held_out": [sources[i].path.name for i in held_out],
         "weights": sum(s.total for s in sources),
+        "parameters": sum(p.numel() for p in network.parameters()),
         "seconds": time.perf_counter() - clock,
         "history": history,
-        "validation": validate(scorer, [sources[i].path for i in held_out]),
+        "validation": evaluate(scorer, [sources[i].path for i in held_out]),
     }
-    return Scorer(network, scorer.head, scorer.features, scorer.n_batches, scorer.batch_size, card, name)
+    return dataclasses.replace(scorer, card=card)
 
 
 def _train(
-    network: MLPScorer,
+    network: nn.Module,
     train_rows: Rows,
     held_rows: Rows,
     fit_settings: FitSettings,
@@ -400,12 +432,11 @@ def _train(
     held_validation = held_rows.load() if held_rows.sources and held_rows.held() else None
     _standardise(network, train_rows, held, generator)
     network.to(device)
-    tables = _tables(train_rows, device)
-    validation_tables = _tables(held_rows, device)
+    task, validation_task = _Task(train_rows, device), _Task(held_rows, device)
     optimizer = torch.optim.AdamW(
         network.parameters(), lr=fit_settings.lr, weight_decay=fit_settings.weight_decay, fused=True
     )
-    steps = fit_settings.epochs * max(1, math.ceil(train_rows.per_epoch / fit_settings.batch_size))
+    steps = fit_settings.epochs * train_rows.steps
     rise = max(1, round(0.1 * steps))  # whole, since OneCycleLR divides by the length of the rise
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, fit_settings.lr, total_steps=steps + 1, pct_start=(rise + 1) / (steps + 1)
@@ -416,25 +447,23 @@ def _train(
     for epoch in range(1, fit_settings.epochs + 1):
         network.train()
         total, count = 0.0, 0
-        for x, y, owner in train_rows.epoch(held, generator):
-            value = _loss(network, fit_settings.head, x, y, owner, tables, device)
+        for table in train_rows.epoch(held, generator):
+            value = task.loss(network, table)
             optimizer.zero_grad(set_to_none=True)
             value.backward()
             optimizer.step()
             if done < steps:
                 schedule.step()
             done += 1
-            total += float(value.detach()) * len(x)
-            count += len(x)
+            total += float(value.detach()) * len(table.y)
+            count += len(table.y)
         row = {"epoch": float(epoch), "train_loss": total / max(count, 1)}
         if not math.isfinite(row["train_loss"]):
             raise AutoSparseFailure(
                 f"fitting diverged in epoch {epoch}: the loss is not finite; lower fit.lr ({fit_settings.lr})"
             )
         if held_rows.sources:
-            row["validation_loss"] = _validation_loss(
-                network, held_rows, held_validation, fit_settings, validation_tables, device
-            )
+            row["validation_loss"] = _validation_loss(network, held_rows, held_validation, validation_task)
             if row["validation_loss"] < best:
                 best = row["validation_loss"]
                 best_state = {n: t.detach().clone() for n, t in network.state_dict().items()}
@@ -446,120 +475,65 @@ def _train(
     return history
 
 
-def _tables(part: Rows, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Exposure tables of all records, `(records, longest R + 1, BINS)`."""
-    longest = max((len(s.removal_densities) for s in part.sources), default=0) + 1
-    pairs = [heads.interval_tables(s.removal_densities, longest) for s in part.sources]
-    if not pairs:
-        return torch.zeros(0), torch.zeros(0)
-    return torch.stack([p[0] for p in pairs]).to(device), torch.stack([p[1] for p in pairs]).to(device)
+class _Task:
+    """The loss of a network on batches of rows."""
 
+    def __init__(self, part: Rows, device: torch.device) -> None:
+        self._part, self._device = part, device
+        longest = max((len(s.removal_densities) for s in part.sources), default=0) + 1
+        pairs = [heads.interval_tables(s.removal_densities, longest) for s in part.sources]
+        empty = torch.zeros(0)
+        self._survived = torch.stack([p[0] for p in pairs]).to(device) if pairs else empty
+        self._fell = torch.stack([p[1] for p in pairs]).to(device) if pairs else empty
 
-def _loss(
-    network: MLPScorer,
-    head: str,
-    x: Tensor,
-    y: Tensor,
-    owner: Tensor,
-    tables: tuple[Tensor, Tensor],
-    device: torch.device,
-) -> Tensor:
-    survived, fell = (table[owner.to(device), y.to(device)] for table in tables)
-    return heads.loss(head, network(x.to(device)), survived, fell)
+    def loss(self, network: nn.Module, table: Table) -> Tensor:
+        settings, device = self._part.settings, self._device
+        owner, y = table.owner.to(device), table.y.to(device)
+        predicted = self._predict(network, table)
+        return heads.loss(settings.head, predicted, self._survived[owner, y], self._fell[owner, y], settings.balance)
+
+    def _predict(self, network: nn.Module, table: Table) -> Tensor:
+        x = table.x.to(self._device)
+        if self._part.settings.scorer != "gnn":
+            return network(x)
+        from autosparse.scorers.gnn import batch
+
+        members, owner = table.owner.unique(return_inverse=True)
+        data = [self._part.sources[i].data for i in members.tolist()]
+        u_layer, u_out, u_in, share = network.encode(batch(data).to(self._device))  # type: ignore[operator]
+        index = []
+        for column, sizes in enumerate(
+            ([len(d.x) for d in data], [len(d.out_stats) for d in data], [len(d.in_stats) for d in data])
+        ):
+            starts = torch.tensor([0, *sizes[:-1]]).cumsum(0)
+            index.append((starts[owner] + table.place[:, column]).to(self._device))
+        place = u_layer[index[0]] + u_out[index[1]] + u_in[index[2]]
+        return network(x, place, share[index[0]])
 
 
 @torch.no_grad()
-def _validation_loss(
-    network: MLPScorer,
-    part: Rows,
-    held: Table | None,
-    fit_settings: FitSettings,
-    tables: tuple[Tensor, Tensor],
-    device: torch.device,
-) -> float:
+def _validation_loss(network: nn.Module, part: Rows, held: Sequence[Table] | None, task: _Task) -> float:
     network.eval()
     total, count = 0.0, 0
-    for x, y, owner in part.epoch(held, torch.Generator().manual_seed(0)):  # the same rows after every epoch
-        total += float(_loss(network, fit_settings.head, x, y, owner, tables, device)) * len(x)
-        count += len(x)
+    for table in part.epoch(held, torch.Generator().manual_seed(0)):  # the same rows after every epoch
+        total += float(task.loss(network, table)) * len(table.y)
+        count += len(table.y)
     return total / max(count, 1)
 
 
-def _standardise(network: MLPScorer, part: Rows, held: Table | None, generator: torch.Generator) -> None:
+def _standardise(network: nn.Module, part: Rows, held: Sequence[Table] | None, generator: torch.Generator) -> None:
     """Mean, standard deviation and range of the features over one epoch's rows: all of them, since a streamed epoch
     begins with a few layers only."""
-    count, total, squares = 0, torch.zeros(1), torch.zeros(1)
-    low, high = torch.full_like(network.low, math.inf), torch.full_like(network.high, -math.inf)
-    for x, _, _ in part.epoch(held, generator):
-        count += len(x)
-        total = total + x.double().sum(0)
-        squares = squares + x.double().square().sum(0)
-        low, high = torch.minimum(low, x.amin(0)), torch.maximum(high, x.amax(0))
-    mean = total / count
-    network.low.copy_(low)
-    network.high.copy_(high)
-    network.mean.copy_(mean)
-    network.std.copy_((squares / count - mean.square()).clamp(min=1e-6).sqrt())
-
-
-# -- what it is worth ---------------------------------------------------------------------------------------------------
-
-
-def validate(scorer: Scorer, paths: Sequence[Path]) -> dict[str, float]:
-    """Ranking of the final ticket's weights on whole records, mean over records; beside `|θ₀|` alone.
-
-    `auc`: over the whole network; `auc_within_layers`: mean over layers; `auc_within_magnitude_bins`: over bins of equal
-    layer and equal decile of `|θ₀|`, where magnitude knows nothing and 0.5 is chance. None is accuracy after training.
-    """
-    figures: list[dict[str, float]] = []
-    for path in paths:
-        record = read_record(path, scorer.signals)
-        density = float(record.removal_densities[-1])
-        signals = as_signals(record)
-        scores = scorer(signals, Context(record.layers, density, record.graph()))
-        labels = {n: (s == record.rounds_done).ravel() for n, s in record.survival.items()}
-        own = {n: s.numpy().ravel() for n, s in scores.items()}
-        magnitude = {n: np.abs(a).ravel() for n, a in record.signals["weight"].items()}
-        figures.append(
-            {
-                "auc": _auc(np.concatenate(list(labels.values())), np.concatenate(list(own.values()))),
-                "auc_magnitude": _auc(np.concatenate(list(labels.values())), np.concatenate(list(magnitude.values()))),
-                "auc_within_layers": _mean_auc([(labels[n], own[n]) for n in own]),
-                "auc_magnitude_within_layers": _mean_auc([(labels[n], magnitude[n]) for n in own]),
-                "auc_within_magnitude_bins": _mean_auc(
-                    [(labels[n][b], own[n][b]) for n in own for b in _deciles(magnitude[n])]
-                ),
-            }
-        )
-    if not figures:
-        return {}
-    return {key: _mean([f[key] for f in figures]) for key in figures[0]}
-
-
-def _mean(values: Sequence[float]) -> float:
-    """Mean of the values that exist; NaN where none does."""
-    known = [v for v in values if not math.isnan(v)]
-    return sum(known) / len(known) if known else math.nan
-
-
-def _deciles(values: np.ndarray) -> list[np.ndarray]:
-    return np.array_split(np.argsort(values, kind="stable"), 10)
-
-
-def _auc(labels: np.ndarray, scores: np.ndarray) -> float:
-    from sklearn.metrics import roc_auc_score
-
-    if labels.all() or not labels.any():
-        return math.nan
-    return float(roc_auc_score(labels, scores))
-
-
-def _mean_auc(parts: Sequence[tuple[np.ndarray, np.ndarray]]) -> float:
-    """Mean over parts that hold both classes, weighted by the pairs that each compares."""
-    total, weight = 0.0, 0.0
-    for labels, scores in parts:
-        pairs = float(labels.sum()) * float((~labels).sum())
-        if pairs > 0:
-            total += pairs * _auc(labels, scores)
-            weight += pairs
-    return total / weight if weight else math.nan
+    own = Moments(len(part.features))
+    for table in part.epoch(held, generator):
+        own.see(table.x)
+    network.inputs.set(own)  # type: ignore[union-attr, operator]
+    if part.settings.scorer == "gnn":
+        data = [source.data for source in part.sources]
+        nodes, stats = Moments(data[0].x.shape[1]), Moments(2 * len(part.features))
+        for one in data:
+            nodes.see(one.x)
+            stats.see(one.out_stats)
+            stats.see(one.in_stats)
+        network.node_inputs.set(nodes)  # type: ignore[union-attr, operator]
+        network.channel_inputs.set(stats)  # type: ignore[union-attr, operator]

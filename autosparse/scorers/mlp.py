@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from autosparse.scorers.features import View
 
-class MLPScorer(nn.Module):
-    """`outputs` numbers per row of features: clipped and standardised inputs, hidden Linear layers with ReLU, one Linear.
+Outputs = Iterator[tuple[str, int, int, Tensor]]  # layer, range of its first dimension, (n, K) for the weights there
 
-    `mean`, `std` and the range `low … high` of the training rows are buffers, so that they travel with the weights.
+
+class Standard(nn.Module):
+    """Inputs clipped to the range that they had in the records, and standardised; all of it buffers.
+
     Features outside the range are clipped to it: what a layer larger than any in the records would get is otherwise the
     network's extrapolation, which can empty whole layers.
     """
@@ -23,18 +26,69 @@ class MLPScorer(nn.Module):
     low: Tensor
     high: Tensor
 
-    def __init__(self, inputs: int, outputs: int, hidden: Sequence[int] = (64, 64)) -> None:
+    def __init__(self, inputs: int) -> None:
         super().__init__()
         self.register_buffer("mean", torch.zeros(inputs))
         self.register_buffer("std", torch.ones(inputs))
         self.register_buffer("low", torch.full((inputs,), -math.inf))
         self.register_buffer("high", torch.full((inputs,), math.inf))
+
+    def set(self, moments: Moments) -> None:
+        """Take mean, standard deviation and range of what `moments` saw."""
+        for name, value in moments.figures().items():
+            getattr(self, name).copy_(value)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return (rows.clamp(self.low, self.high) - self.mean) / self.std
+
+
+class Moments:
+    """Mean, standard deviation and range of rows that are seen part by part."""
+
+    def __init__(self, inputs: int) -> None:
+        self.count = 0
+        self.total = torch.zeros(inputs, dtype=torch.float64)
+        self.squares = torch.zeros(inputs, dtype=torch.float64)
+        self.low = torch.full((inputs,), math.inf)
+        self.high = torch.full((inputs,), -math.inf)
+
+    def see(self, rows: Tensor) -> None:
+        if len(rows):
+            self.count += len(rows)
+            self.total += rows.double().sum(0)
+            self.squares += rows.double().square().sum(0)
+            self.low = torch.minimum(self.low, rows.amin(0))
+            self.high = torch.maximum(self.high, rows.amax(0))
+
+    def figures(self) -> dict[str, Tensor]:
+        mean = self.total / max(self.count, 1)
+        std = (self.squares / max(self.count, 1) - mean.square()).clamp(min=1e-6).sqrt()
+        return {"mean": mean, "std": std, "low": self.low, "high": self.high}
+
+
+class MLPScorer(nn.Module):
+    """`outputs` numbers per row of features: standardised inputs, hidden Linear layers with ReLU, one Linear."""
+
+    def __init__(self, inputs: int, outputs: int, hidden: Sequence[int] = (64, 64)) -> None:
+        super().__init__()
+        self.inputs = Standard(inputs)
         sizes = [inputs, *hidden]
         self.hidden = nn.ModuleList(nn.Linear(i, o) for i, o in itertools.pairwise(sizes))
         self.out = nn.Linear(sizes[-1], outputs)
 
     def forward(self, rows: Tensor) -> Tensor:
-        x = (rows.clamp(self.low, self.high) - self.mean) / self.std
+        x = self.inputs(rows)
         for layer in self.hidden:
             x = torch.relu_(layer(x))
         return self.out(x)
+
+    def outputs(self, view: View) -> Outputs:
+        """The outputs for every weight of a network, chunk by chunk."""
+        return by_rows(self, view)
+
+
+def by_rows(network: Callable[[Tensor], Tensor], view: View) -> Outputs:
+    """The outputs of a function of single rows of features."""
+    for name in view.layers:
+        for start, stop in view.chunks(name):
+            yield name, start, stop, network(view.rows(name, start, stop))

@@ -1,0 +1,114 @@
+"""How a criterion ranks the weights of records that it was not fitted on, in figures that magnitude alone cannot earn."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from autosparse.masks.selection import select
+from autosparse.network.signals import Signals
+from autosparse.pruning.criteria import CRITERIA, Context, Criterion, HandMade
+from autosparse.scorers.records import Record, read_record
+
+# Hand-made criteria beside a scorer, where the record stores their signals; the last is SynFlow's score in one step.
+RIVALS: tuple[Criterion, ...] = (
+    *(CRITERIA[name] for name in ("magnitude", "snip", "growth0")),
+    HandMade("flow", lambda signals, context: signals["flow"], ("flow",)),
+)
+FIGURES = {
+    "auc": "AUC for 'in the last ticket', over the whole network",
+    "auc_within_layers": "the same within layers, mean over pairs",
+    "auc_within_magnitude_bins": "the same within bins of equal layer and nearly equal |θ₀|, where 0.5 is chance",
+    "overlap": "share of the ticket's weights that a mask of the same size keeps",
+    "overlap_within_layers": "the same with the ticket's own layer densities",
+    "density_error": "share of the kept weights that lie in the wrong layer: ½·Σ_l |k_l − k_l*| / k",
+}
+
+
+def evaluate(criterion: Criterion, paths: Sequence[Path]) -> dict[str, float]:
+    """The `FIGURES` at the lowest density of each record, mean over records; none of them is accuracy after training.
+
+    With a prefix (`magnitude_auc`, …) those of the hand-made criteria whose signals the records store.
+    """
+    found = [{**judge(criterion, path), **_rivals(path)} for path in paths]
+    keys = dict.fromkeys(key for figures in found for key in figures)
+    return {key: _mean([figures[key] for figures in found if key in figures]) for key in keys}
+
+
+def judge(criterion: Criterion, path: Path) -> dict[str, float]:
+    """The `FIGURES` of one criterion on one record."""
+    return figures(criterion, read_record(path, criterion.signals))
+
+
+def _rivals(path: Path) -> dict[str, float]:
+    record = read_record(path)
+    return {
+        f"{rival.name}_{key}": value
+        for rival in RIVALS
+        if set(rival.signals) <= set(record.signals)
+        for key, value in figures(rival, record).items()
+    }
+
+
+def figures(criterion: Criterion, record: Record) -> dict[str, float]:
+    """The `FIGURES` of a criterion on a record that is in memory."""
+    signals: Signals = {
+        s: {n: torch.from_numpy(record.signals[s][n]) for n in record.layers} for s in criterion.signals
+    }
+    density = float(record.removal_densities[-1])
+    graph = record.graph() if record.operations else None
+    scores = criterion(signals, Context(record.layers, density, graph, seed=record.seed))
+    ticket = {n: (s == record.rounds_done).ravel() for n, s in record.survival.items()}
+    own = {n: s.numpy().ravel() for n, s in scores.items()}
+    weight = {n: np.abs(record.signals["weight"][n]).ravel() for n in own} if "weight" in record.signals else {}
+    kept = {n: int(t.sum()) for n, t in ticket.items()}
+    size = sum(kept.values())
+    shares = {n: k / record.layers[n].numel for n, k in kept.items()}
+    masks = select(scores, density, layers=record.layers)
+    inside = select(scores, density, layers=record.layers, scope=shares)
+    return {
+        "auc": _auc(np.concatenate(list(ticket.values())), np.concatenate(list(own.values()))),
+        "auc_within_layers": _mean_auc([(ticket[n], own[n]) for n in own]),
+        "auc_within_magnitude_bins": _mean_auc([(ticket[n][b], own[n][b]) for n in weight for b in _bins(weight[n])]),
+        "overlap": _overlap(ticket, masks, size),
+        "overlap_within_layers": _overlap(ticket, inside, size),
+        "density_error": sum(abs(int(masks[n].sum()) - kept[n]) for n in kept) / (2 * size),
+    }
+
+
+def _overlap(ticket: Mapping[str, np.ndarray], masks: Mapping[str, torch.Tensor], size: int) -> float:
+    return sum(int((ticket[n] & masks[n].numpy().ravel()).sum()) for n in ticket) / size
+
+
+def _mean(values: Sequence[float]) -> float:
+    """Mean of the values that exist; NaN where none does."""
+    known = [v for v in values if not math.isnan(v)]
+    return sum(known) / len(known) if known else math.nan
+
+
+def _bins(values: np.ndarray) -> list[np.ndarray]:
+    """Some 20 neighbours in rank each: in wider bins of a sparse ticket, magnitude would tell much."""
+    return np.array_split(np.argsort(values, kind="stable"), max(1, len(values) // 20))
+
+
+def _auc(labels: np.ndarray, scores: np.ndarray) -> float:
+    from sklearn.metrics import roc_auc_score
+
+    if labels.all() or not labels.any():
+        return math.nan
+    return float(roc_auc_score(labels, scores))
+
+
+def _mean_auc(parts: Sequence[tuple[np.ndarray, np.ndarray]]) -> float:
+    """Mean over parts that hold both classes, weighted by the pairs that each compares."""
+    total, weight = 0.0, 0.0
+    for labels, scores in parts:
+        pairs = float(labels.sum()) * float((~labels).sum())
+        if pairs > 0:
+            total += pairs * _auc(labels, scores)
+            weight += pairs
+    return total / weight if weight else math.nan

@@ -1,0 +1,152 @@
+"""A trained scorer: a criterion like any other, saved with its own configuration."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from autosparse.errors import AutoSparseError, require
+from autosparse.files import read_safetensors, replace_file
+from autosparse.network.signals import Signals
+from autosparse.pruning.criteria import Context, Scores
+from autosparse.scorers import heads
+from autosparse.scorers.features import VERSION, View, check_features, of_weights, signals_of
+from autosparse.scorers.image import TableScorer
+from autosparse.scorers.mlp import MLPScorer
+
+SCHEMA = "autosparse.scorer/2"
+KINDS = ("mlp", "gnn", "image")
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """A trained criterion: call it like any other, or give it to `prune`.
+
+    `kind`: `"mlp"` (one weight at a time), `"gnn"` (the whole network) or `"image"` (the published form, as a table).
+    `options` are those of its network. `warmup`: the settings of the short training that its early signals were recorded
+    with. `card`: where it comes from and what it is worth.
+
+    Raises:
+        AutoSparseError: when called without the signals that its features are made of.
+    """
+
+    kind: str
+    network: nn.Module
+    head: str
+    features: tuple[str, ...]
+    n_batches: int
+    batch_size: int
+    options: Mapping[str, Any] = field(default_factory=dict)
+    warmup: Mapping[str, Any] = field(default_factory=dict)
+    card: Mapping[str, Any] = field(default_factory=dict)
+    name: str = "scorer"
+
+    @property
+    def signals(self) -> tuple[str, ...]:
+        return signals_of(self.features)
+
+    @torch.no_grad()
+    def __call__(self, signals: Signals, context: Context) -> Scores:
+        for name in self.signals:
+            if name not in signals:
+                raise AutoSparseError(
+                    f"scorer {self.name!r} needs the signal {name!r}: "
+                    + ("give the signals of a warm-up" if "@" in name else "measure it too")
+                )
+        device = next(iter(signals["weight"].values())).device
+        network = self.network.to(device).eval()
+        view = View.of(self.features, context.layers, signals, context.graph, context.masks)
+        scores: Scores = {}
+        for name, layer in context.layers.items():
+            scores[name] = torch.empty(layer.shape, device=device)
+        for name, start, stop, predicted in network.outputs(view):  # type: ignore[operator]
+            score = heads.score(self.head, predicted, context.density)
+            scores[name][start:stop] = score.view(stop - start, *scores[name].shape[1:])
+        return scores
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file that holds the weights, their own configuration, feature names and card."""
+        from safetensors.torch import save_file
+
+        config = {
+            "kind": self.kind,
+            "head": self.head,
+            "features": self.features,
+            "feature_version": VERSION,
+            "options": self.options,
+            "n_batches": self.n_batches,
+            "batch_size": self.batch_size,
+            "warmup": self.warmup,
+            "name": self.name,
+        }
+        metadata = {"schema": SCHEMA, "config": json.dumps(config), "card": json.dumps(self.card)}
+        with replace_file(Path(path)) as temporary:
+            save_file(
+                {n: t.cpu().contiguous() for n, t in self.network.state_dict().items()}, temporary, metadata=metadata
+            )
+
+
+def build_network(kind: str, features: Sequence[str], outputs: int, options: Mapping[str, Any]) -> nn.Module:
+    """An untrained network of a kind: its weights are drawn from the global RNG.
+
+    Raises:
+        AutoSparseError: an unknown kind, or features that it cannot take.
+    """
+    require(kind in KINDS, "fit.scorer", kind, f"known: {', '.join(KINDS)}")
+    if kind == "mlp":
+        return MLPScorer(len(features), outputs, **options)
+    if kind == "gnn":
+        from autosparse.scorers.gnn import GNNScorer, node_inputs
+
+        own = len(of_weights(features))
+        require(own > 0, "fit.features", list(features), "a gnn needs features of the weights too")
+        return GNNScorer(own, node_inputs(features), outputs, **options)
+    return TableScorer(outputs, **options)
+
+
+def read_scorer(path: str | Path) -> Scorer:
+    """Read a scorer saved by `Scorer.save`; no pickle.
+
+    Raises:
+        AutoSparseError: the file is missing, damaged or something else, or its features are not those of this version.
+    """
+    tensors, metadata = read_safetensors(Path(path), SCHEMA, "scorer")
+    try:
+        config, card = json.loads(metadata["config"]), json.loads(metadata["card"])
+        return _build(Path(path), tensors, config, card)
+    except (KeyError, TypeError, RuntimeError, json.JSONDecodeError) as error:
+        raise AutoSparseError(f"scorer {path} is damaged: its weights do not fit its own configuration") from error
+
+
+def _build(path: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any], card: Mapping[str, Any]) -> Scorer:
+    features = tuple(config["features"])
+    try:
+        known = config["feature_version"] == VERSION and check_features(features) == features
+        what = f"feature version {config['feature_version']}"
+    except AutoSparseError as error:
+        known, what = False, str(error)
+    if not known:
+        raise AutoSparseError(
+            f"scorer {path}: {what}, this AutoSparse has version {VERSION}: fit it again with this version"
+        )
+    network = build_network(config["kind"], features, heads.outputs(config["head"]), config["options"])
+    network.load_state_dict(tensors)
+    network.eval()
+    return Scorer(
+        config["kind"],
+        network,
+        config["head"],
+        features,
+        config["n_batches"],
+        config["batch_size"],
+        config["options"],
+        config["warmup"],
+        card,
+        config["name"],
+    )

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from autosparse.errors import AutoSparseError, AutoSparseFailure
     from autosparse.experiment.tracking import load_scorer
+    from autosparse.front import prune
     from autosparse.masks.mask import Masks
     from autosparse.masks.selection import NM, Block, Channel
-    from autosparse.pruning.prune import prune
 
 __version__ = "0.1.0"
 
@@ -28,7 +28,7 @@ _WHERE = {
     "Masks": "autosparse.masks.mask",
     "NM": "autosparse.masks.selection",
     "load_scorer": "autosparse.experiment.tracking",
-    "prune": "autosparse.pruning.prune",
+    "prune": "autosparse.front",
 }
 
 __all__ = ["NM", "AutoSparseError", "AutoSparseFailure", "Block", "Channel", "Masks", "load_scorer", "prune"]

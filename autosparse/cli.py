@@ -419,7 +419,7 @@ def _fit(config: FitConfig, tracking: Path | None = None) -> Path:
         write_json(card, scorer.card)
         tracker.log({f"validation/{k}": v for k, v in scorer.card["validation"].items()}, config.fit.epochs)
         tracker.artifact(card)
-        tracker.register_scorer(path, config.name)
+        tracker.register_scorer(path, config.name, config.alias)
     figures = scorer.card["validation"]
     if figures:
         _say(

@@ -53,11 +53,15 @@ class GenerateConfig:
 
 @settings
 class FitConfig:
-    """`autosparse fit`: a scorer from records (files, or directories that are searched), into `output`."""
+    """`autosparse fit`: a scorer from records (files, or directories that are searched), into `output`.
+
+    `alias` of the version in MLflow's registry, as in `models:/NAME@ALIAS`.
+    """
 
     output: str = "runs/scorer"
     records: tuple[str, ...] = ("runs/irp",)
     name: str = "scorer"
+    alias: str | None = None
     fit: FitSettings = FitSettings()
     device: str = "cpu"
     tracking: bool = True

@@ -27,6 +27,7 @@ from autosparse.pruning.irp import IRPSettings, irp
 from autosparse.pruning.kstarts import KStartsSettings, kstarts
 from autosparse.pruning.prune import describe, prune
 from autosparse.pruning.warmup import WarmupSettings, warmup
+from autosparse.scorers.bundled import bundled, is_scorer
 from autosparse.training.data import ImageData
 from autosparse.training.loop import Recipe, rewound, steps_per_epoch
 
@@ -37,7 +38,8 @@ METHODS = ("irp", "kstarts", "dissipating", "kstarts_dissipating")
 class Candidate:
     """A criterion or method in a comparison.
 
-    `criterion`: a preset (`autosparse list criteria`), `"irp"`, or a scorer: its file, or an MLflow `models:/` URI.
+    `criterion`: a preset (`autosparse list criteria`), `"irp"`, or a scorer: one of `autosparse list scorers`, its file, or an
+    MLflow `models:/` URI.
     Before any of them may stand a variant, the sanity checks of the field (Frankle et al. 2021, Su et al. 2020):
     `"densities:"` keeps its layer densities and puts the positions within each layer at random (the layer-wise
     shuffle), the rival that every criterion must beat: one that does not has found layer densities only; `"reinit:"`
@@ -201,12 +203,8 @@ class Found:
 
 
 def resolve(text: str) -> str | Criterion:
-    """A preset's name as it is, a scorer's file or `models:/` URI as the scorer."""
+    """A preset's name as it is; a scorer for its name, file or `models:/` URI."""
     return load_scorer(text) if is_scorer(text) else text
-
-
-def is_scorer(text: str) -> bool:
-    return text.endswith(".safetensors") or text.startswith("models:/")
 
 
 def identity(candidate: Candidate) -> str:
@@ -216,9 +214,9 @@ def identity(candidate: Candidate) -> str:
     Raises:
         AutoSparseError: the scorer's file does not exist.
     """
-    if not candidate.base.endswith(".safetensors"):
+    path = bundled().get(candidate.base, Path(candidate.base))
+    if path.suffix != ".safetensors":
         return candidate.criterion
-    path = Path(candidate.base)
     if not path.is_file():
         raise AutoSparseError(f"scorer file {path} does not exist: fit it first, or check the path")
     return ("" if candidate.variant is None else f"{candidate.variant}:") + sha256(path)

@@ -184,15 +184,17 @@ def download_scorer(uri: str, directory: Path | None = None) -> Path:
 
 
 def load_scorer(source: str | Path, directory: Path | None = None) -> Scorer:
-    """A trained scorer from its safetensors file or from MLflow's registry, `"models:/NAME/VERSION"` or `"models:/NAME@ALIAS"`.
+    """A trained scorer: one that comes with the package, by name; from its safetensors file; or from MLflow's registry,
+    `"models:/NAME/VERSION"` or `"models:/NAME@ALIAS"`.
 
     AutoSparseError: no such file or model, or one that is no scorer of this version.
     """
+    from autosparse.scorers.bundled import bundled
     from autosparse.scorers.scorer import read_scorer
 
     if str(source).startswith("models:/"):
         source = download_scorer(str(source), directory)
-    return read_scorer(source)
+    return read_scorer(bundled().get(str(source), source))
 
 
 def require_mlflow() -> None:

@@ -58,7 +58,8 @@ def _fail(message: str, code: int) -> None:
 
 @app.command(epilog="Example: autosparse generate configs/irp/digits.yaml seeds=[0,1] irp.rounds=8")
 def generate(config: Config, overrides: Overrides = None, profile: Profile = False) -> None:
-    """Run IRP on every model with every seed, and record what each weight looked like and survived.
+    """Run IRP on every model with every seed, or on networks drawn at random (configs/corpus), and record what each
+    weight looked like and survived.
 
     A second start goes on after the last finished round; a finished run answers at once.
     """
@@ -360,8 +361,12 @@ def _generate(config: GenerateConfig, tracking: Path | None = None) -> None:
     from autosparse.scorers.records import is_complete
     from data_gen.campaign import generate as run_all
     from data_gen.campaign import record_path, runs
+    from data_gen.tasks import sample_tasks
 
-    todo = runs(config.models, config.data, config.recipe, config.irp, config.signals, config.seeds)
+    if config.tasks is None:
+        todo = runs(config.models, config.data, config.recipe, config.irp, config.signals, config.seeds)
+    else:
+        todo = sample_tasks(config.tasks, config.recipe, config.irp, config.signals)
     directory = claim_directory(config)
     news = [run.label() for run in todo if not is_complete(record_path(directory, run))]
     enabled = config.tracking and bool(news)  # a finished run answers at once

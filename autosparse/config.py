@@ -24,6 +24,7 @@ from autosparse.scorers.fitting import FitSettings
 from autosparse.training.data import DataSettings
 from autosparse.training.loop import Recipe
 from autosparse.training.models import ModelSettings
+from autosparse.training.tasks import TaskSettings
 
 T = TypeVar("T")
 
@@ -37,7 +38,11 @@ _SHORT = {
 
 @settings
 class GenerateConfig:
-    """`autosparse generate`: IRP runs of every model with every seed, into `output/records`."""
+    """`autosparse generate`: IRP runs of every model with every seed, into `output/records`.
+
+    With `tasks`, which draws the networks, the runs are those of the tasks, and there are no `models` and `seeds`. In a
+    file, each of `tasks.data` takes from `data` what it does not say.
+    """
 
     output: str = "runs/irp"
     models: tuple[ModelSettings, ...] = (ModelSettings("resnet20"),)
@@ -46,9 +51,16 @@ class GenerateConfig:
     irp: IRPSettings = IRPSettings()
     signals: SignalSettings = SignalSettings()
     seeds: tuple[int, ...] = (0,)
+    tasks: TaskSettings | None = None
     device: str = "auto"
     executor: ExecutorSettings = ExecutorSettings()
     tracking: bool = True
+
+    def __post_init__(self) -> None:
+        default = {"models": (ModelSettings("resnet20"),), "seeds": (0,)}
+        for key, value in default.items():
+            given = getattr(self, key)
+            require(self.tasks is None or given == value, key, given, f"tasks draws the {key}: leave it or tasks out")
 
 
 @settings
@@ -188,7 +200,11 @@ class QuickstartConfig:
 # Keys that may differ between two runs in one directory: they change what more is done, not what has been done.
 _FREE = {"output", "device", "executor", "tracking"}
 _GRID = {"models", "criteria", "sparsities", "seeds"}
-_AXES = {GenerateConfig: {"models", "seeds"}, BenchmarkConfig: _GRID, CheckConfig: _GRID | {"checks"}}
+_AXES = {
+    GenerateConfig: {"models", "seeds", "tasks.count", "tasks.seeds"},
+    BenchmarkConfig: _GRID,
+    CheckConfig: _GRID | {"checks"},
+}
 
 
 class _Loader(yaml.SafeLoader):
@@ -264,7 +280,7 @@ def _override(values: dict[str, Any], text: str) -> None:
 
 
 def _expanded(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Bare names as the settings that they stand for; also inside lists."""
+    """Bare names as the settings that they stand for; also inside lists. `tasks.data` with what it takes from `data`."""
 
     def expand(key: str, value: Any) -> Any:
         short = _SHORT.get(key)
@@ -274,7 +290,13 @@ def _expanded(values: Mapping[str, Any]) -> dict[str, Any]:
             return [expand(key, item) for item in value]
         return value
 
-    return {key: expand(key, value) for key, value in values.items()}
+    expanded = {key: expand(key, value) for key, value in values.items()}
+    tasks, data = expanded.get("tasks"), expanded.get("data", {})
+    if isinstance(tasks, dict) and isinstance(tasks.get("data"), list) and isinstance(data, dict):
+        entries = [expand("data", entry) for entry in tasks["data"]]
+        entries = [{**data, **entry} if isinstance(entry, dict) else entry for entry in entries]
+        expanded["tasks"] = {**tasks, "data": entries}
+    return expanded
 
 
 def _explain(schema: type, error: ValidationError) -> str:
@@ -328,10 +350,11 @@ def claim_directory(config: Any) -> Path:
             other = other if isinstance(other, dict) else {}
         except yaml.YAMLError:
             other = {}
-        for key in sorted((mine.keys() | other.keys()) - free, key=lambda key: (key != "command", key)):
-            if mine.get(key) != other.get(key):
+        before, now = _bound(other, free), _bound(mine, free)
+        for key in sorted(now.keys() | before.keys(), key=lambda key: (key != "command", key)):
+            if now.get(key) != before.get(key):
                 raise AutoSparseError(
-                    f"output {directory} belongs to another config ({_difference(key, other.get(key), mine.get(key))}): "
+                    f"output {directory} belongs to another config ({_difference(key, before.get(key), now.get(key))}): "
                     "choose another output, or delete the directory"
                 )
     elif directory.is_file():
@@ -339,6 +362,16 @@ def claim_directory(config: Any) -> Path:
     with replace_file(path) as temporary:
         temporary.write_text(yaml.safe_dump(mine, sort_keys=False))
     return directory
+
+
+def _bound(values: Mapping[str, Any], free: set[str]) -> dict[str, Any]:
+    """The values of a config without the free keys, of which some lie in a group: `tasks.count`."""
+    inner = {top: {key.partition(".")[2] for key in free if key.startswith(f"{top}.")} for top in values}
+    return {
+        key: {k: v for k, v in value.items() if k not in inner[key]} if isinstance(value, dict) else value
+        for key, value in values.items()
+        if key not in free
+    }
 
 
 def _has_results(directory: Path) -> bool:

@@ -15,7 +15,7 @@ from autosparse.experiment.status import journal
 from autosparse.network.signals import SignalSettings
 from autosparse.pruning.irp import IRPSettings, Round
 from autosparse.scorers.records import is_complete
-from autosparse.training.data import DataSettings, ImageData, load_data, shared_data
+from autosparse.training.data import DataSettings, ImageData, shared_data
 from autosparse.training.loop import Recipe, fabric_for
 from autosparse.training.models import ModelSettings, create_model
 from data_gen.runs import Run, generate_record
@@ -71,25 +71,20 @@ def generate(
             `round` and `rounds`, and `density`, `accuracy` and `loss` at the end of a round, or the row of an epoch.
 
     Raises:
-        AutoSparseError: an input is wrong in a way that concerns every run (the data cannot be read), or another process
-            works on the directory.
+        AutoSparseError: data cannot be read or a model does not take its images, which is told before any run starts;
+            every run has the same wrong input; or another process works on the directory.
         AutoSparseFailure: every run failed for the same reason.
     """
     campaign = Campaign()
     paths = {run.label(): record_path(directory, run) for run in todo}
     pending = [run for run in todo if not is_complete(paths[run.label()])]
-    images = load_data(todo[0].data) if pending else None
-    for model in {
-        run.model.label(): run.model for run in pending
-    }.values():  # wrong input is told before hours are spent
-        assert images is not None
-        check_prunable(
-            create_model(model, in_channels=images.channels, classes=images.classes, image_size=images.image_size),
-            images,
-        )
-    given = images if executor.kind == "inline" else None
+    images = {data: shared_data(data, "cpu") for data in {run.data: None for run in pending}}
+    for model, data in {(run.model.label(), run.data): (run.model, images[run.data]) for run in pending}.values():
+        _check(model, data)  # wrong input is told before hours are spent
+    given = images if executor.kind == "inline" else {}
     jobs = {
-        run.label(): Job(run.label(), do_run, {"run": run, "path": paths[run.label()], "data": given}) for run in todo
+        run.label(): Job(run.label(), do_run, {"run": run, "path": paths[run.label()], "data": given.get(run.data)})
+        for run in todo
     }
     open_labels = {run.label() for run in pending}
     with journal(directory, paths) as book:
@@ -109,6 +104,11 @@ def generate(
         first = next(iter(failed.values()))
         raise (AutoSparseError if first.mistake else AutoSparseFailure)(str(first.error))
     return campaign
+
+
+def _check(model: ModelSettings, data: ImageData) -> None:
+    size = {"in_channels": data.channels, "classes": data.classes, "image_size": data.image_size}
+    check_prunable(create_model(model, **size), data)
 
 
 def do_run(

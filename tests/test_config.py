@@ -33,6 +33,7 @@ from autosparse.training.models import ModelSettings
 ROOT = Path(__file__).parent.parent / "configs"
 SCHEMAS: dict[str, type] = {
     "irp": GenerateConfig,
+    "corpus": GenerateConfig,
     "scorer": FitConfig,
     "benchmark": BenchmarkConfig,
     "check": CheckConfig,

@@ -458,5 +458,5 @@ def test_a_finished_campaign_needs_no_data(tmp_path: Path, data: ImageData, monk
     def no(*_: object) -> None:
         raise AssertionError("the data were loaded")
 
-    monkeypatch.setattr("data_gen.campaign.load_data", no)
+    monkeypatch.setattr("data_gen.campaign.shared_data", no)
     assert generate([RUN], tmp_path, device="cpu").records == [path]

@@ -213,9 +213,9 @@ def load_data(data: DataSettings | str, device: torch.device | str = "cpu") -> I
     return ImageData(train, validation, test, classes, mean, std, chosen.augment or augment).to(device)
 
 
-@functools.lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=8)
 def shared_data(data: DataSettings, device: str) -> ImageData:
-    """`load_data`, once for all jobs that a process does one after another."""
+    """`load_data`, once for all jobs that a process does one after another; the last eight data sets stay loaded."""
     return load_data(data, device)
 
 

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import inspect
 import itertools
+import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from autosparse.errors import AutoSparseError, first_line, require, settings, suggest
 from autosparse.network.running import seeded
+from autosparse.training.cells import CellNet, soften_branches
+
+M = TypeVar("M", bound=nn.Module)
+_LONGEST_LABEL = 60  # characters
 
 
 @settings
@@ -35,12 +41,15 @@ class ModelSettings:
         require(self.width is None or self.width >= 1, "model width", self.width, "give a whole number of at least 1")
 
     def label(self) -> str:
-        """Short unique text, fit for a file name: `resnet20`, `resnet20-w8`, `convnet-w16-depth4`."""
+        """Short unique text, fit for a file name: `resnet20`, `resnet20-w8`, `convnet-w16-depth4`; of many options a hash."""
         parts = [self.name.replace(":", "-").replace(".", "-")]
         if self.width is not None:
             parts.append(f"w{self.width}")
-        parts += [f"{key}{value}" for key, value in self.options.items()]
-        return re.sub(r"[^A-Za-z0-9._-]+", "_", "-".join(parts))
+        text = "-".join([*parts, *(f"{key}{value}" for key, value in self.options.items())])
+        if len(text) > _LONGEST_LABEL and self.options:
+            options = json.dumps(dict(self.options), sort_keys=True, default=str)
+            text = "-".join([*parts, hashlib.sha256(options.encode()).hexdigest()[:8]])
+        return re.sub(r"[^A-Za-z0-9._-]+", "_", text)
 
 
 def conv_bn(in_channels: int, out_channels: int, kernel: int, stride: int = 1) -> list[nn.Module]:
@@ -179,13 +188,16 @@ class VGG(nn.Module):
         return self.classifier(self.features(x).mean((2, 3)))
 
 
-def initialize(model: nn.Module) -> nn.Module:
-    """He initialization (normal, fan-in) of convolutions and Linear layers, zero biases; draws from the global RNG."""
+def initialize(model: M) -> M:
+    """He initialization (normal, fan-in) of convolutions, Linear layers and the projections of attention, zero biases;
+    draws from the global RNG."""
     for module in model.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             nn.init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity="relu")
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.MultiheadAttention):
+            nn.init.kaiming_normal_(module.in_proj_weight, mode="fan_in", nonlinearity="relu")
     return model
 
 
@@ -205,6 +217,7 @@ def _vgg(stages: tuple[int, ...]) -> Callable[..., nn.Module]:
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "mlp": lambda c, k, size, width=300, **o: initialize(MLP(c * size * size, k, width, **o)),
     "convnet": lambda c, k, size, width=16, **o: initialize(ConvNet(c, k, width, **o)),
+    "cellnet": lambda c, k, size, width=16, **o: soften_branches(initialize(CellNet(c, k, size, width, **o))),
     **{f"resnet{depth}": _cifar_resnet(depth) for depth in (8, 20, 32, 44, 56, 110)},
     "resnet18": _resnet((2, 2, 2, 2), BasicBlock),
     "resnet34": _resnet((3, 4, 6, 3), BasicBlock),

@@ -419,6 +419,8 @@ def _fit(config: FitConfig, tracking: Path | None = None) -> Path:
             tracker.log({k: v for k, v in row.items() if k != "epoch"}, int(row["epoch"]))
             tracker.flush()
 
+        if config.fit.folds:
+            _cross_validate(config, records, hashes, directory, device)
         scorer = run(records, config.fit, name=config.name, device=device, on_epoch=on_epoch)
         scorer.save(path)
         write_json(card, scorer.card)
@@ -435,6 +437,40 @@ def _fit(config: FitConfig, tracking: Path | None = None) -> Path:
         )
     _say(f"scorer: {path}")
     return path
+
+
+def _cross_validate(
+    config: FitConfig, records: Sequence[Path], hashes: Sequence[str], directory: Path, device: str
+) -> None:
+    """Leave-architecture-out, fold by fold, into folds.csv; folds that are done are not done again."""
+    import csv
+
+    from autosparse.experiment.results import stat
+    from autosparse.files import read_json, replace_file, write_json
+    from autosparse.scorers.evaluation import FIGURES
+    from autosparse.scorers.fitting import cross_validate
+
+    path = directory / "folds.json"
+    state = read_json(path, "folds") if path.exists() else {}
+    known = {int(k): rows for k, rows in state.get("folds", {}).items()} if state.get("records") == hashes else {}
+
+    def on_fold(fold: int, rows: list[dict[str, Any]]) -> None:
+        known[fold] = rows
+        write_json(path, {"records": list(hashes), "folds": known})
+        _say(f"fold {fold + 1} of {config.fit.folds}: {len({r['record'] for r in rows})} records left out")
+
+    rows = cross_validate(records, config.fit, device=device, known=known, on_fold=on_fold)
+    with replace_file(directory / "folds.csv") as temporary, temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    table = []
+    for name in dict.fromkeys(row["criterion"] for row in rows):
+        found = [stat(row[key] for row in rows if row["criterion"] == name) for key in FIGURES]
+        table.append([name, *(f"{mean:.3f} ± {std:.3f}" for mean, std, _ in found)])
+    _table(
+        "architectures left out, mean ± std over records", ["criterion", *(k.replace("_", " ") for k in FIGURES)], table
+    )
 
 
 def _benchmark(config: BenchmarkConfig | CheckConfig, tracking: Path | None = None, write_report: bool = True) -> None:

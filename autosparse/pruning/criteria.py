@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -84,6 +85,46 @@ def random(signals: Signals, context: Context) -> Scores:
     """`s ~ U(0, 1)`, a function of the seed alone: the same on every device."""
     generator = torch.Generator().manual_seed(context.seed)
     return {name: torch.rand(layer.shape, generator=generator) for name, layer in context.layers.items()}
+
+
+def spread(layer: Layer, generator: torch.Generator) -> Tensor:
+    """A random order of a layer's weights, `(numel,)` int64 ranks in the layer's shape, of which any first k are spread
+    evenly: output channels differ by one weight at most, input channels nearly so, and no kernel gets a second weight
+    before all have one.
+
+    With random positions some channels of a sparse layer get no weight, and others too many; here none is starved.
+    """
+    out, into = layer.shape[layer.out_dim], layer.shape[layer.in_dim]
+    pairs, kernel = out * into, layer.numel // (out * into)
+    at = torch.arange(pairs)
+    # Steps along both channels at once; after `lcm` steps the walk would close, and goes on one input channel further.
+    walk_out, walk_in = at % out, (at + at // math.lcm(out, into)) % into
+    mixed_out, mixed_in = (torch.randperm(n, generator=generator) for n in (out, into))
+    turn = torch.empty(out, into, dtype=torch.long)
+    turn[mixed_out[walk_out], mixed_in[walk_in]] = at
+    place = torch.rand(out, into, kernel, generator=generator).argsort(dim=2)
+    ranks = (place * pairs + turn[:, :, None]).view(out, into, *layer.kernel)
+    return ranks.movedim((0, 1), (layer.out_dim, layer.in_dim))
+
+
+def balanced(signals: Signals, context: Context) -> Scores:
+    """`s = 1 − rank / N_l` in an order that spreads what stays evenly over the channels, see `spread`; no signals."""
+    generator = torch.Generator().manual_seed(context.seed)
+    return {name: 1 - spread(layer, generator) / layer.numel for name, layer in context.layers.items()}
+
+
+def rearranged(scores: Scores, context: Context) -> Scores:
+    """The same scores in every layer, and so the same layer densities at any cut, at positions that `spread` chooses."""
+    generator = torch.Generator().manual_seed(context.seed)
+    found = {}
+    for name, layer in context.layers.items():
+        values = scores[name].flatten()
+        if context.masks is not None:  # what is pruned has no say
+            kept = context.masks[name].to(values.device).flatten()
+            values = torch.where(kept, values, values[kept].min() if kept.any() else values)
+        ranks = spread(layer, generator).flatten().to(values.device)
+        found[name] = values.sort(descending=True).values[ranks].view(layer.shape)
+    return found
 
 
 def magnitude(signals: Signals, context: Context) -> Scores:
@@ -200,6 +241,7 @@ def early(name: str, epochs: float = 1) -> HandMade:
 
 
 CRITERIA: dict[str, Criterion] = {
+    "balanced": HandMade("balanced", balanced),
     "random": HandMade("random", random),
     "magnitude": HandMade("magnitude", magnitude, ("weight",)),
     "snip": HandMade("snip", snip, ("weight", "gradient"), n_batches=1),
@@ -232,6 +274,7 @@ class Preset:
 PRESETS: dict[str, Preset] = {
     "random": Preset(CRITERIA["random"], scope="uniform"),
     "erk": Preset(CRITERIA["random"], scope="erk"),
+    "balanced": Preset(CRITERIA["balanced"], scope="erk"),
     "magnitude": Preset(CRITERIA["magnitude"]),
     "snip": Preset(CRITERIA["snip"]),
     "iterative_snip": Preset(CRITERIA["snip"], steps=60),  # Verdenius et al. 2020, de Jorge et al. 2021

@@ -32,26 +32,25 @@ FIGURES = {
 def evaluate(criterion: Criterion, paths: Sequence[Path]) -> dict[str, float]:
     """The `FIGURES` at the lowest density of each record, mean over records; none of them is accuracy after training.
 
-    With a prefix (`magnitude_auc`, …) those of the hand-made criteria whose signals the records store.
+    With a prefix (`magnitude_auc`, …) those of the rivals whose signals the records store.
     """
-    found = [{**judge(criterion, path), **_rivals(path)} for path in paths]
-    keys = dict.fromkeys(key for figures in found for key in figures)
-    return {key: _mean([figures[key] for figures in found if key in figures]) for key in keys}
+    rows = [
+        {
+            key if name == criterion.name else f"{name}_{key}": value
+            for name, row in of.items()
+            for key, value in row.items()
+        }
+        for of in (compare([criterion], path) for path in paths)
+    ]
+    keys = dict.fromkeys(key for row in rows for key in row)
+    return {key: _mean([row[key] for row in rows if key in row]) for key in keys}
 
 
-def judge(criterion: Criterion, path: Path) -> dict[str, float]:
-    """The `FIGURES` of one criterion on one record."""
-    return figures(criterion, read_record(path, criterion.signals))
-
-
-def _rivals(path: Path) -> dict[str, float]:
+def compare(criteria: Sequence[Criterion], path: Path) -> dict[str, dict[str, float]]:
+    """The `FIGURES` on one record, of these criteria and of the rivals whose signals the record stores."""
     record = read_record(path)
-    return {
-        f"{rival.name}_{key}": value
-        for rival in RIVALS
-        if set(rival.signals) <= set(record.signals)
-        for key, value in figures(rival, record).items()
-    }
+    rivals = [rival for rival in RIVALS if set(rival.signals) <= set(record.signals)]
+    return {criterion.name: figures(criterion, record) for criterion in (*criteria, *rivals)}
 
 
 def figures(criterion: Criterion, record: Record) -> dict[str, float]:

@@ -20,7 +20,7 @@ from autosparse.errors import AutoSparseError, AutoSparseFailure, require, setti
 from autosparse.files import sha256
 from autosparse.masks.layers import Layer
 from autosparse.scorers import heads, image
-from autosparse.scorers.evaluation import evaluate
+from autosparse.scorers.evaluation import compare, evaluate
 from autosparse.scorers.features import (
     DEFAULT,
     LayerContext,
@@ -33,7 +33,7 @@ from autosparse.scorers.features import (
 )
 from autosparse.scorers.mlp import Moments
 from autosparse.scorers.records import Record, open_record, read_record
-from autosparse.scorers.scorer import KINDS, Scorer, build_network
+from autosparse.scorers.scorer import KINDS, POSITIONS, Scorer, build_network
 
 VALIDATIONS = ("run", "model", "none")
 _BLOCK = 1 << 16  # rows that are read at a time
@@ -53,7 +53,9 @@ class FitSettings:
     `rows_per_record`: at most so many weights of each record in an epoch, so that large networks do not drown small ones.
     `records_per_step`: networks that one step of the graph network sees. `balance`: exponent b of the weight `ρ^−b` that
     what happens at density ρ has in the loss; 0 counts every weight alike, 1 every density.
-    `memory_gib`: above this the rows are streamed from the files instead of held.
+    `memory_gib`: above this the rows are streamed from the files instead of held. `positions`:
+    `"scores"`, or `"balanced"`: the scores set layer densities alone, and positions are spread evenly over channels. `folds`: fit so many more scorers first,
+    each without another part of the architectures, and judge them there.
     """
 
     scorer: str = "mlp"
@@ -73,6 +75,8 @@ class FitSettings:
     validation_share: float = 0.25
     rows_per_record: int | None = 200_000
     memory_gib: float = 4.0
+    positions: str = "scores"
+    folds: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -101,6 +105,8 @@ class FitSettings:
             self.rows_per_record,
             "give at least 1",
         )
+        require(self.positions in POSITIONS, "fit.positions", self.positions, f"known: {', '.join(POSITIONS)}")
+        require(self.folds == 0 or self.folds >= 2, "fit.folds", self.folds, "give 0, or at least 2")
         require(self.memory_gib > 0, "fit.memory_gib", self.memory_gib, "give a positive number")
 
     def options(self) -> dict[str, Any]:
@@ -346,6 +352,46 @@ def fit(
     return fit_sources(sources, training, held_out, fit_settings, name=name, device=device, on_epoch=on_epoch)
 
 
+def cross_validate(
+    records: Sequence[Path],
+    fit_settings: FitSettings,
+    *,
+    device: str = "cpu",
+    known: Mapping[int, list[dict[str, Any]]] | None = None,
+    on_fold: Callable[[int, list[dict[str, Any]]], None] | None = None,
+) -> list[dict[str, Any]]:
+    """Leave architectures out: `folds` scorers, each fitted without a part of the architectures and judged on that part.
+
+    Args:
+        known: rows of folds that were done before.
+        on_fold: called with each fold and its rows.
+
+    Returns:
+        For each record a row for the scorer and for each hand-made rival: fold, record, criterion and the figures of
+        `evaluation.py`.
+
+    Raises:
+        AutoSparseError: as `fit`, or there are fewer architectures than folds.
+    """
+    sources = open_sources(records, fit_settings)
+    each = folds_of(sources, "model", fit_settings.seed)
+    require(len(each) >= fit_settings.folds, "fit.folds", fit_settings.folds, f"there are {len(each)} architectures")
+    done = []
+    for fold in range(fit_settings.folds):
+        rows = list((known or {}).get(fold, ()))
+        if not rows:
+            held_out = sorted(i for part in each[fold :: fit_settings.folds] for i in part)
+            training = sorted(set(range(len(sources))) - set(held_out))
+            scorer = fit_sources(sources, training, held_out, fit_settings, device=device)
+            for i in held_out:
+                for name, figures in compare([scorer], sources[i].path).items():
+                    rows.append({"fold": fold, "record": sources[i].path.stem, "criterion": name, **figures})
+            if on_fold is not None:
+                on_fold(fold, rows)
+        done += rows
+    return done
+
+
 def features_of(fit_settings: FitSettings) -> tuple[str, ...]:
     if fit_settings.scorer == "image":
         return image.FEATURES
@@ -398,7 +444,8 @@ def fit_sources(
         int(first.get("n_batches", 1)),
         int(first.get("batch_size", 128)),
         fit_settings.options(),
-        {"orders": first["warmup_orders"], "lr": first["warmup_lr"]} if "warmup_orders" in first else {},
+        positions=fit_settings.positions,
+        warmup={"orders": first["warmup_orders"], "lr": first["warmup_lr"]} if "warmup_orders" in first else {},
         name=name,
     )
     hashes = [{"name": s.path.name, "sha256": sha256(s.path)} for s in sources]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from autosparse.errors import AutoSparseError, require
 from autosparse.files import read_safetensors, replace_file
 from autosparse.network.signals import Signals
-from autosparse.pruning.criteria import Context, Scores
+from autosparse.pruning.criteria import Context, Scores, rearranged
 from autosparse.scorers import heads
 from autosparse.scorers.features import VERSION, View, check_features, of_weights, signals_of
 from autosparse.scorers.image import TableScorer
@@ -22,6 +22,7 @@ from autosparse.scorers.mlp import MLPScorer
 
 SCHEMA = "autosparse.scorer/2"
 KINDS = ("mlp", "gnn", "image")
+POSITIONS = ("scores", "balanced")
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,9 @@ class Scorer:
     """A trained criterion: call it like any other, or give it to `prune`.
 
     `kind`: `"mlp"` (one weight at a time), `"gnn"` (the whole network) or `"image"` (the published form, as a table).
-    `options` are those of its network. `warmup`: the settings of the short training that its early signals were recorded
+    `options` are those of its network. `rule`: coefficients of the layers' features (`"layer_depth"`, …), learned from
+    outcomes, whose sum `Σ_f rule_f·x_f` is added to all scores of a layer and so moves its density. `positions`:
+    `"scores"`, or `"balanced"` for layers whose densities its scores set and whose positions `pruning.criteria.spread` chooses. `warmup`: the settings of the short training that its early signals were recorded
     with. `card`: where it comes from and what it is worth.
 
     Raises:
@@ -43,6 +46,8 @@ class Scorer:
     n_batches: int
     batch_size: int
     options: Mapping[str, Any] = field(default_factory=dict)
+    rule: Mapping[str, float] = field(default_factory=dict)
+    positions: str = "scores"
     warmup: Mapping[str, Any] = field(default_factory=dict)
     card: Mapping[str, Any] = field(default_factory=dict)
     name: str = "scorer"
@@ -68,7 +73,9 @@ class Scorer:
         for name, start, stop, predicted in network.outputs(view):  # type: ignore[operator]
             score = heads.score(self.head, predicted, context.density)
             scores[name][start:stop] = score.view(stop - start, *scores[name].shape[1:])
-        return scores
+        for name, score in scores.items():
+            score += sum(weight * view.contexts[name].constants[key] for key, weight in self.rule.items())
+        return scores if self.positions == "scores" else rearranged(scores, context)
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file that holds the weights, their own configuration, feature names and card."""
@@ -80,6 +87,8 @@ class Scorer:
             "features": self.features,
             "feature_version": VERSION,
             "options": self.options,
+            "rule": self.rule,
+            "positions": self.positions,
             "n_batches": self.n_batches,
             "batch_size": self.batch_size,
             "warmup": self.warmup,
@@ -146,6 +155,8 @@ def _build(path: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any],
         config["n_batches"],
         config["batch_size"],
         config["options"],
+        config["rule"],
+        config["positions"],
         config["warmup"],
         card,
         config["name"],

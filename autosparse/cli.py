@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,7 +14,7 @@ import typer
 from autosparse.errors import AutoSparseError, AutoSparseFailure
 
 if TYPE_CHECKING:
-    from autosparse.config import BenchmarkConfig, CheckConfig, FitConfig, GenerateConfig
+    from autosparse.config import BenchmarkConfig, CheckConfig, FitConfig, GenerateConfig, TuneConfig
     from autosparse.experiment.executor import Event
 
 app = typer.Typer(
@@ -76,6 +77,17 @@ def fit(config: Config, overrides: Overrides = None) -> None:
     from autosparse.config import FitConfig, load_config
 
     _fit(load_config(FitConfig, config, overrides or []))
+
+
+@app.command(epilog="Example: autosparse tune configs/tune.yaml scorer=runs/scorer/scorer.safetensors")
+def tune(config: Config, overrides: Overrides = None) -> None:
+    """Learn a scorer's layer densities from the outcome of short trainings, by evolution strategies.
+
+    Stopped, it goes on where it was; ends with a paired comparison on tasks that it did not learn from.
+    """
+    from autosparse.config import TuneConfig, load_config
+
+    _tune(load_config(TuneConfig, config, overrides or []))
 
 
 @app.command(epilog="Example: autosparse prune configs/prune.yaml criterion=snip sparsity=0.95")
@@ -437,6 +449,66 @@ def _fit(config: FitConfig, tracking: Path | None = None) -> Path:
         )
     _say(f"scorer: {path}")
     return path
+
+
+def _tune(config: TuneConfig) -> None:
+    from autosparse.config import claim_directory
+    from autosparse.experiment.executor import Job, run_jobs
+    from autosparse.experiment.status import journal
+    from autosparse.experiment.tracking import load_scorer
+    from autosparse.files import write_json
+    from autosparse.network.signals import SignalSettings
+    from autosparse.pruning.irp import IRPSettings
+    from autosparse.scorers.outcome import Task, Trial, do_trial
+    from autosparse.scorers.outcome import tune as search
+    from data_gen.tasks import sample_tasks
+
+    scorer = replace(load_scorer(config.scorer), name=config.name)
+    drawn = sample_tasks(config.tasks, config.recipe, IRPSettings(), SignalSettings())
+    tasks = [Task(run.model, run.data, run.recipe, run.seed) for run in drawn]
+    directory = claim_directory(config)
+    path, base = directory / f"{config.name}.safetensors", directory / "base.safetensors"
+    if path.exists():
+        _say(f"complete: {path} is there already")
+        return
+    scorer.save(base)
+    failed: dict[str, str] = {}
+
+    def run(trials: Sequence[Trial]) -> dict[str, dict[str, float]]:
+        files = {trial.key: directory / "trials" / f"{trial.key}.json" for trial in trials}
+        jobs = [Job(trial.key, do_trial, {"trial": trial, "path": files[trial.key]}) for trial in trials]
+        live = _Live(bars, "trials", len(jobs))
+        with journal(directory, files) as book:
+
+            def on_event(event: Event) -> None:
+                book.note(event)
+                live.show(event)
+
+            outcomes = run_jobs(jobs, config.executor, on_event, device=config.device)
+        live.end("trials")
+        for trial in trials:
+            if (reason := outcomes[trial.key].error) is not None and trial.key not in failed:
+                failed[trial.key] = reason
+                print(f"failed: {trial.task.model.label()} at {trial.sparsity:g}: {reason}", file=sys.stderr)
+        return {key: outcome.value for key, outcome in outcomes.items() if outcome.error is None}
+
+    def on_generation(row: dict[str, Any]) -> None:
+        _say(f"generation {row['generation']} of {config.tune.generations}: validation loss {row['loss']:.4f}")
+
+    with _quiet_warnings(), _bars() as bars:
+        tuned = search(scorer, base, tasks, config.tune, run, on_generation)
+    tuned.save(path)
+    write_json(directory / "scorer.json", tuned.card)
+    for name, weight in tuned.rule.items():
+        _say(f"  {name}: {weight:+.3f}")
+    held_out = tuned.card["outcome"]["held_out"]
+    if held_out:
+        gain = held_out["accuracy"]
+        _say(
+            f"on {gain['n']} held-out trainings: {100 * gain['mean']:+.2f} ± {100 * gain['std']:.2f} points over the "
+            f"scorer as it was (p = {gain['p']:.2g})"
+        )
+    _say(f"scorer: {path}")
 
 
 def _cross_validate(

@@ -21,6 +21,7 @@ from autosparse.masks.schedule import check_sparsity
 from autosparse.network.signals import SignalSettings
 from autosparse.pruning.irp import IRPSettings
 from autosparse.scorers.fitting import FitSettings
+from autosparse.scorers.outcome import OutcomeSettings
 from autosparse.training.data import DataSettings
 from autosparse.training.loop import Recipe
 from autosparse.training.models import ModelSettings
@@ -77,6 +78,25 @@ class FitConfig:
     fit: FitSettings = FitSettings()
     device: str = "cpu"
     tracking: bool = True
+
+
+@settings
+class TuneConfig:
+    """`autosparse tune`: a scorer whose layer densities are learned from the outcome of short trainings, into `output`.
+
+    `scorer`: its file or name. `tasks` are drawn as for `generate`, by another seed than the scorer's corpus; their data
+    need validation images.
+    """
+
+    output: str = "runs/tune"
+    scorer: str = "runs/scorer/scorer.safetensors"
+    name: str = "tuned"
+    tasks: TaskSettings = TaskSettings(seed=1)
+    data: DataSettings = DataSettings("cifar10", image_size=16, limit=5000, validation=0.4)
+    recipe: Recipe = Recipe()
+    tune: OutcomeSettings = OutcomeSettings()
+    device: str = "auto"
+    executor: ExecutorSettings = ExecutorSettings()
 
 
 @settings

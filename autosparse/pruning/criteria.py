@@ -87,12 +87,14 @@ def random(signals: Signals, context: Context) -> Scores:
     return {name: torch.rand(layer.shape, generator=generator) for name, layer in context.layers.items()}
 
 
-def spread(layer: Layer, generator: torch.Generator) -> Tensor:
-    """A random order of a layer's weights, `(numel,)` int64 ranks in the layer's shape, of which any first k are spread
-    evenly: output channels differ by one weight at most, input channels nearly so, and no kernel gets a second weight
-    before all have one.
+def spread_order(layer: Layer, generator: torch.Generator, prefer: Tensor | None = None) -> Tensor:
+    """A random order of a layer's weights, int64 ranks in the layer's shape, of which any first k are spread evenly.
 
-    With random positions some channels of a sparse layer get no weight, and others too many; here none is starved.
+    Output channels differ by one weight at most, input channels nearly so, and no kernel gets a second weight before all
+    have one. With random positions some channels of a sparse layer get no weight and others too many; here none starves.
+
+    Args:
+        prefer: within each kernel the highest come first; default: any.
     """
     out, into = layer.shape[layer.out_dim], layer.shape[layer.in_dim]
     pairs, kernel = out * into, layer.numel // (out * into)
@@ -102,19 +104,49 @@ def spread(layer: Layer, generator: torch.Generator) -> Tensor:
     mixed_out, mixed_in = (torch.randperm(n, generator=generator) for n in (out, into))
     turn = torch.empty(out, into, dtype=torch.long)
     turn[mixed_out[walk_out], mixed_in[walk_in]] = at
-    place = torch.rand(out, into, kernel, generator=generator).argsort(dim=2)
+    worth = torch.rand(out, into, kernel, generator=generator)
+    if prefer is not None:
+        worth = prefer.detach().cpu().movedim((layer.out_dim, layer.in_dim), (0, 1)).reshape(out, into, kernel)
+    place = worth.argsort(dim=2, descending=True, stable=True).argsort(dim=2)
     ranks = (place * pairs + turn[:, :, None]).view(out, into, *layer.kernel)
     return ranks.movedim((0, 1), (layer.out_dim, layer.in_dim))
 
 
-def balanced(signals: Signals, context: Context) -> Scores:
-    """`s = 1 − rank / N_l` in an order that spreads what stays evenly over the channels, see `spread`; no signals."""
+def spread(signals: Signals, context: Context) -> Scores:
+    """`s = 1 − rank / N_l` in an order that spreads what stays evenly over the channels, see `spread_order`.
+
+    Uniform layer densities by itself; the preset of this name has ERK's. No signals.
+    """
     generator = torch.Generator().manual_seed(context.seed)
-    return {name: 1 - spread(layer, generator) / layer.numel for name, layer in context.layers.items()}
+    return {name: 1 - spread_order(layer, generator) / layer.numel for name, layer in context.layers.items()}
 
 
-def rearranged(scores: Scores, context: Context) -> Scores:
-    """The same scores in every layer, and so the same layer densities at any cut, at positions that `spread` chooses."""
+def spread_small(signals: Signals, context: Context) -> Scores:
+    """As `spread`, and of each kernel the smallest `|θ|` first.
+
+    Before a norm layer the scale of a filter does not change what the network computes, but the gradient grows as
+    `1/‖θ‖`, and so the step relative to the weight as `1/‖θ‖²`: small weights learn sooner, which tells in short
+    trainings. Scaling the weights that a random mask keeps does the same.
+    """
+    generator = torch.Generator().manual_seed(context.seed)
+    weights = signals["weight"]
+    return {
+        name: 1 - spread_order(layer, generator, -weights[name].abs()) / layer.numel
+        for name, layer in context.layers.items()
+    }
+
+
+POSITIONS = ("scores", "spread", "spread_scores", "spread_small")
+
+
+def rearranged(scores: Scores, positions: str, weights: Mapping[str, Tensor], context: Context) -> Scores:
+    """The same scores in every layer, and so the same layer densities at any cut, at other positions.
+
+    `positions`: `"scores"` leaves them where they are; `"spread"` spreads them evenly over the channels, see
+    `spread_order`, with any, the highest (`"spread_scores"`) or the smallest weights (`"spread_small"`) of each kernel.
+    """
+    if positions == "scores":
+        return scores
     generator = torch.Generator().manual_seed(context.seed)
     found = {}
     for name, layer in context.layers.items():
@@ -122,7 +154,8 @@ def rearranged(scores: Scores, context: Context) -> Scores:
         if context.masks is not None:  # what is pruned has no say
             kept = context.masks[name].to(values.device).flatten()
             values = torch.where(kept, values, values[kept].min() if kept.any() else values)
-        ranks = spread(layer, generator).flatten().to(values.device)
+        prefer = {"spread": None, "spread_scores": scores[name], "spread_small": -weights[name].abs()}[positions]
+        ranks = spread_order(layer, generator, prefer).flatten().to(values.device)
         found[name] = values.sort(descending=True).values[ranks].view(layer.shape)
     return found
 
@@ -241,7 +274,8 @@ def early(name: str, epochs: float = 1) -> HandMade:
 
 
 CRITERIA: dict[str, Criterion] = {
-    "balanced": HandMade("balanced", balanced),
+    "spread": HandMade("spread", spread),
+    "spread_small": HandMade("spread_small", spread_small, ("weight",)),
     "random": HandMade("random", random),
     "magnitude": HandMade("magnitude", magnitude, ("weight",)),
     "snip": HandMade("snip", snip, ("weight", "gradient"), n_batches=1),
@@ -274,7 +308,8 @@ class Preset:
 PRESETS: dict[str, Preset] = {
     "random": Preset(CRITERIA["random"], scope="uniform"),
     "erk": Preset(CRITERIA["random"], scope="erk"),
-    "balanced": Preset(CRITERIA["balanced"], scope="erk"),
+    "spread": Preset(CRITERIA["spread"], scope="erk"),
+    "spread_small": Preset(CRITERIA["spread_small"], scope="erk"),
     "magnitude": Preset(CRITERIA["magnitude"]),
     "snip": Preset(CRITERIA["snip"]),
     "iterative_snip": Preset(CRITERIA["snip"], steps=60),  # Verdenius et al. 2020, de Jorge et al. 2021

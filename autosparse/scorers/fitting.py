@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from autosparse.errors import AutoSparseError, AutoSparseFailure, require, settings
 from autosparse.files import sha256
 from autosparse.masks.layers import Layer
+from autosparse.pruning.criteria import POSITIONS
 from autosparse.scorers import heads, image
 from autosparse.scorers.evaluation import compare, evaluate
 from autosparse.scorers.features import (
@@ -33,7 +34,7 @@ from autosparse.scorers.features import (
 )
 from autosparse.scorers.mlp import Moments
 from autosparse.scorers.records import Record, open_record, read_record
-from autosparse.scorers.scorer import KINDS, POSITIONS, Scorer, build_network
+from autosparse.scorers.scorer import KINDS, Scorer, build_network
 
 VALIDATIONS = ("run", "model", "none")
 _BLOCK = 1 << 16  # rows that are read at a time
@@ -53,9 +54,10 @@ class FitSettings:
     `rows_per_record`: at most so many weights of each record in an epoch, so that large networks do not drown small ones.
     `records_per_step`: networks that one step of the graph network sees. `balance`: exponent b of the weight `ρ^−b` that
     what happens at density ρ has in the loss; 0 counts every weight alike, 1 every density.
-    `memory_gib`: above this the rows are streamed from the files instead of held. `positions`:
-    `"scores"`, or `"balanced"`: the scores set layer densities alone, and positions are spread evenly over channels. `folds`: fit so many more scorers first,
-    each without another part of the architectures, and judge them there.
+    `memory_gib`: above this the rows are streamed from the files instead of held. `positions` that the scorer chooses
+    within layers: `"scores"`, or `"spread"`, `"spread_scores"`, `"spread_small"`, which leave its scores the layer
+    densities and spread the weights over the channels (see `criteria.rearranged`). `folds`: fit so many more scorers
+    first, each without another part of the architectures, and judge them there.
     """
 
     scorer: str = "mlp"

@@ -22,7 +22,6 @@ from autosparse.scorers.mlp import MLPScorer
 
 SCHEMA = "autosparse.scorer/2"
 KINDS = ("mlp", "gnn", "image")
-POSITIONS = ("scores", "balanced")
 
 
 @dataclass(frozen=True)
@@ -31,9 +30,9 @@ class Scorer:
 
     `kind`: `"mlp"` (one weight at a time), `"gnn"` (the whole network) or `"image"` (the published form, as a table).
     `options` are those of its network. `rule`: coefficients of the layers' features (`"layer_depth"`, …), learned from
-    outcomes, whose sum `Σ_f rule_f·x_f` is added to all scores of a layer and so moves its density. `positions`:
-    `"scores"`, or `"balanced"` for layers whose densities its scores set and whose positions `pruning.criteria.spread` chooses. `warmup`: the settings of the short training that its early signals were recorded
-    with. `card`: where it comes from and what it is worth.
+    outcomes, whose sum `Σ_f rule_f·x_f` is added to all scores of a layer and so moves its density. `positions`: where in
+    a layer the weights stay whose number its scores set, see `pruning.criteria.rearranged`. `warmup`: the settings of the
+    short training that its early signals were recorded with. `card`: where it comes from and what it is worth.
 
     Raises:
         AutoSparseError: when called without the signals that its features are made of.
@@ -75,7 +74,7 @@ class Scorer:
             scores[name][start:stop] = score.view(stop - start, *scores[name].shape[1:])
         for name, score in scores.items():
             score += sum(weight * view.contexts[name].constants[key] for key, weight in self.rule.items())
-        return scores if self.positions == "scores" else rearranged(scores, context)
+        return rearranged(scores, self.positions, signals["weight"], context)
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file that holds the weights, their own configuration, feature names and card."""

@@ -370,6 +370,7 @@ def quickstart(
 def _generate(config: GenerateConfig, tracking: Path | None = None) -> None:
     from autosparse.config import claim_directory, plain
     from autosparse.experiment.tracking import track
+    from autosparse.scorers.corpus import write_index
     from autosparse.scorers.records import is_complete
     from data_gen.campaign import generate as run_all
     from data_gen.campaign import record_path, runs
@@ -397,6 +398,9 @@ def _generate(config: GenerateConfig, tracking: Path | None = None) -> None:
         live.end(f"IRP: {len(campaign.records)} of {len(todo)} records complete")
         for path in campaign.records:
             tracker.artifact(path)
+    if config.tasks is not None and campaign.records:
+        corpus = write_index(directory)
+        _say(f"corpus: {len(corpus.entries)} records, {corpus.sha256[:16]}, in {directory / 'corpus.json'}")
     for label, reason in campaign.failures.items():
         print(f"failed: {label}: {reason}", file=sys.stderr)
     if campaign.failures:

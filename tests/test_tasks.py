@@ -19,6 +19,7 @@ from autosparse.errors import AutoSparseError
 from autosparse.masks.layers import prunable_layers
 from autosparse.network.signals import SignalSettings
 from autosparse.pruning.irp import IRPSettings
+from autosparse.scorers.corpus import read_index
 from autosparse.scorers.records import read_record
 from autosparse.training.cells import CELLS
 from autosparse.training.data import DataSettings, shared_data
@@ -189,11 +190,12 @@ def test_a_campaign_of_two_data_sets_goes_on_when_it_grows(
     records = [read_record(file) for file in files]
     assert len(records) == 2 and all(record.complete for record in records)
     assert {record.config["data"]["image_size"] for record in records} == {12, None}
+    assert set(read_index(tmp_path / "out").paths()) == set(files)
     times = {file: file.stat().st_mtime_ns for file in files}
     if kind == "local":
         return
     _generate(load_config(GenerateConfig, path, ["tasks.count=3", "tasks.seeds=2"]))
-    assert len(list((tmp_path / "out" / "records").glob("*.h5"))) == 6
+    assert len(list((tmp_path / "out" / "records").glob("*.h5"))) == len(read_index(tmp_path / "out").entries) == 6
     assert all(file.stat().st_mtime_ns == time for file, time in times.items()), "what was done is not done again"
     with pytest.raises(AutoSparseError, match=r"there tasks.max_weights is 2000, here 3000"):
         _generate(load_config(GenerateConfig, path, ["tasks.max_weights=3000"]))

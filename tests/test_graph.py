@@ -180,6 +180,69 @@ def test_attention_edges() -> None:
     }
 
 
+def test_links_of_the_residual_net() -> None:
+    """Each edge with all that lies on the ways along it; strides where the convolutions have them."""
+    graph = trace(Residual(), torch.randn(5, 3, 8, 8))
+    assert graph.links() == {
+        ("stem.weight", "a.weight"): {"activation"},
+        ("stem.weight", "short.weight"): {"activation"},
+        ("a.weight", "b.weight"): {"norm", "activation"},
+        ("b.weight", "head.weight"): {"add", "pool"},
+        ("short.weight", "head.weight"): {"add", "pool"},
+    }
+    assert tuple(graph.links()) == graph.edges()
+    assert graph.stride() == {
+        "stem.weight": 1.0,
+        "a.weight": 1.0,
+        "b.weight": 2.0,
+        "short.weight": 2.0,
+        "head.weight": 1.0,
+    }
+
+
+def test_links_through_concat_and_skips() -> None:
+    class Two(nn.Module):
+        """What reaches a layer on two ways has the operations of both; a layer between starts anew."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.a(x)
+            return self.c(torch.cat([torch.sigmoid(h), h * self.b(torch.tanh(h))], 1))
+
+    assert trace(Two(), torch.randn(2, 4)).links() == {
+        ("a.weight", "b.weight"): {"activation"},
+        ("a.weight", "c.weight"): {"activation", "concat", "mul"},
+        ("b.weight", "c.weight"): {"mul", "concat"},
+    }
+
+
+def test_links_through_attention() -> None:
+    links = trace(Attention(None), torch.randn(2, 5, 6)).links()
+    assert {"matmul", "softmax"} <= links["attention.in_proj_weight", "attention.out_proj.weight"]
+    assert "add" not in links["attention.in_proj_weight", "attention.out_proj.weight"]
+    assert links["embed.weight", "attention.in_proj_weight"] <= {"reshape"}
+    assert "add" in links["attention.out_proj.weight", "head.weight"] and "add" in links["embed.weight", "head.weight"]
+    assert not links["embed.weight", "head.weight"] & {"matmul", "softmax"}
+
+
+def test_stride_is_of_the_first_use_and_a_mean_over_dimensions() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Conv2d(2, 2, 1, stride=(4, 1), bias=False)
+            self.up = nn.ConvTranspose2d(2, 2, 3, stride=3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.up(F.conv2d(self.a(x), self.a.weight))
+
+    graph = trace(Twice(), torch.randn(2, 2, 8, 8))
+    assert graph.stride() == pytest.approx({"a.weight": 2.0, "up.weight": 3.0})
+    assert graph.links() == {("a.weight", "a.weight"): frozenset(), ("a.weight", "up.weight"): frozenset()}
+
+
 def test_encoder_layer_does_not_take_the_fused_path() -> None:
     encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2).eval()
     assert trace(encoder, torch.randn(2, 5, 8)).layers() == tuple(prunable_layers(encoder))

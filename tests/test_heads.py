@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -103,11 +104,12 @@ def test_the_loss_is_least_at_the_true_rates() -> None:
 
 def test_the_loss_stays_finite_at_extreme_outputs() -> None:
     survived, fell = interval_tables([0.5, 0.1], rows=3)
-    for value in (-1e4, -50.0, 50.0, 1e4):
-        z = torch.full((3, BINS), value, requires_grad=True)
-        found = loss("hazard", z, survived, fell)
-        found.backward()
-        assert torch.isfinite(found) and z.grad is not None and torch.isfinite(z.grad).all()
+    for head, balance in itertools.product(("hazard", "cumulative"), (0.0, 1.0)):
+        for value in (-1e4, -50.0, 50.0, 1e4):
+            z = torch.full((3, BINS), value, requires_grad=True)
+            found = loss(head, z, survived, fell, balance)
+            found.backward()
+            assert torch.isfinite(found) and z.grad is not None and torch.isfinite(z.grad).all()
 
 
 def test_the_squared_error_is_of_the_log_density_survived() -> None:
@@ -141,6 +143,83 @@ def test_the_order_may_depend_on_the_density() -> None:
     assert early[0] < early[1] and late[0] > late[1]
 
 
+def test_the_cumulative_loss_by_hand() -> None:
+    """Removals at x = 1.5 W and 3 W. A weight that fell between is known to be alive at end 1 and gone from end 3 on; of
+    end 2 nothing is known. One that did not fall is known to be alive at ends 1 to 3, and nothing more."""
+    survived, fell = (t[1:] for t in interval_tables([math.exp(-1.5 * WIDTH), math.exp(-3 * WIDTH)], rows=3))
+    z = torch.randn(2, BINS, generator=torch.Generator().manual_seed(0))
+    alive, gone = (lambda v: math.log(1 + math.exp(-v))), (lambda v: math.log(1 + math.exp(v)))
+    first = alive(z[0, 0]) + sum(gone(v) for v in z[0, 2:].tolist())
+    second = sum(alive(v) for v in z[1, :3].tolist())
+    assert float(loss("cumulative", z, survived, fell)) == pytest.approx((first + second) / 2, rel=1e-5)
+
+    def worth(b: int) -> float:  # ρ^−½ at the middle of the bin
+        return math.exp(0.5 * WIDTH * (b + 0.5))
+
+    first = worth(0) * alive(z[0, 0]) + sum(worth(b) * gone(float(z[0, b])) for b in range(2, BINS))
+    second = sum(worth(b) * alive(float(z[1, b])) for b in range(3))
+    assert float(loss("cumulative", z, survived, fell, 0.5)) == pytest.approx((first + second) / 2, rel=1e-5)
+
+
+def test_the_cumulative_loss_of_what_fell_at_once_and_of_what_never_fell() -> None:
+    """Fallen within the first bin: gone at all ends. Records that reach beyond the grid: alive at all."""
+    survived, fell = interval_tables([math.exp(-0.5 * WIDTH), math.exp(-(BINS + 2) * WIDTH)], rows=3)
+    z = torch.randn(1, BINS, generator=torch.Generator().manual_seed(0))
+    gone, alive = F.softplus(z).sum(), F.softplus(-z).sum()
+    torch.testing.assert_close(loss("cumulative", z, survived[:1], fell[:1]), gone)
+    torch.testing.assert_close(loss("cumulative", z, survived[2:], fell[2:]), alive)
+    assert float(loss("cumulative", z, survived[1:2], fell[1:2])) == 0, "fallen somewhere: of no end anything is known"
+
+
+def test_the_cumulative_score_interpolates_between_the_ends_of_bins() -> None:
+    z = torch.arange(2.0 * BINS).view(2, BINS).square()
+    for b in range(BINS):
+        torch.testing.assert_close(score("cumulative", z, math.exp(-(b + 1) * WIDTH)), z[:, b], rtol=1e-4, atol=1e-3)
+    for b, share in ((0, 0.25), (4, 0.5), (BINS - 2, 0.75)):
+        wanted = (1 - share) * z[:, b] + share * z[:, b + 1]
+        found = score("cumulative", z, math.exp(-(b + 1 + share) * WIDTH))
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-3)
+    assert torch.equal(score("cumulative", z, 1.0), z[:, 0]) and torch.equal(score("cumulative", z, 0.9), z[:, 0])
+    assert torch.equal(score("cumulative", z, 1e-9), z[:, -1])
+
+
+@given(st.integers(0, 1000), st.sampled_from(["hazard", "cumulative"]), st.sampled_from([0.3, 1.0]))
+def test_balance_weighs_what_happens_in_a_bin(seed: int, head: str, balance: float) -> None:
+    """Labels that each tell of one bin alone: the loss is that without balance, times ρ^−b of the bin's middle."""
+    z = torch.randn(1, BINS, generator=torch.Generator().manual_seed(seed))
+    survived, fell = torch.zeros(1, BINS), torch.zeros(1, BINS)
+    fell[0, 0] = 1
+    if head == "hazard":  # exposure inside of bin 3 only: a made-up label, but one term of every real one
+        fell[0, 0], survived[0, 3] = 0, 1
+    worth = math.exp(balance * WIDTH * (3.5 if head == "hazard" else 0.5))
+    if head == "cumulative":  # gone at all ends: each end has the worth of its bin
+        each = F.softplus(z[0]) * torch.tensor([math.exp(balance * WIDTH * (b + 0.5)) for b in range(BINS)])
+        torch.testing.assert_close(loss(head, z, survived, fell, balance), each.sum())
+    else:
+        plain = loss(head, z, survived, fell, 0.0)
+        torch.testing.assert_close(loss(head, z, survived, fell, balance), worth * plain)
+        assert float(plain) == pytest.approx(float(F.softplus(z[0, 3])), rel=1e-5)
+
+
+def test_balanced_hazards_by_hand() -> None:
+    """Removals at W and 3 W; the weight that fell between: exposure to bin 0, then −log(1 − exp(−λ₁ − λ₂)), whose worth is
+    the mean of those of bins 1 and 2."""
+    survived, fell = (t[1:2] for t in interval_tables([math.exp(-WIDTH), math.exp(-3 * WIDTH)], rows=3))
+    z = torch.randn(1, BINS, generator=torch.Generator().manual_seed(3))
+    rate = F.softplus(z[0]).tolist()
+    worth = [math.exp(0.7 * WIDTH * (b + 0.5)) for b in range(3)]
+    wanted = worth[0] * rate[0] - (worth[1] + worth[2]) / 2 * math.log(1 - math.exp(-rate[1] - rate[2]))
+    assert float(loss("hazard", z, survived, fell, 0.7)) == pytest.approx(wanted, rel=1e-5)
+    plain = rate[0] - math.log(1 - math.exp(-rate[1] - rate[2]))
+    assert float(loss("hazard", z, survived, fell, 0.0)) == pytest.approx(plain, rel=1e-5)
+
+
+def test_balance_means_nothing_to_the_squared_error() -> None:
+    survived, fell = interval_tables([0.5, 0.1], rows=3)
+    z = torch.randn(3, 1, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(loss("mse", z, survived, fell, 1.0), loss("mse", z, survived, fell))
+
+
 def test_at_density_one_the_order_is_that_of_the_first_bin() -> None:
     z = torch.randn(50, BINS, generator=torch.Generator().manual_seed(2))
     assert torch.equal(score("hazard", z, 1.0).argsort(), (-z[:, 0]).argsort())
@@ -152,6 +231,6 @@ def test_the_mse_score_does_not_ask_for_the_density() -> None:
 
 
 def test_heads_are_checked() -> None:
-    assert {h: outputs(h) for h in heads.HEADS} == {"hazard": BINS, "mse": 1}
-    with pytest.raises(AutoSparseError, match="head is 'cox': known: hazard, mse"):
+    assert {h: outputs(h) for h in heads.HEADS} == {"hazard": BINS, "cumulative": BINS, "mse": 1}
+    with pytest.raises(AutoSparseError, match="head is 'cox': known: hazard, cumulative, mse"):
         outputs("cox")

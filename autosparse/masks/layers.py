@@ -21,7 +21,8 @@ class Layer:
 
     `name` is the parameter's `state_dict` name; `kind` is `"conv"`, `"conv_transpose"`, `"linear"`, `"attention"` (the
     stacked or single input projections of attention) or `"matmul"` (a raw parameter that the trace saw as an operand of
-    a matrix product or convolution); `out_dim` and `in_dim` are the dimensions of `shape` that hold outputs and inputs.
+    a matrix product or convolution); `out_dim` and `in_dim` are the dimensions of `shape` that hold outputs and inputs. With
+    groups dimension 0 holds the channels of all of them, the other those of one.
     """
 
     name: str
@@ -43,12 +44,12 @@ class Layer:
     @property
     def out_features(self) -> int:
         """Output units (channels), over all groups."""
-        return self.shape[self.out_dim] * (self.groups if self.kind == "conv_transpose" else 1)
+        return self.shape[self.out_dim] * (1 if self.out_dim == 0 else self.groups)
 
     @property
     def in_features(self) -> int:
         """Input units (channels), over all groups."""
-        return self.shape[self.in_dim] * (1 if self.kind == "conv_transpose" else self.groups)
+        return self.shape[self.in_dim] * (1 if self.in_dim == 0 else self.groups)
 
     @property
     def fan_in(self) -> int:

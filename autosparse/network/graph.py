@@ -116,7 +116,7 @@ class Graph:
 
     def links(self) -> dict[tuple[str, str], frozenset[str]]:
         """The edges, each with the kinds of all operations on the ways from one layer to the next: `"add"` where a residual
-        sum lies between, `"concat"`, `"attention"`, `"pool"`, …"""
+        sum lies between, `"concat"`, `"matmul"`, `"pool"`, … A bias or constant that is added is no sum, and not named."""
         found: dict[tuple[str, str], frozenset[str]] = {}
         for op, before in self._preceded():
             for b in op.weights:
@@ -148,7 +148,8 @@ class Graph:
             if op.weights:
                 nearest.append(dict.fromkeys(op.weights, frozenset()))
             else:
-                nearest.append({name: kinds | {op.kind} for name, kinds in before.items()})
+                own = set() if op.kind == "add" and len(op.inputs) < 2 else {op.kind}
+                nearest.append({name: kinds | own for name, kinds in before.items()})
 
     def depth(self) -> dict[str, int]:
         """Layers on the longest path from the input to each layer, itself included (so 1 for the first layer).

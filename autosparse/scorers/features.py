@@ -20,6 +20,7 @@ _BINS = 2048  # of the histogram behind weight_rank
 _EPS = 1e-3  # under this many rms a magnitude counts as nothing
 _FLOW_EPS = 1e-6  # flows of one network differ by orders of magnitude
 _LEAST = -10.0  # of log scales
+_NOTHING = 1e-30  # scales are at least this: those of layers of zeros too
 
 
 @dataclass(frozen=True)
@@ -164,7 +165,7 @@ def channel_sums(values: Tensor, layer: Layer, side: str, start: int = 0) -> tup
         values: `(rows, *layer.shape[1:], F)`.
 
     Returns:
-        The channels met `(C',)` and their sums `(C', F)`.
+        Channels `(C',)` and sums `(C', F)` to be added to them; with groups a channel may come several times.
     """
     dim = layer.out_dim if side == "out" else layer.in_dim
     rest = [d for d in range(len(layer.shape)) if d != dim]
@@ -178,14 +179,14 @@ def channel_sums(values: Tensor, layer: Layer, side: str, start: int = 0) -> tup
     return index, (values.sum(inner) if inner else values).flatten(0, 1)
 
 
-def _mean_square(signal: Tensor, layer: Layer, side: str, kept: Tensor | None) -> Tensor:
+def _mean_square(values: Tensor, layer: Layer, side: str, kept: Tensor | None) -> Tensor:
     """Mean square per channel, in a shape that broadcasts to the layer's."""
-    both = torch.stack([signal.float().square(), torch.ones_like(signal) if kept is None else kept.float()], dim=-1)
     if kept is not None:
-        both[..., 0] *= kept
+        values = values * kept
+    both = torch.stack([values.square(), torch.ones_like(values) if kept is None else kept.to(values)], dim=-1)
     index, sums = channel_sums(both, layer, side)
     total = sums.new_zeros(channels(layer, side), 2).index_add_(0, index, sums)
-    return (total[:, 0] / total[:, 1].clamp(min=1))[channel_index(layer, side).to(signal.device)]
+    return (total[:, 0] / total[:, 1].clamp(min=1))[channel_index(layer, side).to(values.device)]
 
 
 # -- scales -------------------------------------------------------------------------------------------------------------
@@ -294,8 +295,9 @@ def _channel_scales(
         else:
             key = f"displacement@{horizon}" if sign else key
             values = signals[key][name]
-        mean_square = _mean_square(values, layer, side, kept)
-        found[feature] = (mean_square.sqrt() / scales[key]).log().clamp_(min=_LEAST)
+        # Divided first: the squares of a small gradient would be nothing in single precision.
+        mean_square = _mean_square((values / scales[key]).float(), layer, side, kept)
+        found[feature] = mean_square.sqrt().log().clamp_(min=_LEAST)
     return found
 
 
@@ -310,14 +312,14 @@ def _square_sum(values: Tensor, kept: Tensor | None) -> float:
 
 
 def _rms(square_sum: float, count: int) -> float:
-    return max(math.sqrt(square_sum / max(count, 1)), 1e-30)
+    return max(math.sqrt(square_sum / max(count, 1)), _NOTHING)
 
 
 def _distribution(weight: Tensor, kept: Tensor | None) -> tuple[Tensor, float]:
     """Cumulative share of `|θ|` over equal bins up to the largest: a rank without a sort, linear in weights."""
     magnitude = (weight if kept is None else weight[kept]).detach().float().abs().flatten()
     largest = float(magnitude.max()) if magnitude.numel() else 0.0
-    if largest == 0:
+    if largest < _NOTHING:
         return torch.zeros(_BINS + 1, device=weight.device), 1.0
     counts = torch.zeros(_BINS, device=weight.device)
     for part in magnitude.split(1 << 20):
@@ -336,7 +338,8 @@ def rows(names: Sequence[str], part: Mapping[str, Tensor], context: LayerContext
         part: each signal's values there, `(rows, *layer.shape[1:])`.
     """
     shape = part["weight"].shape
-    values = {signal: tensor.float().flatten() for signal, tensor in part.items()}
+    # Flow is in double precision, whose range it takes.
+    values = {signal: (t if signal == "flow" else t.float()).flatten() for signal, t in part.items()}
     weight = values["weight"]
     if "gradient" in values:
         values["saliency"] = weight * values["gradient"]
@@ -448,4 +451,4 @@ class View:
     def nodes(self) -> Tensor:
         """The layers' own features `(L, N)`."""
         own = of_layers(self.features)
-        return torch.tensor([[self.contexts[n].constants[f] for f in own] for n in self.layers]).view(-1, len(own))
+        return torch.tensor([[self.contexts[n].constants[f] for f in own] for n in self.layers]).view(len(self.layers), len(own))

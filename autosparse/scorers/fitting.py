@@ -85,8 +85,7 @@ class FitSettings:
         require(self.scorer in KINDS, "fit.scorer", self.scorer, f"known: {', '.join(KINDS)}")
         heads.outputs(self.head)
         if self.features is not None:
-            check_features(self.features)
-            raw = tuple(self.features) == image.FEATURES
+            raw = check_features(self.features) == image.FEATURES
             require(self.scorer != "image" or raw, "fit.features", self.features, "an image scorer takes its own only")
         require(len(self.hidden) >= 1 and min(self.hidden) >= 1, "fit.hidden", self.hidden, "give widths of at least 1")
         require(self.width >= 1, "fit.width", self.width, "give at least 1")
@@ -126,7 +125,7 @@ _TABLE = 64  # points of an image scorer's table along each of its two inputs
 
 @dataclass(frozen=True)
 class Source:
-    """One record, opened: the contexts of its layers, the exposure tables of its labels, and, for a graph network, the
+    """One record, opened: the contexts of its layers, the densities of its removals and, for a graph network, `data`: the
     network with the statistics of its weights."""
 
     path: Path
@@ -214,7 +213,7 @@ class Rows:
 
     @property
     def steps(self) -> int:
-        """Batches of an epoch, at most: every group ends with a smaller one."""
+        """Batches of an epoch of rows in memory, at most: none mixes two groups."""
         groups = math.ceil(len(self.sources) / self.group)
         return math.ceil(self.per_epoch / self.settings.batch_size) + groups
 
@@ -259,7 +258,9 @@ class Rows:
         for members in order:
             some = self._of_files if held is None else self._of_memory
             for table in some(members.tolist(), held or (), generator):
-                for pick in torch.randperm(len(table.y), generator=generator).split(self.settings.batch_size):
+                # Batches of equal size: BatchNorm cannot train on a rest of one row.
+                count = math.ceil(len(table.y) / self.settings.batch_size)
+                for pick in torch.randperm(len(table.y), generator=generator).tensor_split(count):
                     yield table.pick(pick)
 
     def _of_memory(self, members: list[int], held: Sequence[Table], generator: torch.Generator) -> Iterator[Table]:
@@ -305,7 +306,7 @@ def split_records(sources: Sequence[Source], how: str, share: float, seed: int) 
             known = sorted({tag for s in sources for tag in s.tags})
             whose = "none" if not held_out else "all"
             raise AutoSparseError(
-                f"fit.validation is {how!r}: {whose} of the records have this tag; there are {', '.join(known)}"
+                f"fit.validation is {how!r}: {whose} of the records have this tag; there are {', '.join(known) or 'none'}"
             )
         return [i for i in everything if i not in set(held_out)], held_out
     folds = folds_of(sources, how, seed)

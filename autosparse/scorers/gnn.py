@@ -27,7 +27,7 @@ KINDS = ("conv", "conv_transpose", "linear", "attention", "matmul")
 # What may lie between two layers; the last column tells that an edge is read against the direction of the data.
 BETWEEN = ("activation", "norm", "add", "mul", "concat", "pool", "reshape", "attention", "resize", "other")
 EDGE_INPUTS = len(BETWEEN) + 1
-_AS = {"matmul": "attention", "softmax": "attention", "slice": "reshape", "reduce": "pool", "embedding": "other"}
+_AS = {"matmul": "attention", "softmax": "attention", "slice": "reshape", "reduce": "pool"}
 
 
 class NetworkData(Data):
@@ -59,13 +59,17 @@ def network_data(view: View) -> NetworkData:
     stats: dict[str, list[Tensor]] = {"out": [], "in": []}
     owners: dict[str, list[Tensor]] = {"out": [], "in": []}
     for index, (name, layer) in enumerate(view.layers.items()):
-        sums = {side: torch.zeros(channels(layer, side), 2 * len(names) + 1, device=device) for side in stats}
+        sums = {
+            side: torch.zeros(channels(layer, side), 2 * len(names) + 1, dtype=torch.float64, device=device)
+            for side in stats
+        }
         for start, stop in view.chunks(name):
             rows = view.rows(name, start, stop, names)
             weights = torch.ones(len(rows), 1, device=device)
             if view.masks is not None:
                 weights = view.masks[name][start:stop].reshape(-1, 1).to(rows)
                 rows *= weights
+            rows = rows.double()  # squares of what is constant in a channel must cancel
             rows = torch.cat([rows, rows.square(), weights], dim=1).view(stop - start, *layer.shape[1:], -1)
             for side in sums:
                 sums[side].index_add_(0, *channel_sums(rows, layer, side, start))
@@ -91,7 +95,7 @@ def _moments(sums: Tensor) -> Tensor:
     half = sums.shape[1] // 2
     count = sums[:, -1:].clamp(min=1)
     mean = sums[:, :half] / count
-    return torch.cat([mean, (sums[:, half:-1] / count - mean.square()).clamp(min=0).sqrt()], dim=1)
+    return torch.cat([mean, (sums[:, half:-1] / count - mean.square()).clamp(min=0).sqrt()], dim=1).float()
 
 
 def _edges(names: list[str], graph: Graph | None) -> tuple[Tensor, Tensor]:
@@ -103,7 +107,8 @@ def _edges(names: list[str], graph: Graph | None) -> tuple[Tensor, Tensor]:
     pairs, attributes = [], []
     for (a, b), kinds in links.items():
         if a in place and b in place and a != b:
-            between = {_AS.get(kind, kind) for kind in kinds}
+            named = {_AS.get(kind, kind) for kind in kinds}
+            between = {kind if kind in BETWEEN else "other" for kind in named}
             row = [float(kind in between) for kind in BETWEEN]
             pairs += [(place[a], place[b]), (place[b], place[a])]
             attributes += [[*row, 0.0], [*row, 1.0]]

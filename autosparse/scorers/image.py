@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +36,7 @@ class ImageScorer(nn.Module):
         return self.backbone(self.lift(self.inputs(rows)).view(-1, 3, 32, 32))
 
     @torch.no_grad()
-    def table(self, size: int, on_row: Callable[[int], None] | None = None) -> TableScorer:
+    def table(self, size: int) -> TableScorer:
         """Its outputs on a grid of `size` × `size` points over the range of what it was fitted on."""
         self.eval()
         low, high = self.inputs.low, self.inputs.high

@@ -133,17 +133,15 @@ def read_scorer(path: str | Path) -> Scorer:
 
 
 def _build(path: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any], card: Mapping[str, Any]) -> Scorer:
-    features = tuple(config["features"])
     try:
-        known = config["feature_version"] == VERSION and check_features(features) == features
-        what = f"feature version {config['feature_version']}"
+        version = config["feature_version"]
+        require(version == VERSION, "feature version", version, f"this one has {VERSION}")
+        features = check_features(config["features"])
+        network = build_network(config["kind"], features, heads.outputs(config["head"]), config["options"])
     except AutoSparseError as error:
-        known, what = False, str(error)
-    if not known:
         raise AutoSparseError(
-            f"scorer {path}: {what}, this AutoSparse has version {VERSION}: fit it again with this version"
-        )
-    network = build_network(config["kind"], features, heads.outputs(config["head"]), config["options"])
+            f"scorer {path} is of another AutoSparse ({error}): fit it again with this one"
+        ) from error
     network.load_state_dict(tensors)
     network.eval()
     return Scorer(

@@ -17,8 +17,8 @@ from autosparse.training.data import DataSettings
 
 SCHEMA = "autosparse.corpus/1"
 INDEX = "corpus.json"
-DEEP = 14  # layers on the longest path; about a fifth of the networks that data_gen draws have more
-WIDE = 64  # output units of the largest layer; likewise
+DEEP = 14  # layers on the longest path; a sixth of the networks that data_gen draws for configs/corpus have more
+WIDE = 60  # output units of the largest layer; a quarter of them have more
 TAGS = {
     "deeper": f"more than {DEEP} layers with weights on the longest path",
     "wider": f"a layer of more than {WIDE} output units",

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from autosparse.errors import AutoSparseError, AutoSparseFailure, first_line, require, settings
+from autosparse.errors import AutoSparseError, AutoSparseFailure, AutoSparseStateError, first_line, require, settings
 from autosparse.files import replace_file
 from autosparse.masks.layers import unwrap
 from autosparse.masks.mask import Masks
@@ -436,6 +436,6 @@ def _restore(path: Path, of: str, model: nn.Module, optimizer: torch.optim.Optim
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
     except Exception as error:
-        raise AutoSparseError(
+        raise AutoSparseStateError(
             f"checkpoint {path} cannot be resumed: {first_line(error)}; delete it to train from the start"
         ) from error

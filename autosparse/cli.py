@@ -631,7 +631,7 @@ def _say_profiles(tables: Sequence[Path]) -> None:
     for path in tables:
         with open(path, newline="") as file:
             seconds.update({row["part"]: float(row["seconds"]) for row in csv.DictReader(file)})
-    _parts("the first job of each worker by part", seconds)
+    _parts("first job of each worker", seconds)
     for path in tables:
         _say(f"profile: {path}, {path.with_name('trace.json.gz')}")
 

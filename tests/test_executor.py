@@ -348,7 +348,7 @@ if __name__ == "__main__":
     before = {path: path.stat().st_mtime_ns for path in cells.glob("*.json")}
     (found,) = statuses(tmp_path / "killed")
     assert not found.alive and found.count("running") == found.count("failed") == 0
-    assert found.count("done") == len(before) < len(small_grid())
+    assert 2 <= len(before) <= found.count("done") < len(small_grid())
     data = load_data(DATA)
     again = run_grid(small_grid(), tmp_path / "killed", data, device="cpu")
     whole = run_grid(small_grid(), tmp_path / "whole", data, device="cpu")

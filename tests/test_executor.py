@@ -335,12 +335,10 @@ def test_a_grid_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_a_killed_grid_goes_on_and_does_nothing_twice(tmp_path: Path) -> None:
     code = f"""
 from pathlib import Path
-from test_executor import *
-if __name__ == "__main__":
-    run_grid(small_grid(), Path({str(tmp_path / "killed")!r}), load_data(DATA), device="cpu", executor=LOCAL)
+from test_executor import DATA, LOCAL, load_data, run_grid, small_grid
+run_grid(small_grid(), Path({str(tmp_path / "killed")!r}), load_data(DATA), device="cpu", executor=LOCAL)
 """
-    (tmp_path / "driver.py").write_text(code)
-    driver = subprocess.Popen([sys.executable, str(tmp_path / "driver.py")])
+    driver = subprocess.Popen([sys.executable, "-c", code])
     cells = tmp_path / "killed" / "cells"
     until(lambda: driver.poll() is not None or len(list(cells.glob("*.json"))) >= 2)
     driver.kill()

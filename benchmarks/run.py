@@ -388,12 +388,12 @@ def usual_case(
 # -- runs: IRP runs per hour, by processes that share the device --------------------------------------------------------
 
 
-def ready_worker(device: str, barrier: Barrier) -> None:
+def ready_worker(device: str, recipe: Recipe, barrier: Barrier) -> None:
     """Import, start the device and train a step, then wait for the others: in a campaign workers live on."""
     torch.set_num_threads(1)
-    model, data = create_model("resnet20", image_size=SIDE), random_data(BATCH, 0)
-    train(model, data, Recipe(steps=1, batch_size=BATCH), device=device)
-    barrier.wait(300)
+    model, data = create_model("resnet20", image_size=SIDE), random_data(recipe.batch_size, 0)
+    train(model, data, replace(recipe, steps=1), device=device)
+    barrier.wait(200)
 
 
 def one_run(device: str, folder: str, name: str, seed: int, recipe: Recipe) -> None:
@@ -428,14 +428,14 @@ def runs_case(device: str, count: int, recipe: Recipe, images: int, case: str, r
     barrier = processes.Barrier(count + 1)
     with (
         tempfile.TemporaryDirectory() as folder,
-        processes.Pool(count, initializer=ready_worker, initargs=(device, barrier)) as pool,
+        processes.Pool(count, initializer=ready_worker, initargs=(device, recipe, barrier)) as pool,
     ):
         with h5py.File(f"{folder}/data.h5", "w") as file:
             for split, total in (("train", images), ("test", 256)):
                 part = random_data(total, 0).train
                 file[f"{split}/images"] = part.images.permute(0, 2, 3, 1).numpy()
                 file[f"{split}/labels"] = part.labels.numpy()
-        barrier.wait(300)
+        barrier.wait(200)
         names = (f"{i}.h5" for i in itertools.count())
 
         def at_once(number: int) -> None:

@@ -43,7 +43,8 @@ class Recipe:
     linear to 0), `"constant"`; `warmup` is the share of the length with a linear rise (`"onecycle"`: 0.3 if 0). Length:
     `epochs`, or `steps` when that is given. `clip_norm`: largest gradient norm, over the kept weights. `precision`:
     `"fp32"` or `"bf16"` (autocast). `compile`: the training steps go through `torch.compile`, once per architecture in a
-    process, whatever the seed, masks or round. Weight decay is on all parameters.
+    process, whatever the seed, masks or round; `"graphs"`: as CUDA graphs too, for networks so small that the GPU waits
+    for Python (on a CPU the same as `true`; not yet run on a GPU). Weight decay is on all parameters.
     """
 
     epochs: int = 160
@@ -62,7 +63,7 @@ class Recipe:
     clip_norm: float | None = None
     precision: str = "fp32"
     channels_last: bool = False
-    compile: bool = False
+    compile: bool | str = False
 
     def __post_init__(self) -> None:
         require(self.epochs >= 1, "recipe.epochs", self.epochs, "give at least 1")
@@ -83,6 +84,7 @@ class Recipe:
         require(0 <= self.label_smoothing < 1, "recipe.label_smoothing", self.label_smoothing, "it must be in [0, 1)")
         require(self.clip_norm is None or self.clip_norm > 0, "recipe.clip_norm", self.clip_norm, "it must be positive")
         require(self.precision in PRECISIONS, "recipe.precision", self.precision, f"known: {', '.join(PRECISIONS)}")
+        require(self.compile in (False, True, "graphs"), "recipe.compile", self.compile, "give true, false or graphs")
 
     def length(self, data: ImageData) -> int:
         """Optimizer steps of one training."""
@@ -288,7 +290,9 @@ def train(
         model.to(memory_format=torch.channels_last)
     check_fits(model, data)
     # Static shapes: else the second architecture of a class would be compiled for any number of channels.
-    compiled = torch.compile(model, dynamic=False) if recipe.compile else model
+    graphs = recipe.compile == "graphs"
+    mode = "reduce-overhead" if graphs else None
+    compiled = torch.compile(model, dynamic=False, mode=mode) if recipe.compile else model
     network, optimizer = fabric.setup(compiled, build_optimizer(model, recipe), move_to_device=False)
     begin = parts(fabric.device)
     per_epoch, length = steps_per_epoch(data, recipe.batch_size), recipe.length(data)
@@ -330,6 +334,8 @@ def train(
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(recipe, result.steps, length)
                 optimizer.zero_grad(set_to_none=True)
+                if graphs:  # the memory of the last step's logits and gradients is free for this one's
+                    torch.compiler.cudagraph_mark_step_begin()
                 seed_device(_mix(seed, result.steps, 1), fabric.device)
                 begin("forward")
                 logits = network(_layout(images, recipe.channels_last))

@@ -51,7 +51,7 @@ def train_on(
     """
     size = min(recipe.batch_size, len(data.train))
     require(size % len(devices) == 0, "batch size", size, f"{len(devices)} devices need a multiple of {len(devices)}")
-    place = [fabric_for(device).device for device in devices][0]  # of them all: one that is not there is told here
+    places = [fabric_for(device).device for device in devices]  # one that is not there is told here
     try:
         given = _packed((model, replace(data.to("cpu")), recipe, options))
     except Exception as error:  # whatever the model's own modules raise
@@ -66,7 +66,7 @@ def train_on(
             trained, state = _follow(team, on_epoch)
         finally:
             _end(team)
-    model.to(place)
+    model.to(places[0])
     if recipe.channels_last:
         model.to(memory_format=torch.channels_last)
     put_back(model, state)

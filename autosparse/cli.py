@@ -27,7 +27,10 @@ app = typer.Typer(
 Config = Annotated[Path, typer.Argument(help="YAML file, such as those in configs/.", show_default=False)]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Settings that override the file's: recipe.epochs=10"),
+    typer.Argument(
+        metavar="[KEY=VALUE]...",
+        help="Settings that override the file's: recipe.epochs=10 device=cuda:0,1 (a training on two GPUs)",
+    ),
 ]
 Profile = Annotated[
     bool, typer.Option("--profile", help="Trace some steps and say where the time goes, in OUTPUT/profile/.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import queue
 import signal
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from autosparse.errors import AutoSparseError, AutoSparseFailure, first_line, require, settings, suggest
+from autosparse.processes import heed_the_end, how_it_ended, uninterrupted
+from autosparse.training.devices import device_names
 
 KINDS = ("inline", "local", "ray")
 
@@ -26,11 +29,11 @@ class ExecutorSettings:
 
     `kind`: `"inline"` (one after another in this process), `"local"` (spawned processes) or `"ray"` (package `ray`).
     `workers` jobs at once for each device; on a Ray cluster without GPUs, in the whole cluster. `devices` of `"local"`,
-    such as `["cuda:0", "cuda:1"]`: `None` takes all GPUs where the command's device is `auto` or `cuda` and there are
-    some, else that device. The CPU cores are shared out evenly among the workers (sums of floats by another number of
-    threads differ in the last bits; `OMP_NUM_THREADS` sets an upper bound). `retries`: how many times a job is
-    tried again after its worker died. `timeout`: after how many seconds at one job its worker is killed, a death too.
-    `address` of an existing Ray cluster; `None` starts a local one.
+    such as `["cuda:0", "cuda:1"]`, or `["cuda:0,1", "cuda:2,3"]` for trainings on two GPUs each: `None` takes all GPUs
+    where the command's device is `auto` or `cuda` and there are some, else that device. The CPU cores are shared out
+    evenly among the workers (sums of floats by another number of threads differ in the last bits; `OMP_NUM_THREADS` sets
+    an upper bound). `retries`: how many times a job is tried again after its worker died. `timeout`: after how many
+    seconds at one job its worker is killed, a death too. `address` of an existing Ray cluster; `None` starts a local one.
     """
 
     kind: str = "inline"
@@ -305,7 +308,7 @@ def _devices(executor: ExecutorSettings, device: str) -> tuple[str, ...]:
     gpus = tuple(f"cuda:{index}" for index in range(torch.cuda.device_count()))
     if executor.devices is None and device in ("auto", "cuda") and gpus:
         return gpus
-    for name in chosen:
+    for name in itertools.chain.from_iterable(map(device_names, chosen)):
         there = not name.startswith("cuda") or name in gpus or (name == "cuda" and bool(gpus))
         require(there, "device", name, f"this machine has {', '.join(gpus) or 'no GPU; use cpu'}")
     return chosen
@@ -324,7 +327,7 @@ class _Worker:
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, device, threads), daemon=True)
-        with _uninterrupted():
+        with uninterrupted():
             self.process.start()
         theirs.close()
 
@@ -347,7 +350,7 @@ class _Worker:
             alive = False
         if not alive and kind not in ("done", "failed"):
             self.process.join()
-            yield "died", {"error": _how(self.process.exitcode)}
+            yield "died", {"error": how_it_ended(self.process.exitcode)}
 
     def end(self) -> None:
         self.process.terminate()
@@ -357,29 +360,11 @@ class _Worker:
         self.connection.close()
 
 
-@contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Processes started inside leave Ctrl-C to this one."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def _how(code: int | None) -> str:
-    if code is not None and code < 0:
-        name = signal.Signals(-code).name
-        return f"killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
-    return f"with exit code {code}"
-
-
 def _serve(connection: Any, device: str, threads: int) -> None:
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    signal.signal(signal.SIGTERM, _leave)
+    import multiprocessing
+
+    heed_the_end()
+    multiprocessing.current_process().daemon = False  # to the driver it is one; but a daemon may not start ranks
     _set_threads(threads)
     while True:
         try:
@@ -394,25 +379,13 @@ def _serve(connection: Any, device: str, threads: int) -> None:
         connection.send((kind, values))
 
 
-def _leave(*_: Any) -> None:
-    """Unlike a kill, an exit clears temporary files away; a second SIGTERM must not break into that."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    sys.exit(1)
-
-
-def _end_with_parent() -> None:
-    import multiprocessing
-
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
 # -- Ray ----------------------------------------------------------------------------------------------------------------
 
 
 def _ray(book: _Book, executor: ExecutorSettings, device: str) -> None:
+    require(
+        len(device_names(device)) == 1, "device", device, "a job on Ray has one device; use cuda, or executor local"
+    )
     ray = _import_ray()
     started = not ray.is_initialized()
     if started:

@@ -28,7 +28,10 @@ app = typer.Typer(
 Config = Annotated[Path, typer.Argument(help="YAML file, such as those in configs/.", show_default=False)]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Settings that override the file's: recipe.epochs=10"),
+    typer.Argument(
+        metavar="[KEY=VALUE]...",
+        help="Settings that override the file's: recipe.epochs=10 device=cuda:0,1 (a training on two GPUs)",
+    ),
 ]
 Profile = Annotated[
     bool, typer.Option("--profile", help="Trace some steps and say where the time goes, in OUTPUT/profile/.")
@@ -67,8 +70,8 @@ def generate(config: Config, overrides: Overrides = None, profile: Profile = Fal
     from autosparse.config import GenerateConfig, load_config
 
     chosen = load_config(GenerateConfig, config, overrides or [])
-    with _profiled(chosen.output, profile):
-        _generate(chosen)
+    with _profiled(chosen.output, profile, chosen.executor.kind) as of_workers:
+        _generate(chosen, profile=of_workers)
 
 
 @app.command(epilog="Example: autosparse fit configs/scorer/digits.yaml fit.head=mse")
@@ -214,8 +217,8 @@ def benchmark(config: Config, overrides: Overrides = None, profile: Profile = Fa
     from autosparse.config import BenchmarkConfig, load_config
 
     chosen = load_config(BenchmarkConfig, config, overrides or [])
-    with _profiled(chosen.output, profile):
-        _benchmark(chosen)
+    with _profiled(chosen.output, profile, chosen.executor.kind) as of_workers:
+        _benchmark(chosen, profile=of_workers)
 
 
 @app.command(epilog="Example: autosparse check configs/check.yaml sparsities=[0.9,0.98] seeds=[0,1,2,3,4]")
@@ -367,7 +370,7 @@ def quickstart(
 # -- the three jobs, from checked configs -------------------------------------------------------------------------------
 
 
-def _generate(config: GenerateConfig, tracking: Path | None = None) -> None:
+def _generate(config: GenerateConfig, tracking: Path | None = None, profile: Path | None = None) -> None:
     from autosparse.config import claim_directory, plain
     from autosparse.experiment.tracking import track
     from autosparse.scorers.corpus import write_index
@@ -394,7 +397,9 @@ def _generate(config: GenerateConfig, tracking: Path | None = None) -> None:
                 tracker.log(metrics, values["round"])
                 tracker.flush()
 
-        campaign = run_all(todo, directory, device=config.device, executor=config.executor, on_event=on_event)
+        campaign = run_all(
+            todo, directory, device=config.device, executor=config.executor, profile=profile, on_event=on_event
+        )
         live.end(f"IRP: {len(campaign.records)} of {len(todo)} records complete")
         for path in campaign.records:
             tracker.artifact(path)
@@ -549,7 +554,12 @@ def _cross_validate(
     )
 
 
-def _benchmark(config: BenchmarkConfig | CheckConfig, tracking: Path | None = None, write_report: bool = True) -> None:
+def _benchmark(
+    config: BenchmarkConfig | CheckConfig,
+    tracking: Path | None = None,
+    write_report: bool = True,
+    profile: Path | None = None,
+) -> None:
     from autosparse.config import CheckConfig, claim_directory, plain
     from autosparse.experiment.benchmark import failures, grid, result_path, run_grid
     from autosparse.experiment.checks import expand, tables
@@ -585,6 +595,7 @@ def _benchmark(config: BenchmarkConfig | CheckConfig, tracking: Path | None = No
             data,
             device=config.device,
             executor=config.executor,
+            profile=profile,
             on_cell=on_cell,
             on_event=live.show,
         )
@@ -655,6 +666,8 @@ class _Live:
             )
             text = f"worker {event.worker} {event.device}: {event.key}: {doing(event.values)}"
             self._bars.update(line, description=text, **at)
+            if "note" in event.values:
+                self._bars.console.print(f"note: {event.key}: {event.values['note']}", markup=False)
         else:
             if event.kind == "died":
                 self._bars.console.print(f"{event.kind}: {event.key}: {event.values['error']}", markup=False)
@@ -695,25 +708,56 @@ def _bars() -> Iterator[Any]:
 
 
 @contextmanager
-def _profiled(output: str | Path, wanted: bool) -> Iterator[None]:
-    """The block, and after it where its time went."""
+def _profiled(output: str | Path, wanted: bool, executor: str = "inline") -> Iterator[Path | None]:
+    """The block, and after it where its time went; yields where its workers have to profile themselves, if it has any."""
+    directory = Path(output) / "profile"
     if not wanted:
-        yield
+        yield None
+        return
+    if executor != "inline":
+        before = _times(directory)
+        yield directory
+        _say_profiles([path for path, time in _times(directory).items() if time != before.get(path)])
         return
     from autosparse.training.profile import profiling
 
-    with profiling(Path(output) / "profile") as profile:
-        yield
+    with profiling(directory) as profile:
+        yield None
     if not profile.clocked:
         _say(
             f"profile: {profile.steps} training steps ran in this process, and the clock starts after "
             f"{profile.warmup + profile.traced}: profile a longer training, into another output"
         )
         return
-    rows = [[part, f"{seconds:.3f}", f"{percent:.1f} %"] for part, seconds, percent in profile.rows()]
-    rows.append(["sum", f"{profile.wall:.3f}", "100.0 %"])
-    _table(f"{profile.clocked:,} steps by part", ["part", "seconds", "share"], rows)
+    _parts(f"{profile.clocked:,} steps by part", profile.seconds)
     _say(f"profile: {profile.table}, {profile.trace}")
+
+
+def _parts(title: str, seconds: Mapping[str, float]) -> None:
+    whole = sum(seconds.values())
+    rows = [[part, f"{s:.3f}", f"{100 * s / whole:.1f} %"] for part, s in seconds.items()]
+    _table(title, ["part", "seconds", "share"], [*rows, ["sum", f"{whole:.3f}", "100.0 %"]])
+
+
+def _times(directory: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in sorted(directory.glob("worker*/parts.csv"))}
+
+
+def _say_profiles(tables: Sequence[Path]) -> None:
+    """The parts of the first job of each worker, summed, and where each worker's own lie."""
+    import csv
+    from collections import Counter
+
+    if not tables:
+        _say("profile: the first job of no worker was long enough; profile a longer training, into another output")
+        return
+    seconds: Counter[str] = Counter()
+    for path in tables:
+        with open(path, newline="") as file:
+            seconds.update({row["part"]: float(row["seconds"]) for row in csv.DictReader(file)})
+    _parts("first job of each worker", seconds)
+    for path in tables:
+        _say(f"profile: {path}, {path.with_name('trace.json.gz')}")
 
 
 @contextmanager

@@ -125,7 +125,11 @@ class PruneConfig:
 
 @settings
 class TrainConfig:
-    """`autosparse train`: train one network, with masks or dense, into `output/model.safetensors`."""
+    """`autosparse train`: train one network, with masks or dense, into `output/model.safetensors`.
+
+    `device` of this and the other commands: `auto`, `cpu`, `cuda`, `cuda:1`, or several, `cuda:0,1` (`cpu:2`: two
+    processes): every training runs on all of them, everything else on the first.
+    """
 
     output: str = "runs/train"
     model: ModelSettings = ModelSettings("resnet20")

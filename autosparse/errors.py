@@ -12,6 +12,10 @@ class AutoSparseError(ValueError):
     """A mistake of the user: the message names the thing, its value and the way out, in one line."""
 
 
+class AutoSparseStateError(AutoSparseError):
+    """What a stop left is of other work, of another version or damaged: it cannot be gone on from, only discarded."""
+
+
 @dataclass_transform(frozen_default=True)
 def settings(cls: type[T]) -> type[T]:
     """Make `cls` a frozen dataclass that a YAML file can fill too.

@@ -1,9 +1,10 @@
 """What AutoSparse costs beside the plain thing, measured side by side in one process.
 
-    python benchmarks/run.py [step loop usual runs record scoring snip] [--threads N] [--csv benchmarks/results/NAME.csv]
+    python benchmarks/run.py [step loop usual runs stacked record scoring snip] [--threads N] [--csv benchmarks/results/NAME.csv]
 
 Other work on the machine slows both sides of a comparison, so each round times them one right after the other, in turns
-of order; a ratio is the median over rounds, beside its quartiles.
+of order; a ratio is the median over rounds, beside its quartiles. The file is written as figures come, and what it holds is
+not measured again: the same command goes on after a stop, and a file that is deleted starts over.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import copy
 import csv
+import functools
 import gc
 import itertools
 import json
@@ -24,14 +26,16 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call, stack_module_state, vmap
 from torch.nn import functional as F
 
 import autosparse
@@ -41,12 +45,12 @@ from autosparse.network.graph import trace
 from autosparse.pruning.criteria import Context
 from autosparse.scorers import heads
 from autosparse.scorers.features import DEFAULT
-from autosparse.scorers.scorer import Scorer
 from autosparse.scorers.mlp import MLPScorer
 from autosparse.scorers.records import Record, read_record, write_record
+from autosparse.scorers.scorer import Scorer
 from autosparse.training.data import ImageData, Split
 from autosparse.training.loop import Recipe, build_optimizer, train
-from autosparse.training.models import create_model
+from autosparse.training.models import ModelSettings, create_model
 
 BATCH, SIDE, CLASSES = 128, 16, 10  # of the training benchmarks
 MB = 1e6
@@ -67,6 +71,34 @@ class Row:
     goal: str = ""
 
 
+@dataclass(frozen=True)
+class Ask:
+    """What to measure, and how long; `steps` and `rounds` are of `usual`, `runs` and `stacked`, each has its own."""
+
+    devices: tuple[str, ...]
+    steps: int | None = None
+    rounds: int | None = None
+    only: str = ""
+    until: float = math.inf
+    there: frozenset[tuple[str, str, str]] = frozenset()  # benchmark, device, measure
+
+    def wants(self, benchmark: str, device: str, case: str = "") -> bool:
+        """Whether the figures whose measures end with `case` are asked for, not there yet, and there is time."""
+        if device not in self.devices or self.only not in case:
+            return False
+        if any(b == benchmark and d == device and measure.endswith(case) for b, d, measure in self.there):
+            return False
+        if time.perf_counter() > self.until:
+            print(f"# no time for {benchmark} {device} {case}: the same command goes on with it", flush=True)
+            return False
+        return True
+
+
+def clock_of(device: str) -> Callable[[], float]:
+    """Seconds of the wall; with one thread on a CPU those that this process computed, less moved by other work there."""
+    return time.process_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+
+
 def alternate(rounds: int, sides: Mapping[str, Callable[[], object]]) -> dict[str, np.ndarray]:
     """Seconds of each side in each round; which goes first changes from round to round."""
     times: dict[str, list[float]] = {name: [] for name in sides}
@@ -85,10 +117,6 @@ def row(
     found = np.atleast_1d(np.asarray(values, dtype=float))
     low, mid, high = np.quantile(found, [0.25, 0.5, 0.75])
     return Row(benchmark, device, measure, float(mid), float(low), float(high), len(found), unit, goal)
-
-
-def devices() -> list[str]:
-    return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
 
 def wait(device: str) -> None:
@@ -126,9 +154,11 @@ def resnet20(device: str) -> nn.Module:
 # -- step: masked against dense training step --------------------------------------------------------------------------
 
 
-def step() -> Iterator[Row]:
+def step(ask: Ask) -> Iterator[Row]:
     recipe = Recipe(lr=0.01, batch_size=BATCH)
-    for device in devices():
+    for device in ask.devices:
+        if not ask.wants("step", device):
+            continue
         dense = resnet20(device)
         masks = autosparse.prune(dense, 0.9, "magnitude", example_input=torch.zeros(1, 3, SIDE, SIDE, device=device))
         again, masked = copy.deepcopy(dense), copy.deepcopy(dense)
@@ -175,11 +205,13 @@ def random_data(train_images: int, validation_images: int, side: int = SIDE) -> 
     return ImageData(split(train_images), split(validation_images), split(1), CLASSES, *moments, "crop+flip")
 
 
-def loop() -> Iterator[Row]:
+def loop(ask: Ask) -> Iterator[Row]:
     """One `train` of several epochs; the bare loop takes as many steps after each of them, in `on_epoch`."""
-    for device in devices():
+    for device in ask.devices:
         steps, epochs = (40, 9) if device == "cpu" else (400, 13)
-        for share in (0.0, 0.1):
+        for share, what in ((0.0, "without validation"), (0.1, "validating on a tenth")):
+            if not ask.wants("loop", device, what):
+                continue
             data = random_data(steps * BATCH, round(share / (1 - share) * steps * BATCH))
             recipe = Recipe(epochs=epochs, lr=0.01, batch_size=BATCH, schedule="cosine")
             model, batches = resnet20(device), ready_batches(device)
@@ -211,7 +243,6 @@ def loop() -> Iterator[Row]:
             # Each epoch of ours lies between two bare ones; the first, which holds the set-up, is left out.
             mine, plain = np.array(ours[1:]), np.array(bare)
             ratios = (plain[1:] + plain[:-1]) / 2 / mine
-            what = "without validation" if share == 0 else "validating on a tenth"
             goal = ">= 0.95" if share == 0 else ""
             yield row("loop", device, f"train / bare images per second, {what}", ratios, goal=goal)
             yield row("loop", device, f"train, {what}", steps * BATCH / mine, "images/s")
@@ -266,150 +297,284 @@ def usual_steps(model: nn.Module, loader: torch.utils.data.DataLoader, device: s
 
     def run() -> None:
         total = 0.0
-        for images, labels in itertools.islice(batches, steps):
-            logits = model(images.to(device, non_blocking=True))
-            loss = F.cross_entropy(logits, labels.to(device, non_blocking=True))
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            total += loss.item()
+        with torch.backends.cudnn.flags(enabled=True):  # torch's own choice, where `train` asks for determinism
+            for images, labels in itertools.islice(batches, steps):
+                logits = model(images.to(device, non_blocking=True))
+                loss = F.cross_entropy(logits, labels.to(device, non_blocking=True))
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                total += loss.item()
         wait(device)
 
     return run
 
 
-def usual() -> Iterator[Row]:
-    """As in `loop`: one `train` of several epochs; after each of them the other sides take as many steps."""
-    for device, name in itertools.product(devices(), ("resnet20", "resnet18")):
-        steps, epochs, batch = (
-            (300, 9, BATCH) if device == "cuda" else (6, 5, BATCH) if name == "resnet20" else (2, 4, 16)
-        )
-        data = random_data(steps * batch, 0, 32)
+FAST = {"precision": "bf16", "channels_last": True}
+SETTINGS: dict[str, dict[str, Any]] = {"fp32": {}, "bf16": FAST, "bf16 as CUDA graphs": {**FAST, "compile": "graphs"}}
 
-        def make(name: str = name, device: str = device) -> nn.Module:
-            return create_model(name, classes=CLASSES, image_size=32).to(device).train()
 
-        fast = {"precision": "bf16", "channels_last": True}
-        for precision, options in {"fp32": {}, **({"bf16": fast} if device == "cuda" else {})}.items():
-            recipe = Recipe(epochs=epochs, lr=0.01, batch_size=batch, schedule="cosine", **options)
-            form = torch.channels_last if options else torch.contiguous_format
-            ready = [
-                (x.contiguous(memory_format=form), y)
-                for x, y in itertools.islice(data.to(device).epoch(batch, 0), min(steps, 8))
-            ]
-            model = make().to(memory_format=form)
-            optimizer, batches = build_optimizer(model, recipe), itertools.cycle(ready)
+def usual(ask: Ask) -> Iterator[Row]:
+    networks = {("resnet20", 32): 4, ("resnet20", 16): 8, ("resnet18", 32): 1}  # steps on a CPU
+    for device, ((name, side), few) in itertools.product(ask.devices, networks.items()):
+        for setting, options in SETTINGS.items():
+            case = f"{name} at {side}x{side}, {setting}"
+            if (device == "cuda" or not options) and ask.wants("usual", device, case):
+                steps = ask.steps or (150 if device == "cuda" else few)
+                yield from usual_case(device, name, side, options, case, steps, ask.rounds or 6)
 
-            def bare(
-                model: nn.Module = model,
-                optimizer: torch.optim.Optimizer = optimizer,
-                batches: Iterator[tuple[Tensor, Tensor]] = batches,
-                steps: int = steps,
-                device: str = device,
-                bf16: bool = bool(options),
-            ) -> None:
-                with torch.autocast(device, torch.bfloat16, enabled=bf16):
-                    plain_step(model, optimizer, batches, steps)
-                wait(device)
 
-            sides = {"bare": bare}
-            for workers in (0, 2):
-                sides[f"usual, {workers} workers"] = usual_steps(
-                    make(), usual_loader(data, workers, device, batch), device, steps
-                )
-            ours: list[float] = []
-            others: dict[str, list[float]] = {side: [] for side in sides}
-            clock = time.perf_counter()
+def usual_case(
+    device: str, name: str, side: int, options: dict[str, Any], case: str, steps: int, rounds: int
+) -> Iterator[Row]:
+    """As in `loop`: one `train` of several epochs; after each of them the other sides take as many steps.
 
-            def on_epoch(
-                _: dict[str, float],
-                device: str = device,
-                sides: dict[str, Callable[[], None]] = sides,
-                ours: list[float] = ours,
-                others: dict[str, list[float]] = others,
-            ) -> None:
-                nonlocal clock
-                wait(device)
-                ours.append(time.perf_counter() - clock)
-                names = list(sides)
-                first = len(ours) % len(names)
-                for side in names[first:] + names[:first]:
-                    others[side].extend(alternate(1, {side: sides[side]})[side])
-                clock = time.perf_counter()
+    With one thread on a CPU the time of the usual loop's workers does not count: as if they had cores of their own.
+    """
+    data = random_data(steps * BATCH, 0, side)
 
-            train(make(), data, recipe, device=device, on_epoch=on_epoch)
-            mine = np.array(ours[1:])
-            what = f"{name}, {precision}"
-            yield row("usual", device, f"train, {what}", steps * batch / mine, "images/s")
-            for side, seconds in others.items():
-                found = np.array(seconds)
-                ratios = (found[1:] + found[:-1]) / 2 / mine
-                goal = "" if device == "cpu" else ">= 0.9" if side == "bare" else ">= 5"
-                yield row("usual", device, f"{side}, {what}", steps * batch / found, "images/s")
-                yield row("usual", device, f"train / {side}, images per second, {what}", ratios, goal=goal)
+    def make() -> nn.Module:
+        return create_model(name, classes=CLASSES, image_size=side).to(device).train()
+
+    form = torch.channels_last if options else torch.contiguous_format
+    ready = [
+        (x.contiguous(memory_format=form), y)
+        for x, y in itertools.islice(data.to(device).epoch(BATCH, 0), min(steps, 8))
+    ]
+    recipe = Recipe(epochs=rounds + 1, lr=0.01, batch_size=BATCH, schedule="cosine", **options)
+    model = make().to(memory_format=form)
+    optimizer, batches = build_optimizer(model, recipe), itertools.cycle(ready)
+
+    def bare() -> None:
+        with torch.autocast(device, torch.bfloat16, enabled=bool(options)):
+            plain_step(model, optimizer, batches, steps)
+        wait(device)
+
+    sides = {"bare": bare}
+    if recipe.compile is False:
+        for workers in (0, 2) if device == "cpu" else (2, 8):
+            loader = usual_loader(data, workers, device, BATCH)
+            sides[f"usual, {workers} workers"] = usual_steps(make(), loader, device, steps)
+    for run in sides.values():  # not measured: the first time loads kernels and allocates
+        run()
+    ours: list[float] = []
+    others: dict[str, list[float]] = {other: [] for other in sides}
+    now = clock_of(device)
+    began = now()
+
+    def on_epoch(_: dict[str, float]) -> None:
+        nonlocal began
+        wait(device)
+        ours.append(now() - began)
+        names = list(sides)
+        first = len(ours) % len(names)
+        for other in names[first:] + names[:first]:
+            start = now()
+            sides[other]()
+            others[other].append(now() - start)
+        began = now()
+
+    train(make(), data, recipe, device=device, on_epoch=on_epoch)
+    mine = np.array(ours[1:])  # the first epoch holds the set-up
+    yield row("usual", device, f"train, {case}", steps * BATCH / mine, "images/s")
+    for other, seconds in others.items():
+        found = np.array(seconds)
+        ratios = (found[1:] + found[:-1]) / 2 / mine
+        goal = "" if device == "cpu" else ">= 0.9" if other == "bare" else ">= 5"
+        yield row("usual", device, f"{other}, {case}", steps * BATCH / found, "images/s")
+        yield row("usual", device, f"images per second, train / {other}, {case}", ratios, goal=goal)
 
 
 # -- runs: IRP runs per hour, by processes that share the device --------------------------------------------------------
 
 
-def one_run(device: str, folder: str, index: int, steps: int, batch: int, barrier: Barrier) -> None:
-    """In a process of its own: a recorded IRP run of 12 rounds between two meetings with the others."""
+def ready_worker(device: str, recipe: Recipe, barrier: Barrier) -> None:
+    """Import, start the device and train a step, then wait for the others: in a campaign workers live on."""
+    torch.set_num_threads(1)
+    model, data = create_model("resnet20", image_size=SIDE), random_data(recipe.batch_size, 0)
+    train(model, data, replace(recipe, steps=1), device=device)
+    barrier.wait(200)
+
+
+def one_run(device: str, folder: str, name: str, seed: int, recipe: Recipe) -> None:
+    """A recorded IRP run of 12 rounds."""
     from autosparse.network.signals import SignalSettings
     from autosparse.pruning.irp import IRPSettings
     from autosparse.training.data import DataSettings
-    from autosparse.training.models import ModelSettings
     from data_gen.runs import Run, generate_record
 
-    torch.set_num_threads(1)
     data = DataSettings(f"hdf5:{folder}/data.h5")
-    recipe = Recipe(steps=steps, batch_size=batch, lr=0.05, schedule="cosine")
-    run = Run(ModelSettings("resnet20"), data, recipe, IRPSettings(rounds=12, density=0.05), SignalSettings(), index)
-    train(
-        create_model("resnet20", image_size=SIDE),
-        random_data(batch, 0),
-        Recipe(steps=1, batch_size=batch),
-        device=device,
-    )
-    barrier.wait()
-    generate_record(run, Path(folder) / f"{index}.h5", device=device)
-    barrier.wait()
+    run = Run(ModelSettings("resnet20"), data, recipe, IRPSettings(rounds=12, density=0.05), SignalSettings(), seed)
+    generate_record(run, Path(folder) / name, device=device)
 
 
-def runs() -> Iterator[Row]:
-    """Starting the processes is left out: in a campaign they live on."""
+def runs(ask: Ask) -> Iterator[Row]:
+    for device in ask.devices:
+        recipe, images = Recipe(batch_size=64, lr=0.05, schedule="cosine", steps=ask.steps or 10), 1024
+        if device == "cuda":
+            recipe, images = replace(recipe, batch_size=128, steps=ask.steps or 100, **FAST), 50_000
+        for count in (2,) if device == "cpu" else (2, 4, 8):
+            size = f"12-round IRP of ResNet-20, 13 x {recipe.steps} steps of {recipe.batch_size}, {recipe.precision}"
+            case = f"{size}, {count} at once"
+            if ask.wants("runs", device, case):
+                yield from runs_case(device, count, recipe, images, case, ask.rounds or 3)
+
+
+def runs_case(device: str, count: int, recipe: Recipe, images: int, case: str, rounds: int) -> Iterator[Row]:
+    """`count` runs at once against one alone, a thread each; the workers are there before the clock starts."""
     import h5py
 
     processes = multiprocessing.get_context("spawn")
-    for device in devices():
-        steps, batch, counts, rounds = (2, 32, (1, 2), 3) if device == "cpu" else (400, 128, (1, 2, 4, 8), 3)
-        hours: dict[int, list[float]] = {count: [] for count in counts}
-        for _, count in itertools.product(range(rounds), counts):
-            with tempfile.TemporaryDirectory() as folder:
-                with h5py.File(f"{folder}/data.h5", "w") as file:
-                    for split, source in (("train", 1024 if device == "cpu" else 50_000), ("test", 256)):
-                        part = random_data(source, 0).train
-                        file[f"{split}/images"] = part.images.permute(0, 2, 3, 1).numpy()
-                        file[f"{split}/labels"] = part.labels.numpy()
-                barrier = processes.Barrier(count + 1)
-                crew = [
-                    processes.Process(target=one_run, args=(device, folder, i, steps, batch, barrier), daemon=True)
-                    for i in range(count)
-                ]
-                for process in crew:
-                    process.start()
-                barrier.wait(300)
-                start = time.perf_counter()
-                barrier.wait(3600)
-                hours[count].append((time.perf_counter() - start) / 3600)
-                for process in crew:
-                    process.join()
-        single = np.array(hours[1])
-        for count in counts:
-            spent = np.array(hours[count])
-            what = f"{count} process{'es' * (count > 1)}"
-            yield row("runs", device, f"12-round IRP of ResNet-20, {13 * steps} steps, {what}", count / spent, "runs/h")
-            if count > 1:
-                yield row("runs", device, f"runs per hour, {what} / 1 process", count * single / spent)
+    barrier = processes.Barrier(count + 1)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        processes.Pool(count, initializer=ready_worker, initargs=(device, recipe, barrier)) as pool,
+    ):
+        with h5py.File(f"{folder}/data.h5", "w") as file:
+            for split, total in (("train", images), ("test", 256)):
+                part = random_data(total, 0).train
+                file[f"{split}/images"] = part.images.permute(0, 2, 3, 1).numpy()
+                file[f"{split}/labels"] = part.labels.numpy()
+        barrier.wait(200)
+        names = (f"{i}.h5" for i in itertools.count())
+
+        def at_once(number: int) -> None:
+            work = [(device, folder, next(names), seed, recipe) for seed in range(number)]
+            pool.starmap(one_run, work, chunksize=1)
+
+        times = alternate(rounds, {"alone": lambda: at_once(1), "all": lambda: at_once(count)})
+    yield row("runs", device, f"1 alone beside {case}", 3600 / times["alone"], "runs/h")
+    yield row("runs", device, case, 3600 * count / times["all"], "runs/h")
+    yield row("runs", device, f"runs per hour against 1 alone, {case}", count * times["alone"] / times["all"])
+
+
+# -- stacked: several networks at once by torch.func, against one after another -----------------------------------------
+
+
+class Stack:
+    """Networks of one architecture that take their steps together: `vmap` over stacked parameters and buffers.
+
+    All the rest is as in `train`: the same fused optimizer (it works weight by weight), and pruned weights that are
+    held at zero.
+    """
+
+    def __init__(self, models: Sequence[nn.Module], masks: Sequence[autosparse.Masks], recipe: Recipe) -> None:
+        self.skeleton = copy.deepcopy(models[0]).to("meta")
+        parameters, self.buffers = stack_module_state(list(models))
+        leaves = nn.ParameterList(p.detach() for p in parameters.values())
+        self.parameters = dict(zip(parameters, leaves, strict=True))
+        self.optimizer = build_optimizer(leaves, recipe)
+        self.weights = [self.parameters[n] for n in masks[0]]
+        self.factors = [torch.stack([m[n] for m in masks]).to(w) for n, w in zip(masks[0], self.weights, strict=True)]
+        self._mask()
+
+    @torch.no_grad()
+    def _mask(self) -> None:
+        torch._foreach_mul_(self.weights, self.factors)
+
+    def _loss(self, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(functional_call(self.skeleton, (parameters, buffers), (x,)), y)
+
+    def step(self, images: Tensor, labels: Tensor) -> None:
+        """Images `(networks, batch, C, H, W)`: a batch of each network's own."""
+        self.optimizer.zero_grad(set_to_none=True)
+        vmap(self._loss)(self.parameters, self.buffers, images, labels).sum().backward()
+        self.optimizer.step()
+        self._mask()
+
+
+def crew(settings: ModelSettings, side: int, count: int, device: str) -> tuple[list[nn.Module], list[autosparse.Masks]]:
+    """Networks of different seeds, each with its own magnitude masks."""
+    models = [create_model(settings, classes=CLASSES, image_size=side, seed=seed).train() for seed in range(count)]
+    example = torch.zeros(1, 3, side, side)
+    masks = [autosparse.prune(m, 0.9, "magnitude", example_input=example) for m in models]
+    return [m.to(device) for m in models], masks
+
+
+def check_stack(device: str) -> None:
+    """A step of the stack is a step of each network, to rounding (in float64, without norms)."""
+    models, masks = crew(ModelSettings("convnet", options={"norm": False}), 8, 3, device)
+    recipe = Recipe(lr=0.1)
+    for model in models:
+        model.double()
+    together = Stack(models, masks, recipe)
+    images = torch.randn(3, 16, 3, 8, 8, dtype=torch.float64, device=device)
+    labels = torch.randint(CLASSES, (3, 16), device=device)
+    together.step(images, labels)
+    for index, (model, mask) in enumerate(zip(models, masks, strict=True)):
+        optimizer = build_optimizer(model, recipe)
+        mask.enforce(model, optimizer)
+        plain_step(model, optimizer, iter([(images[index], labels[index])]), 1)
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(together.parameters[name][index], parameter)
+
+
+def stacked(ask: Ask) -> Iterator[Row]:
+    networks = [  # side, batch, steps of a stack in a round on a CPU
+        (ModelSettings("convnet", 4), 8, 16, 64),
+        (ModelSettings("convnet", 16), 8, 128, 8),
+        (ModelSettings("resnet20", 4), 16, 128, 6),
+        (ModelSettings("resnet20", 8), 16, 128, 3),
+        (ModelSettings("resnet20", 16), 16, 128, 1),
+    ]
+    for device in ask.devices:
+        check_stack(device)
+        for settings, side, batch, few in networks:
+            case = f"{settings.label()} at {side}x{side}, batches of {batch}"
+            if ask.wants("stacked", device, case):
+                steps = ask.steps or (50 if device == "cuda" else few)
+                yield from stacked_case(device, settings, side, batch, case, steps, ask.rounds or 5)
+
+
+def stacked_case(
+    device: str, settings: ModelSettings, side: int, batch: int, case: str, steps: int, rounds: int
+) -> Iterator[Row]:
+    """Images per second in all, of K networks at once and of `train`, one network after another.
+
+    Neither set-up nor the first step counts: a step's clock is read where its gradients are there.
+    """
+    now = clock_of(device)
+    counts = (1, 2, 4, 8) if device == "cpu" else (1, 2, 4, 8, 32)
+    recipe = Recipe(steps=4 * steps + 1, batch_size=batch, lr=0.01, schedule="constant")
+    data = random_data((4 * steps + 1) * batch, 0, side).to(device)
+    models, masks = crew(settings, side, max(counts), device)
+    stacks = {k: Stack(models[:k], masks[:k], recipe) for k in counts}  # copies: `train` goes on with the models
+
+    def together(k: int) -> float:
+        start = now()
+        with torch.backends.cudnn.flags(enabled=True, deterministic=True):  # as in `train`
+            orders = [data.epoch(batch, seed) for seed in range(k)]
+            for batches in itertools.islice(zip(*orders, strict=True), steps):
+                images, labels = (torch.stack(parts) for parts in zip(*batches, strict=True))
+                stacks[k].step(images, labels)
+        wait(device)
+        return k * steps * batch / (now() - start)
+
+    def in_turn() -> float:
+        times: list[float] = []
+
+        def on_gradient(step: int) -> None:
+            if step in (0, 4 * steps):
+                wait(device)
+                times.append(now())
+
+        train(models[0], data, recipe, masks=masks[0], device=device, validate=False, on_gradient=on_gradient)
+        return 4 * steps * batch / (times[1] - times[0])
+
+    sides: dict[str, Callable[[], float]] = {"train, one after another": in_turn}
+    sides |= {f"{k} stacked": functools.partial(together, k) for k in counts}
+    found: dict[str, list[float]] = {name: [] for name in sides}
+    for index in range(rounds + 1):
+        names = list(sides)
+        for name in names[index % len(names) :] + names[: index % len(names)]:
+            found[name].append(sides[name]())
+    rates = {name: np.array(values[1:]) for name, values in found.items()}  # the first round warms up
+    weights = sum(layer.numel for layer in prunable_layers(models[0]).values())
+    yield row("stacked", device, f"weights, {case}", weights, "weights")
+    alone = rates.pop("train, one after another")
+    yield row("stacked", device, f"train, one after another, {case}", alone, "images/s")
+    for name, rate in rates.items():
+        yield row("stacked", device, f"images per second, {name} / one after another, {case}", rate / alone)
 
 
 # -- record: HDF5 record against a plain binary file -------------------------------------------------------------------
@@ -452,7 +617,9 @@ def example_record(rounds: int = 20) -> Record:
     )
 
 
-def record() -> Iterator[Row]:
+def record(ask: Ask) -> Iterator[Row]:
+    if not ask.wants("record", "cpu"):
+        return
     example = example_record()
     arrays = [a for by_layer in (*example.signals.values(), example.survival) for a in by_layer.values()]
     size = sum(a.nbytes for a in arrays)
@@ -519,8 +686,10 @@ def imagenet_batch(device: str, count: int = 32) -> tuple[Tensor, Tensor]:
     return images.to(device), torch.randint(1000, (count,), generator=generator).to(device)
 
 
-def scoring() -> Iterator[Row]:
+def scoring(ask: Ask) -> Iterator[Row]:
     """In a process of its own, so that the peak of memory is that of scoring."""
+    if not ask.wants("scoring", "cpu"):
+        return
     command = [sys.executable, __file__, "--child", "scoring", "--threads", str(torch.get_num_threads())]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -572,8 +741,10 @@ def scoring_child() -> Iterator[Row]:
 # -- snip: masks of ResNet-50 against the bare passes ------------------------------------------------------------------
 
 
-def snip() -> Iterator[Row]:
-    for device in devices():
+def snip(ask: Ask) -> Iterator[Row]:
+    for device in ask.devices:
+        if not ask.wants("snip", device):
+            continue
         model = resnet50().to(device)
         batch = imagenet_batch(device)
 
@@ -589,11 +760,12 @@ def snip() -> Iterator[Row]:
         yield row("snip", device, "forward and backward, 32 images of 224", times["bare"], "s")
 
 
-BENCHMARKS: dict[str, Callable[[], Iterator[Row]]] = {
+BENCHMARKS: dict[str, Callable[[Ask], Iterator[Row]]] = {
     "step": step,
     "loop": loop,
     "usual": usual,
     "runs": runs,
+    "stacked": stacked,
     "record": record,
     "scoring": scoring,
     "snip": snip,
@@ -610,11 +782,43 @@ def machine() -> list[str]:
     return lines
 
 
+def rows_there(path: Path | None) -> frozenset[tuple[str, str, str]]:
+    if path is None or not path.exists():
+        return frozenset()
+    with open(path, newline="") as file:
+        lines = csv.DictReader(line for line in file if not line.startswith("#"))
+        return frozenset((r["benchmark"], r["device"], r["measure"]) for r in lines)
+
+
+def append(path: Path, header: Sequence[str], rows: Iterable[Row]) -> Iterator[Row]:
+    """The rows, each in the file before it is passed on; the header comes before the first of them."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    empty = not path.exists() or path.stat().st_size == 0
+    with open(path, "a", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(Row.__dataclass_fields__), lineterminator="\n")
+        for index, found in enumerate(rows):
+            if index == 0:
+                file.writelines(f"# {line}\n" for line in header)
+                if empty:
+                    writer.writeheader()
+            writer.writerow({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in asdict(found).items()})
+            file.flush()
+            yield found
+
+
 def main() -> None:
+    there = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", metavar="name", help=f"of {', '.join(BENCHMARKS)}; all by default")
-    parser.add_argument("--csv", type=Path, help="file to write the figures to")
+    parser.add_argument("--csv", type=Path, help="file for the figures; those that it holds are not measured again")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of torch on the CPU")
+    parser.add_argument("--device", choices=there, help="this one only, instead of all there are")
+    parser.add_argument(
+        "--steps", type=int, help="of usual, runs, stacked: training steps a round (of a training in runs)"
+    )
+    parser.add_argument("--rounds", type=int, help="of usual, runs, stacked: rounds in which the sides take turns")
+    parser.add_argument("--only", default="", help="of usual, runs, stacked: cases with this text, such as resnet20")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no case after so many")
     parser.add_argument("--note", help="a line for the head of the file, such as what else ran")
     parser.add_argument("--child", choices=["scoring"], help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -631,24 +835,22 @@ def main() -> None:
     header += [options.note] if options.note else []
     print(*(f"# {line}" for line in header), sep="\n")
     print(f"{'':8} {'device':6} {'measure':62} {'median':>9} {'quartiles':>19} {'rounds':>6}  unit")
-    rows = []
-    for name in options.names or BENCHMARKS:
-        for r in BENCHMARKS[name]():
-            rows.append(r)
-            spread = f"{r.lower_quartile:9.4g} {r.upper_quartile:9.4g}" if r.rounds > 1 else ""
-            goal = f"  (goal {r.goal})" if r.goal else ""
-            print(
-                f"{r.benchmark:8} {r.device:6} {r.measure:62} {r.median:9.4g} {spread:>19} {r.rounds:6}  {r.unit}{goal}",
-                flush=True,
-            )
-    if options.csv is not None:
-        options.csv.parent.mkdir(parents=True, exist_ok=True)
-        with open(options.csv, "w", newline="") as file:
-            file.writelines(f"# {line}\n" for line in header)
-            writer = csv.DictWriter(file, fieldnames=list(Row.__dataclass_fields__), lineterminator="\n")
-            writer.writeheader()
-            for r in rows:
-                writer.writerow({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in asdict(r).items()})
+    ask = Ask(
+        devices=(options.device,) if options.device else tuple(there),
+        steps=options.steps,
+        rounds=options.rounds,
+        only=options.only,
+        until=time.perf_counter() + 60 * options.minutes,
+        there=rows_there(options.csv),
+    )
+    rows: Iterator[Row] = itertools.chain.from_iterable(BENCHMARKS[name](ask) for name in options.names or BENCHMARKS)
+    for r in rows if options.csv is None else append(options.csv, header, rows):
+        spread = f"{r.lower_quartile:9.4g} {r.upper_quartile:9.4g}" if r.rounds > 1 else ""
+        goal = f"  (goal {r.goal})" if r.goal else ""
+        print(
+            f"{r.benchmark:8} {r.device:6} {r.measure:62} {r.median:9.4g} {spread:>19} {r.rounds:6}  {r.unit}{goal}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

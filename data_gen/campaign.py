@@ -61,12 +61,14 @@ def generate(
     *,
     device: str = "auto",
     executor: ExecutorSettings = INLINE,
+    profile: Path | None = None,
     on_event: Callable[[Event], None] | None = None,
 ) -> Campaign:
     """Do the runs into `directory/records/NAME.h5`; one that fails does not stop the rest.
 
     Args:
         executor: where they run, and how many at once; the records are the same.
+        profile: see `run_jobs`.
         on_event: called with what happens to each run that is not complete yet, under the run's label; progress has
             `round` and `rounds`, and `density`, `accuracy` and `loss` at the end of a round, or the row of an epoch.
 
@@ -96,7 +98,8 @@ def generate(
 
         complete = [job for label, job in jobs.items() if label not in open_labels]
         outcomes = run_jobs(complete, INLINE, tell, device=device)
-        outcomes |= run_jobs([jobs[run.label()] for run in pending], executor, tell, device=device)
+        left = [jobs[run.label()] for run in pending]
+        outcomes |= run_jobs(left, executor, tell, device=device, profile=profile)
     failed = {label: outcomes[label] for label in paths if outcomes[label].error is not None}
     campaign.records += [path for label, path in paths.items() if label not in failed]
     campaign.failures |= {label: str(outcome.error) for label, outcome in failed.items()}

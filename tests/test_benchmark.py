@@ -331,6 +331,28 @@ def test_irp_goes_on_where_it_was_stopped(
     assert len(trainings) == 4 and all(torch.equal(done.masks[n], whole[n]) for n in whole)
 
 
+@pytest.mark.parametrize(
+    ("candidate", "name", "content"),
+    [
+        (Candidate("random"), "final.pt", b"a checkpoint of another version"),
+        (Candidate("kstarts", kstarts=KStartsSettings(k=2)), "kstarts.json", b'{"of": "another version"}'),
+    ],
+    ids=["training", "search"],
+)
+def test_a_state_that_does_not_fit_is_discarded_and_told(
+    tmp_path: Path, data: ImageData, candidate: Candidate, name: str, content: bytes
+) -> None:
+    cells = cells_of(candidate)
+    state = benchmark.result_path(tmp_path, cells[1]).with_suffix(".state")
+    state.mkdir(parents=True)
+    (state / name).write_bytes(content)
+    events: list[Any] = []
+    results = run_grid(cells, tmp_path, data, device="cpu", on_event=events.append)
+    assert not any(r["error"] for r in results) and not state.exists()
+    (note,) = [e.values["note"] for e in events if "note" in e.values]
+    assert note.startswith(f"its state {state} is discarded, it starts anew") and "\n" not in note
+
+
 def test_settings_of_a_candidate_reach_prune(data: ImageData) -> None:
     model = build_model(MODEL, data)
     candidate = Candidate("snip", scope="uniform", steps=3, schedule="linear", n_batches=2, batch_size=20, floor=0.01)

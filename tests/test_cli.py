@@ -230,6 +230,12 @@ def test_profiles(run: Run) -> None:
     assert "profile: nothing was trained" in run("train", train_config(recipe=recipe), "--profile").out
     answer = run("generate", generate_config(seeds=[0]), "--profile")
     assert answer.code == 0 and "profile: 15 training steps ran in this process" in answer.out, answer.err
+    config = generate_config(output="spread", seeds=[0], recipe=recipe)
+    answer = run("generate", config, "--profile", "executor=local")
+    assert answer.code == 0 and "first job of each worker" in answer.out, answer.err
+    files = "spread/profile/worker0/parts.csv, spread/profile/worker0/trace.json.gz"
+    assert f"profile: {files}" in answer.out and all(Path(file).exists() for file in files.split(", "))
+    assert "the first job of no worker was long enough" in run("generate", config, "--profile", "executor=local").out
 
 
 def test_a_resolved_config_runs_again(run: Run) -> None:

@@ -102,6 +102,8 @@ tracking: no
         (TrainConfig, "recipe.lr=1e-3", {"recipe": Recipe(lr=0.001)}),
         (TrainConfig, "recipe.lr=1", {"recipe": Recipe(lr=1.0)}),
         (TrainConfig, "recipe.steps=null", {}),
+        (TrainConfig, "recipe.compile=true", {"recipe": Recipe(compile=True)}),
+        (TrainConfig, "recipe.compile=graphs", {"recipe": Recipe(compile="graphs")}),
         (TrainConfig, "recipe.milestones=[0.1,0.2,0.9]", {"recipe": Recipe(milestones=(0.1, 0.2, 0.9))}),
         (TrainConfig, "model.options.depth=4", {"model": ModelSettings("resnet20", options={"depth": 4})}),
         (TrainConfig, "masks=a=b.safetensors", {"masks": "a=b.safetensors"}),

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import csv
+import errno
 import importlib.util
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,10 +25,11 @@ from jobs import work
 from test_runs import same
 
 from autosparse.errors import AutoSparseError, AutoSparseFailure
-from autosparse.experiment.benchmark import grid, run_grid
+from autosparse.experiment import status
+from autosparse.experiment.benchmark import Cell, grid, run_grid
 from autosparse.experiment.candidates import Candidate
 from autosparse.experiment.executor import INLINE, Event, ExecutorSettings, Job, _devices, run_jobs
-from autosparse.experiment.status import FOLDER, journal, statuses
+from autosparse.experiment.status import FOLDER, journal, kept_up, statuses
 from autosparse.network.signals import SignalSettings
 from autosparse.pruning.irp import IRPSettings
 from autosparse.training.data import DataSettings, load_data
@@ -63,6 +68,8 @@ def jobs_of(place: Path, **how: str) -> list[Job]:
         ({"kind": "local", "workers": 0}, "executor.workers is 0"),
         ({"kind": "local", "retries": -1}, "executor.retries is -1"),
         ({"kind": "local", "devices": ()}, "give at least one"),
+        ({"timeout": 5.0}, "executor.timeout is 5.0: set executor.kind: local or ray"),
+        ({"kind": "ray", "timeout": 0.0}, "executor.timeout is 0.0: give seconds"),
         ({"kind": "ray", "devices": ("cuda:0",)}, "only kind local takes devices"),
         ({"kind": "local", "address": "auto"}, "only kind ray takes an address"),
     ],
@@ -126,6 +133,19 @@ def test_workers_that_die_and_jobs_that_fail(tmp_path: Path, executor: ExecutorS
         assert errors["f"] == "its worker died 2 times, at last with exit code 3"
 
 
+@pytest.mark.parametrize("executor", BOTH)
+def test_a_job_that_hangs_has_its_worker_killed(tmp_path: Path, executor: ExecutorSettings) -> None:
+    events: list[Event] = []
+    jobs = jobs_of(tmp_path, a="hangs once", b="good", c="hangs")
+    outcomes = run_jobs(jobs, replace(executor, timeout=0.5), events.append, device="cpu")
+    assert outcomes["a"].value == "a on cpu" and outcomes["b"].value == "b on cpu"
+    assert outcomes["c"].error == "its worker died 2 times, at last killed since it ran longer than 0.5 s"
+    assert [len((tmp_path / f"{k}.marks").read_text()) for k in "abc"] == [2, 1, 2]
+    kinds = [(e.kind, e.values.get("error")) for e in events if e.key == "a" and e.kind != "progress"]
+    why = "its worker died, killed since it ran longer than 0.5 s; tried again"
+    assert kinds == [("started", None), ("died", why), ("started", None), ("done", None)]
+
+
 def test_a_job_waits_for_another(tmp_path: Path) -> None:
     jobs = jobs_of(tmp_path, first="poisoned", a="order", b="order", c="good")
     jobs = [jobs[0], *(replace(job, after="first") for job in jobs[1:3]), replace(jobs[3], after="none of these")]
@@ -187,19 +207,71 @@ def corpus(seeds: int) -> list[Any]:
     return runs([MODEL], DATA, RECIPE, *settings, list(range(seeds)))
 
 
+@pytest.fixture(scope="module")
+def serial(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """The records of `corpus(8)`, made one after another in this process."""
+    return generate(corpus(8), tmp_path_factory.mktemp("serial"), device="cpu").records
+
+
+def at_work() -> list[int]:
+    """Processes under this one that do a job: those of Ray say so, the spawned ones are its children."""
+    parents, names = {}, {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            names[int(folder.name)] = (folder / "cmdline").read_text()
+            parents[int(folder.name)] = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1])
+
+    def mine(pid: int) -> bool:
+        return pid == os.getpid() or (pid in parents and mine(parents[pid]))
+
+    return [pid for pid, name in names.items() if ("spawn_main" in name or "ray::_ray_job" in name) and mine(pid)]
+
+
 @pytest.mark.parametrize("executor", BOTH)
-def test_records_are_the_same_by_every_executor(tmp_path: Path, executor: ExecutorSettings) -> None:
-    todo = corpus(3)
-    serial = generate(todo, tmp_path / "serial", device="cpu")
+def test_a_worker_killed_in_a_corpus_changes_no_record(
+    tmp_path: Path, executor: ExecutorSettings, serial: list[Path]
+) -> None:
+    """Eight runs and one that diverges on two workers, one of which is killed in the middle; and profiled."""
+    todo = corpus(8)
+    doomed = replace(todo[0], model=ModelSettings("mlp", 8), recipe=replace(RECIPE, lr=1e20))
     events: list[Event] = []
-    spread = generate(todo, tmp_path / "spread", device="cpu", executor=executor, on_event=events.append)
-    assert not spread.failures and [p.name for p in spread.records] == [p.name for p in serial.records]
-    for a, b in zip(serial.records, spread.records, strict=True):
+
+    def kill_one(event: Event) -> None:
+        events.append(event)
+        kinds = [e.kind for e in events]
+        if event.kind == "progress" and kinds.count("done") >= 2 and "died" not in kinds and (workers := at_work()):
+            os.kill(workers[0], signal.SIGKILL)
+
+    out = tmp_path / "spread"
+    executor = replace(executor, retries=3)
+    spread = generate(
+        [*todo, doomed], out, device="cpu", executor=executor, profile=tmp_path / "profile", on_event=kill_one
+    )
+    assert [p.name for p in spread.records] == [p.name for p in serial] and len(serial) == 8
+    for a, b in zip(serial, spread.records, strict=True):
         same(a, b)
-    rounds = [e.values["round"] for e in events if e.key == todo[0].label() and "density" in e.values]
-    assert rounds == [0, 1, 2]
-    (found,) = statuses(tmp_path / "spread")
-    assert not found.alive and [job.state for job in found.jobs] == ["done"] * 3
+    assert list(spread.failures) == [doomed.label()] and "training diverged" in spread.failures[doomed.label()]
+    dead = {e.key for e in events if e.kind == "died"}
+    assert dead and all([e.kind for e in events if e.key == key][-1] == "done" for key in dead)
+    assert {e.worker for e in events} == {0, 1}
+    (found,) = statuses(out)
+    assert not found.alive and [job.state for job in found.jobs] == ["done"] * 8 + ["failed"]
+    assert list((tmp_path / "profile").glob("worker[01]/trace.json.gz"))
+
+
+def test_a_full_disk_fails_runs_and_leaves_them_whole(tmp_path: Path, serial: list[Path]) -> None:
+    """A limit on the size of files stands for it: HDF5 itself would crash."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        campaign = generate(corpus(2), tmp_path, device="cpu")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not campaign.records and len(campaign.failures) == 2
+    assert all("File too large; free space" in reason for reason in campaign.failures.values())
+    assert not list((tmp_path / "records").glob(".*.tmp"))
+    for a, b in zip(generate(corpus(2), tmp_path, device="cpu").records, serial[:2], strict=True):
+        same(a, b)
 
 
 def plain_row(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -234,7 +306,60 @@ def test_grids_are_the_same_by_every_executor(tmp_path: Path) -> None:
     assert all("floor 0.5 asks for" in job.detail for job in found.jobs if job.state == "failed")
 
 
-def test_a_killed_campaign_goes_on_and_does_nothing_twice(tmp_path: Path) -> None:
+def test_a_grid_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While it is full nothing is written: no result, no table, no journal."""
+    cells = grid([MODEL], DATA, RECIPE, [Candidate("random"), Candidate("snip")], [0.8], [0])
+    data, real, full = load_data(DATA), os.replace, False
+
+    def replaced(source: Path, target: Path) -> None:
+        if full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(source, target)
+
+    def fill(event: Event) -> None:
+        nonlocal full
+        if event.kind in ("started", "progress"):
+            full = "_random_" in event.key
+
+    monkeypatch.setattr(os, "replace", replaced)
+    dense, random, snip = run_grid(cells, tmp_path / "full", data, device="cpu", on_event=fill)
+    assert "No space left on device" in random["error"] and not dense["error"] and not snip["error"]
+    with (tmp_path / "full" / "results.csv").open(newline="") as file:
+        assert [bool(row["error"]) for row in csv.DictReader(file)] == [False, True, False]
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "full" / "cells").iterdir()}
+    again = run_grid(cells, tmp_path / "full", data, device="cpu")
+    assert len(before) == 2 and all(path.stat().st_mtime_ns == time for path, time in before.items())
+    assert [plain_row(r) for r in again] == [plain_row(r) for r in run_grid(cells, tmp_path / "b", data, device="cpu")]
+
+
+def test_a_killed_grid_goes_on_and_does_nothing_twice(tmp_path: Path) -> None:
+    code = f"""
+from pathlib import Path
+from test_executor import DATA, LOCAL, load_data, run_grid, small_grid
+run_grid(small_grid(), Path({str(tmp_path / "killed")!r}), load_data(DATA), device="cpu", executor=LOCAL)
+"""
+    driver = subprocess.Popen([sys.executable, "-c", code])
+    cells = tmp_path / "killed" / "cells"
+    until(lambda: driver.poll() is not None or len(list(cells.glob("*.json"))) >= 2)
+    driver.kill()
+    driver.wait()
+    before = {path: path.stat().st_mtime_ns for path in cells.glob("*.json")}
+    (found,) = statuses(tmp_path / "killed")
+    assert not found.alive and found.count("running") == found.count("failed") == 0
+    assert 2 <= len(before) <= found.count("done") < len(small_grid())
+    data = load_data(DATA)
+    again = run_grid(small_grid(), tmp_path / "killed", data, device="cpu")
+    whole = run_grid(small_grid(), tmp_path / "whole", data, device="cpu")
+    assert [plain_row(r) for r in again] == [plain_row(r) for r in whole]
+    assert all(path.stat().st_mtime_ns == time for path, time in before.items()), "nothing was done twice"
+    assert len((tmp_path / "killed" / "results.csv").read_text().splitlines()) == 1 + len(small_grid())
+
+
+def small_grid() -> list[Cell]:
+    return grid([MODEL], DATA, RECIPE, [Candidate("random"), Candidate("snip")], [0.5, 0.8], [0, 1, 2])
+
+
+def test_a_killed_campaign_goes_on_and_does_nothing_twice(tmp_path: Path, serial: list[Path]) -> None:
     values = {
         "output": str(tmp_path / "out"),
         "models": [{"name": "convnet", "width": 4}],
@@ -267,8 +392,7 @@ def test_a_killed_campaign_goes_on_and_does_nothing_twice(tmp_path: Path) -> Non
     answer = subprocess.run(command, capture_output=True, text=True, check=False)
     assert answer.returncode == 0 and "records: 3 complete" in answer.stdout, answer.stderr
     assert {path: path.stat().st_mtime_ns for path in done} == before, "nothing was done twice"
-    serial = generate(corpus(3), tmp_path / "serial", device="cpu")
-    for path in serial.records:
+    for path in serial[:3]:
         same(path, tmp_path / "out" / "records" / path.name)
     assert not [p for p in (tmp_path / "out" / "records").iterdir() if p.name.endswith((".tmp", ".state"))]
 
@@ -301,6 +425,44 @@ def test_status_while_it_runs_and_after(tmp_path: Path) -> None:
             pass
     (found,) = statuses(tmp_path.parent / tmp_path.name)
     assert not found.alive and [j.state for j in found.jobs] == ["done", "failed", "waiting", "waiting"]
+
+
+def test_many_events_cost_few_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[int] = []
+    real = status.write_json
+
+    def counted(path: Path, value: Any) -> None:
+        written.append(len(value.get("failed", ())))
+        real(path, value)
+
+    monkeypatch.setattr(status, "write_json", counted)
+    names = [f"j{index}" for index in range(5_000)]
+    with pytest.raises(KeyboardInterrupt), journal(tmp_path, {n: tmp_path / f"{n}.json" for n in names}) as book:
+        for name in names:
+            book.note(Event("started", name, 0, "cpu"))
+            book.note(Event("failed", name, 0, "cpu", {"error": "as planned"}))
+        raise KeyboardInterrupt
+    assert len(written) < 100 and written[-1] == 5_000, "the last is told, whatever ended the work"
+    (found,) = statuses(tmp_path)
+    assert found.count("failed") == 5_000
+
+
+def test_what_changed_is_written_while_nothing_happens(tmp_path: Path) -> None:
+    """A job that starts right after another's and runs for hours is not waiting."""
+    with journal(tmp_path, {n: tmp_path / f"{n}.json" for n in "ab"}) as book:
+        for name in "ab":
+            book.note(Event("started", name, 0, "cpu"))
+        until(lambda: statuses(tmp_path)[0].count("running") == 2)
+
+
+def test_the_last_write_tells_of_a_full_disk() -> None:
+    def full() -> None:
+        raise AutoSparseFailure("cannot write: no space left on device")
+
+    with pytest.raises(AutoSparseFailure, match="no space"), kept_up(full) as changed:
+        changed()
+    with pytest.raises(KeyboardInterrupt), kept_up(full):
+        raise KeyboardInterrupt
 
 
 def test_a_full_disk_does_not_stop_the_journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -426,19 +426,34 @@ def test_bf16_and_channels_last(digits: ImageData, convnet: Make) -> None:
             torch.testing.assert_close(model.get_parameter(name), parameter, atol=0.05, rtol=0.2)
 
 
-def test_compiled(digits: ImageData, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("choice", "mode", "marks"), [(True, None, 0), ("graphs", "reduce-overhead", 2)])
+def test_compiled(
+    choice: bool | str, mode: str | None, marks: int, digits: ImageData, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Through the tracing and the wrappers of `torch.compile`; its code generator needs a compiler and half a minute."""
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    fabric_for("cpu")  # Lightning replaces torch.compile when it is first imported
+    modes: list[str | None] = []
+    compile_ = torch.compile
+
+    def eagerly(model: nn.Module, **options: Any) -> Any:
+        modes.append(options["mode"])
+        return compile_(model, **{**options, "backend": "aot_eager"})
+
+    marked: list[int] = []
+    monkeypatch.setattr(torch, "compile", eagerly)
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: marked.append(1))
     one, other = (nn.Sequential(nn.Flatten(), nn.Linear(64, 10)) for _ in range(2))
     other.load_state_dict(one.state_dict())
     masks = prune(one, 0.5, "magnitude")
     base = {"steps": 2, "batch_size": 32, "lr": 0.05, "momentum": 0.0}
-    trained = train(one, digits, Recipe(**base, compile=True), masks=masks)
+    trained = train(one, digits, Recipe(**base, compile=choice), masks=masks)
     expected = train(other, digits, Recipe(**base), masks=masks)
     torch.testing.assert_close(one.state_dict(), other.state_dict())
     assert trained.accuracy == expected.accuracy
     assert (one[1].weight[~masks["1.weight"]] == 0).all()
     assert list(one.state_dict()) == ["1.weight", "1.bias"]
+    assert modes == [mode, mode]  # Fabric compiles what it has wrapped once more
+    assert len(marked) == marks
 
 
 class Narrow(nn.Module):
@@ -536,7 +551,7 @@ def test_networks_that_do_not_fit(model: nn.Module, message: str, digits: ImageD
     assert [m.training for m in model.modules()] == modes
 
 
-@pytest.mark.parametrize("device", ["tpu9", "cuda:x", "cpu:7", "gpu of mine"])
+@pytest.mark.parametrize("device", ["tpu9", "cuda:x", "cpu:x", "cpu:0", "gpu of mine"])
 def test_devices_that_are_not_there(device: str) -> None:
     with pytest.raises(AutoSparseError, match=f"device is '{device}': .*; use auto, cpu or cuda"):
         fabric_for(device)
@@ -547,7 +562,7 @@ def test_devices_that_are_not_there(device: str) -> None:
     [
         *({"epochs": 0}, {"steps": 0}, {"batch_size": 0}, {"optimizer": "adam"}, {"lr": 0.0}, {"lr": math.nan}),
         *({"lr": math.inf}, {"momentum": 1.0}, {"weight_decay": -1e-4}, {"schedule": "step"}, {"milestones": (80,)}),
-        *({"warmup": 1.0}, {"label_smoothing": 1.0}, {"clip_norm": 0.0}, {"precision": "fp16"}),
+        *({"warmup": 1.0}, {"label_smoothing": 1.0}, {"clip_norm": 0.0}, {"precision": "fp16"}, {"compile": "on"}),
     ],
     ids=str,
 )

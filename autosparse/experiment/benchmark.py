@@ -12,17 +12,17 @@ import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from autosparse.errors import AutoSparseFailure, require
+from autosparse.errors import AutoSparseStateError, require
 from autosparse.experiment.candidates import Candidate, Found, find_masks, identity, resolve
 from autosparse.experiment.executor import INLINE, Event, ExecutorSettings, Job, run_jobs
-from autosparse.experiment.status import FOLDER, journal
+from autosparse.experiment.status import FOLDER, journal, kept_up
 from autosparse.files import read_json, replace_file, write_json
 from autosparse.masks.layers import prunable_layers
 from autosparse.masks.mask import Masks
@@ -281,16 +281,18 @@ def run_grid(
     *,
     device: str = "auto",
     executor: ExecutorSettings = INLINE,
+    profile: Path | None = None,
     on_cell: Callable[[int, Cell, Mapping[str, Any], bool], None] | None = None,
     on_event: Callable[[Event], None] | None = None,
 ) -> list[dict[str, Any]]:
-    """Run every cell that has no result in `directory/cells` yet, and write `directory/results.csv` after each.
+    """Run every cell that has no result in `directory/cells` yet, and keep `directory/results.csv` up to date.
 
     Masks that took many passes to find lie in `directory/masks`. A cell that fails (its training diverges, its criterion
     cannot score the model) is recorded with its reason, and the others go on; the next start tries it again.
 
     Args:
         executor: where cells run, and how many at once; the results are the same but for seconds.
+        profile: see `run_jobs`.
         on_cell: called with the number of cells done, the cell, its result, and whether it was found done.
         on_event: called with what happens to each cell under its key; progress is the row of an epoch.
 
@@ -330,16 +332,15 @@ def run_grid(
             results[path] = _failed(fresh[path], event.values["error"])
         else:
             return
-        with suppress(AutoSparseFailure):  # a full disk; it is written once more at the end
-            write()
+        changed()
         tell(path, fresh[path], False)
 
-    with journal(directory, at) as book:
+    jobs = _jobs(fresh, directory, data if executor.kind == "inline" else None)
+    with journal(directory, at) as book, kept_up(write) as changed:
         for path, cell in zip(paths, cells, strict=True):
             if path not in fresh:
                 tell(path, cell, True)
-        run_jobs(_jobs(fresh, directory, data if executor.kind == "inline" else None), executor, heard, device=device)
-        write()
+        run_jobs(jobs, executor, heard, device=device, profile=profile)
     return [results[path] for path in paths]
 
 
@@ -370,7 +371,12 @@ def do_cell(
     if data is None:
         data = shared_data(cell.data, str(fabric_for(device).device))
     state = path.with_suffix(".state")
-    result = run_cell(cell, data, device=device, state=state, store=store, on_epoch=progress)
+    try:
+        result = run_cell(cell, data, device=device, state=state, store=store, on_epoch=progress)
+    except AutoSparseStateError as error:  # the cell's settings are in its name: another version or other data wrote it
+        progress({"note": f"its state {state} is discarded, it starts anew ({error})"})
+        shutil.rmtree(state)
+        result = run_cell(cell, data, device=device, state=state, store=store, on_epoch=progress)
     write_json(path, result)
     shutil.rmtree(state, ignore_errors=True)
     return result

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import queue
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from autosparse.errors import AutoSparseError, AutoSparseFailure, first_line, require, settings, suggest
+from autosparse.processes import heed_the_end, how_it_ended, uninterrupted
+from autosparse.training.devices import device_names
 
 KINDS = ("inline", "local", "ray")
 
@@ -24,16 +29,18 @@ class ExecutorSettings:
 
     `kind`: `"inline"` (one after another in this process), `"local"` (spawned processes) or `"ray"` (package `ray`).
     `workers` jobs at once for each device; on a Ray cluster without GPUs, in the whole cluster. `devices` of `"local"`,
-    such as `["cuda:0", "cuda:1"]`: `None` takes all GPUs where the command's device is `auto` or `cuda` and there are
-    some, else that device. The CPU cores are shared out evenly among the workers (sums of floats by another number of
-    threads differ in the last bits; `OMP_NUM_THREADS` sets an upper bound). `retries`: how many times a job is
-    tried again after its worker died. `address` of an existing Ray cluster; `None` starts a local one.
+    such as `["cuda:0", "cuda:1"]`, or `["cuda:0,1", "cuda:2,3"]` for trainings on two GPUs each: `None` takes all GPUs
+    where the command's device is `auto` or `cuda` and there are some, else that device. The CPU cores are shared out
+    evenly among the workers (sums of floats by another number of threads differ in the last bits; `OMP_NUM_THREADS` sets
+    an upper bound). `retries`: how many times a job is tried again after its worker died. `timeout`: after how many
+    seconds at one job its worker is killed, a death too. `address` of an existing Ray cluster; `None` starts a local one.
     """
 
     kind: str = "inline"
     workers: int = 1
     devices: tuple[str, ...] | None = None
     retries: int = 1
+    timeout: float | None = None
     address: str | None = None
 
     def __post_init__(self) -> None:
@@ -42,6 +49,11 @@ class ExecutorSettings:
         require(self.retries >= 0, "executor.retries", self.retries, "it must not be negative")
         inline = self.kind == "inline"
         require(not inline or self.workers == 1, "executor.workers", self.workers, "set executor.kind: local or ray")
+        given = self.timeout is not None
+        require(not given or not inline, "executor.timeout", self.timeout, "set executor.kind: local or ray")
+        require(
+            self.timeout is None or self.timeout > 0, "executor.timeout", self.timeout, "give seconds, or leave it out"
+        )
         given = self.devices is not None
         require(not given or self.kind == "local", "executor.devices", self.devices, "only kind local takes devices")
         require(self.devices != (), "executor.devices", self.devices, "give at least one, or leave it out")
@@ -95,17 +107,22 @@ def run_jobs(
     on_event: Callable[[Event], None] | None = None,
     *,
     device: str = "auto",
+    profile: Path | None = None,
 ) -> dict[str, Outcome]:
     """Run the jobs and give what came of each, by key; one that fails does not stop the rest.
 
-    A job whose worker died (killed, out of memory) is tried again up to `executor.retries` times; one that raised is
-    not. An interrupt or SIGTERM ends all workers at once, as does the end of this process by whatever means.
+    A job whose worker died (killed, out of memory, longer than `executor.timeout`) is tried again up to
+    `executor.retries` times; one that raised is not. An interrupt or SIGTERM ends all workers at once, as does the end
+    of this process by whatever means.
+
+    Args:
+        profile: directory into which worker N profiles its first job, as `workerN`; see `training.profile`.
 
     Raises:
         AutoSparseError: the executor cannot start: a device that is not there, no `ray`, no cluster at the address.
         KeyboardInterrupt: stopped.
     """
-    book = _Book(jobs, executor.retries, on_event or (lambda event: None))
+    book = _Book(jobs, executor, on_event or (lambda event: None), profile)
     if jobs:
         with _terminable():
             {"inline": _inline, "local": _local, "ray": _ray}[executor.kind](book, executor, device)
@@ -115,13 +132,21 @@ def run_jobs(
 class _Book:
     """Which jobs wait and what came of the others; every entry is an event."""
 
-    def __init__(self, jobs: Sequence[Job], retries: int, on_event: Callable[[Event], None]) -> None:
+    def __init__(
+        self,
+        jobs: Sequence[Job],
+        executor: ExecutorSettings,
+        on_event: Callable[[Event], None],
+        profile: Path | None,
+    ) -> None:
         self.waiting = list(jobs)
         self.outcomes: dict[str, Outcome] = {}
         self._keys = {job.key for job in jobs}
-        self._retries = retries
+        self._executor = executor
         self._deaths: dict[str, int] = {}
         self._tell = on_event
+        self._profile = profile
+        self._profiled: set[int] = set()
 
     def take(self, worker: int, device: str) -> Job | None:
         """The next job that may start, if any."""
@@ -130,6 +155,19 @@ class _Book:
                 self._tell(Event("started", job.key, worker, device))
                 return self.waiting.pop(index)
         return None
+
+    def profile(self, worker: int) -> Path | None:
+        """Where the worker profiles the job that it is given now, if it is its first."""
+        if self._profile is None or worker in self._profiled:
+            return None
+        self._profiled.add(worker)
+        return self._profile / f"worker{worker}"
+
+    def late(self, since: float) -> str | None:
+        """Why a job that began then (by the monotonic clock) must die now, if so."""
+        limit = self._executor.timeout
+        over = limit is not None and time.monotonic() - since > limit
+        return f"killed since it ran longer than {limit:g} s" if over else None
 
     def heard(self, job: Job, worker: int, device: str, kind: str, values: Mapping[str, Any]) -> None:
         if kind == "done":
@@ -140,7 +178,7 @@ class _Book:
 
     def died(self, job: Job, worker: int, device: str, why: str) -> None:
         deaths = self._deaths[job.key] = self._deaths.get(job.key, 0) + 1
-        if deaths > self._retries:
+        if deaths > self._executor.retries:
             times = "once" if deaths == 1 else f"{deaths} times"
             self.heard(job, worker, device, "failed", {"error": f"its worker died {times}, at last {why}"})
         else:
@@ -148,13 +186,22 @@ class _Book:
             self._tell(Event("died", job.key, worker, device, {"error": f"its worker died, {why}; tried again"}))
 
 
-def _perform(job: Job, device: str, progress: Callable[[Mapping[str, Any]], None]) -> tuple[str, dict[str, Any]]:
+def _perform(
+    job: Job, device: str, progress: Callable[[Mapping[str, Any]], None], profile: Path | None = None
+) -> tuple[str, dict[str, Any]]:
     try:
-        return "done", {"value": job.function(**job.arguments, device=device, progress=progress)}
+        with nullcontext() if profile is None else _profiling(profile):
+            return "done", {"value": job.function(**job.arguments, device=device, progress=progress)}
     except (AutoSparseError, AutoSparseFailure) as error:
         return "failed", {"error": str(error), "mistake": isinstance(error, AutoSparseError)}
     except Exception as error:
         return "failed", _bug(error)
+
+
+def _profiling(directory: Path) -> AbstractContextManager[Any]:
+    from autosparse.training.profile import profiling
+
+    return profiling(directory)
 
 
 def _bug(error: BaseException) -> dict[str, Any]:
@@ -211,6 +258,8 @@ def _local(book: _Book, executor: ExecutorSettings, device: str) -> None:
     threads = max(1, _cores() // len(places))
     team: dict[int, _Worker] = {}
     busy: dict[int, Job] = {}
+    begun: dict[int, float] = {}
+    pause = None if executor.timeout is None else 1.0
     try:
         while book.waiting or busy:
             for number, place in enumerate(places):
@@ -221,19 +270,27 @@ def _local(book: _Book, executor: ExecutorSettings, device: str) -> None:
                 if number not in team:
                     team[number] = _Worker(place, threads)
                 busy[number] = job
-                team[number].give(job)
-            wait([waitable for number in busy for waitable in team[number].waitables()])
+                team[number].give(job, book.profile(number))
+            wait([waitable for number in busy for waitable in team[number].waitables()], pause)
             for number, job in list(busy.items()):
                 place = places[number]
                 for kind, values in team[number].messages():
+                    if kind == "began":
+                        begun[number] = time.monotonic()
+                        continue
                     if kind == "died":
                         book.died(job, number, place, values["error"])
                     else:
                         book.heard(job, number, place, kind, values)
                     if kind != "progress":
                         del busy[number]
+                        begun.pop(number, None)
                     if kind == "died" or "traceback" in values:  # a bug may leave its process (CUDA) in any state
                         team.pop(number).end()
+                if number in begun and (why := book.late(begun[number])) is not None:
+                    team.pop(number).end()
+                    del busy[number], begun[number]
+                    book.died(job, number, place, why)
     finally:
         for worker in team.values():
             worker.process.terminate()
@@ -251,7 +308,7 @@ def _devices(executor: ExecutorSettings, device: str) -> tuple[str, ...]:
     gpus = tuple(f"cuda:{index}" for index in range(torch.cuda.device_count()))
     if executor.devices is None and device in ("auto", "cuda") and gpus:
         return gpus
-    for name in chosen:
+    for name in itertools.chain.from_iterable(map(device_names, chosen)):
         there = not name.startswith("cuda") or name in gpus or (name == "cuda" and bool(gpus))
         require(there, "device", name, f"this machine has {', '.join(gpus) or 'no GPU; use cpu'}")
     return chosen
@@ -270,16 +327,16 @@ class _Worker:
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, device, threads), daemon=True)
-        with _uninterrupted():
+        with uninterrupted():
             self.process.start()
         theirs.close()
 
     def waitables(self) -> list[Any]:
         return [self.connection, self.process.sentinel]
 
-    def give(self, job: Job) -> None:
+    def give(self, job: Job, profile: Path | None) -> None:
         with suppress(BrokenPipeError, ConnectionResetError):  # that it died is told by `messages`
-            self.connection.send(job)
+            self.connection.send((job, profile))
 
     def messages(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """What it has said; lastly that it died, if it did before the end of its job."""
@@ -293,7 +350,7 @@ class _Worker:
             alive = False
         if not alive and kind not in ("done", "failed"):
             self.process.join()
-            yield "died", {"error": _how(self.process.exitcode)}
+            yield "died", {"error": how_it_ended(self.process.exitcode)}
 
     def end(self) -> None:
         self.process.terminate()
@@ -303,61 +360,32 @@ class _Worker:
         self.connection.close()
 
 
-@contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Processes started inside leave Ctrl-C to this one."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def _how(code: int | None) -> str:
-    if code is not None and code < 0:
-        name = signal.Signals(-code).name
-        return f"killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
-    return f"with exit code {code}"
-
-
 def _serve(connection: Any, device: str, threads: int) -> None:
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    signal.signal(signal.SIGTERM, _leave)
+    import multiprocessing
+
+    heed_the_end()
+    multiprocessing.current_process().daemon = False  # to the driver it is one; but a daemon may not start ranks
     _set_threads(threads)
     while True:
         try:
-            job = connection.recv()
+            job, profile = connection.recv()
         except EOFError:
             return
         except Exception as error:  # the function cannot be imported here
             connection.send(("failed", _bug(error)))
             continue
-        kind, values = _perform(job, device, lambda values: connection.send(("progress", values)))
+        connection.send(("began", {}))
+        kind, values = _perform(job, device, lambda values: connection.send(("progress", values)), profile)
         connection.send((kind, values))
-
-
-def _leave(*_: Any) -> None:
-    """Unlike a kill, an exit clears temporary files away; a second SIGTERM must not break into that."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    sys.exit(1)
-
-
-def _end_with_parent() -> None:
-    import multiprocessing
-
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
 
 
 # -- Ray ----------------------------------------------------------------------------------------------------------------
 
 
 def _ray(book: _Book, executor: ExecutorSettings, device: str) -> None:
+    require(
+        len(device_names(device)) == 1, "device", device, "a job on Ray has one device; use cuda, or executor local"
+    )
     ray = _import_ray()
     started = not ray.is_initialized()
     if started:
@@ -374,27 +402,39 @@ def _ray(book: _Book, executor: ExecutorSettings, device: str) -> None:
                 f"executor.address is {executor.address!r}: {first_line(error)}; start a cluster there, or leave it out"
             ) from error
     running: dict[Any, tuple[Job, int]] = {}
+    begun: dict[Any, float] = {}  # not those that Ray lets wait
+    killed: dict[Any, str] = {}
     try:
         place, slots, options, threads = _shares(ray, executor, device)
         task = ray.remote(_ray_job).options(num_returns="streaming", max_retries=0, **options)
         free = list(range(slots))[::-1]
         while book.waiting or running:
             while free and (job := book.take(free[-1], place)) is not None:
-                running[task.remote(job, place, threads, os.getcwd())] = job, free.pop()
+                number = free.pop()
+                running[task.remote(job, place, threads, os.getcwd(), book.profile(number))] = job, number
             ready, _ = ray.wait(list(running), num_returns=1, timeout=1.0)
             for stream in ready:
                 job, number = running[stream]
                 try:
                     kind, values = ray.get(next(stream))
                 except (ray.exceptions.RayError, StopIteration) as error:
-                    kind, values = "died", {"error": f"{type(error).__name__}: {first_line(error)}"}
+                    why = killed.pop(stream, f"{type(error).__name__}: {first_line(error)}")
+                    kind, values = "died", {"error": why}
+                if kind == "began":
+                    begun[stream] = time.monotonic()
+                    continue
                 if kind != "progress":
                     del running[stream]
+                    begun.pop(stream, None)
                     free.append(number)
                 if kind == "died":
                     book.died(job, number, place, values["error"])
                 else:
                     book.heard(job, number, place, kind, values)
+            for stream, since in begun.items():
+                if stream not in killed and (late := book.late(since)) is not None:
+                    killed[stream] = late
+                    ray.cancel(stream, force=True)  # that it died is told when it did: two tries must not overlap
     finally:
         for stream in running:
             with suppress(Exception):
@@ -428,7 +468,9 @@ def _shares(ray: Any, executor: ExecutorSettings, device: str) -> tuple[str, int
     return device, min(executor.workers, cpus), {"num_cpus": threads}, threads
 
 
-def _ray_job(job: Job, device: str, threads: int, folder: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def _ray_job(
+    job: Job, device: str, threads: int, folder: str, profile: Path | None
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """What a job says, as it says it; paths mean what they mean to the driver, on a file system that both see."""
     said: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
 
@@ -440,10 +482,11 @@ def _ray_job(job: Job, device: str, threads: int, folder: str) -> Iterator[tuple
             return
         _set_threads(threads)
         try:
-            said.put(_perform(job, device, lambda values: said.put(("progress", values))))
+            said.put(_perform(job, device, lambda values: said.put(("progress", values)), profile))
         except BaseException as error:  # a SystemExit would end this thread without a word
             said.put(("failed", _bug(error)))
 
+    yield "began", {}
     threading.Thread(target=work, daemon=True).start()
     kind = ""
     while kind not in ("done", "failed"):

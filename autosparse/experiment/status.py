@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,42 @@ FOLDER = ".jobs"
 STATES = ("done", "running", "failed", "waiting")
 
 
+@contextmanager
+def kept_up(write: Callable[[], None]) -> Iterator[Callable[[], None]]:
+    """A file that sums up many jobs, kept up to date at a cost that does not grow with how often they change.
+
+    Yields what to call after each change; a thread then calls `write`, soon, but at most once a second and for at most
+    a twentieth of the time. A disk that is full must not stop the work, so only the last `write`, when the block ends by
+    itself, raises what it raises.
+    """
+    changed, over = threading.Event(), threading.Event()
+
+    def follow() -> None:
+        while changed.wait() and not over.is_set():
+            changed.clear()
+            begun = time.monotonic()
+            with suppress(AutoSparseFailure):
+                write()
+            over.wait(max(1.0, 20 * (time.monotonic() - begun)))
+
+    def end() -> None:
+        over.set()
+        changed.set()
+        thread.join()
+
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        yield changed.set
+    except BaseException:
+        end()
+        with suppress(AutoSparseFailure):
+            write()
+        raise
+    end()
+    write()
+
+
 class Journal:
     """Writes down who runs what and what failed; what is done the results themselves say."""
 
@@ -26,8 +63,8 @@ class Journal:
         self._path = folder / "live.json"
         self._running: dict[str, dict[str, Any]] = {}
         self._failed: dict[str, dict[str, Any]] = {}
-        self._written = 0.0
         self.write()
+        self.changed: Callable[[], None] = self.write
 
     def note(self, event: Event) -> None:
         if event.kind == "started":
@@ -36,18 +73,16 @@ class Journal:
             self._failed.pop(event.key, None)
         elif event.kind == "progress":
             self._running[event.key]["doing"] = doing(event.values)
-            if time.time() - self._written < 1:
-                return
         else:
             self._running.pop(event.key, None)
         if event.kind == "failed":
             self._failed[event.key] = {k: v for k, v in event.values.items() if k in ("error", "traceback")}
-        self.write()
+        self.changed()
 
     def write(self) -> None:
         """A disk that is full must not stop the work."""
-        self._written = time.time()
-        values = {"host": socket.gethostname(), "pid": os.getpid(), "running": self._running, "failed": self._failed}
+        rows = {"running": dict(self._running), "failed": dict(self._failed)}  # they change while another thread writes
+        values = {"host": socket.gethostname(), "pid": os.getpid(), **rows}
         with suppress(AutoSparseFailure):
             write_json(self._path, values)
 
@@ -73,7 +108,9 @@ def journal(directory: Path, jobs: Mapping[str, Path]) -> Iterator[Journal]:
     try:
         _clear(directory, {path.parent for path in jobs.values()})
         write_json(folder / "plan.json", {key: os.path.relpath(path, directory) for key, path in jobs.items()})
-        yield Journal(folder)
+        book = Journal(folder)
+        with kept_up(book.write) as book.changed:
+            yield book
     finally:
         lock.release()
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autosparse.errors import AutoSparseError, AutoSparseFailure, require, settings
+from autosparse.errors import AutoSparseFailure, AutoSparseStateError, require, settings
 from autosparse.files import read_json, read_safetensors, write_json, write_safetensors
 from autosparse.masks.layers import Layer, unwrap
 from autosparse.masks.mask import MaskReport, Masks
@@ -305,13 +305,13 @@ def read_progress(path: Path | None, of: str, nothing: dict[str, Any]) -> dict[s
     """What an earlier call with the fingerprint `of` wrote at `path`; `nothing` if there was none.
 
     Raises:
-        AutoSparseError: it is another search's.
+        AutoSparseStateError: it is another search's.
     """
     if path is None or not path.exists():
         return nothing
     progress = read_json(path, "state of a search")
     if progress.get("of") != of:
-        raise AutoSparseError(
+        raise AutoSparseStateError(
             f"{path} is of another search (settings, recipe, density, seed, weights or data differ): "
             "delete its directory or give another one"
         )

@@ -18,6 +18,7 @@ from autosparse.network.graph import Graph
 
 SCHEMA = "autosparse.record/1"
 _CHUNK = 262_144  # values
+_BLOCK = 2**20  # bytes by which a file in memory grows
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,13 @@ def survivors(survival: Mapping[str, np.ndarray], rounds: int) -> np.ndarray:
 
 
 def write_record(path: Path, record: Record) -> None:
-    """Write the record in one step: what was at `path` stays whole until the new file is whole on disk."""
-    with replace_file(path) as temporary, h5py.File(temporary, "w") as file:
+    """Write the record in one step: what was at `path` stays whole until the new file is whole on disk.
+
+    Raises:
+        AutoSparseFailure: the disk is full or the directory cannot be written.
+    """
+    # HDF5 crashes the process when its disk is full, so it writes to memory.
+    with h5py.File(str(path), "w", driver="core", backing_store=False, block_size=_BLOCK) as file:
         file.attrs["schema"] = SCHEMA
         for key, version in record.versions.items():
             file.attrs[f"{key}_version"] = version
@@ -85,6 +91,10 @@ def write_record(path: Path, record: Record) -> None:
         text = h5py.string_dtype()
         file.create_dataset("graph/operations", data=list(record.operations), dtype=text)
         file.create_dataset("graph/edges", data=np.array(record.edges, dtype=object).reshape(-1, 2), dtype=text)
+        file.flush()
+        image = file.id.get_file_image()
+    with replace_file(path) as temporary:
+        temporary.write_bytes(image)
 
 
 def _write(group: h5py.Group, name: str, array: np.ndarray) -> None:

@@ -133,22 +133,23 @@ class ImageData:
         mixed = chosen[torch.randperm(len(chosen), generator=generator)].to(self.device)
         return [(self.normalise(self.train.images[i]), self.train.labels[i]) for i in mixed.split(batch_size)]
 
-    def epoch(self, batch_size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def epoch(self, batch_size: int, seed: int, rank: int = 0, world: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
         """One epoch of training batches in random order, each image with its own crop and flip; the rest is dropped.
 
-        A pure function of `seed`, wherever it runs; a training set smaller than a batch is one batch.
+        A pure function of `seed`, wherever it runs; a training set smaller than a batch is one batch. Of each batch, the
+        part of `rank` out of `world` equal ones.
         """
         generator = torch.Generator().manual_seed(seed)
         count, channels, side = len(self.train), self.channels, self.image_size
         size = min(batch_size, count)
-        used = count // size * size
+        used, share = count // size * size, size // world
         order = torch.randperm(count, generator=generator)[:used]
         padding = 0 if self.augment == "none" else max(1, side // 8)
         offsets = torch.randint(0, 2 * padding + 1, (2, used), generator=generator)
         flips = torch.rand(used, generator=generator) < 0.5 if self.augment == "crop+flip" else None
         order, offsets = order.to(self.device), offsets.to(self.device)
         if padding == 0:
-            for index in order.split(size):
+            for index in order.split(share)[rank::world]:
                 yield self.normalise(self.train.images[index]), self.train.labels[index]
             return
         padded = self._padded(padding)
@@ -156,8 +157,8 @@ class ImageData:
         steps = torch.arange(side, device=self.device)
         plane = torch.arange(channels, device=self.device)[:, None, None] * (wide * wide)
         flips = None if flips is None else flips.to(self.device)
-        for start in range(0, used, size):
-            part = slice(start, start + size)
+        for start in range(rank * share, used, size):
+            part = slice(start, start + share)
             rows = offsets[0, part, None] + steps
             across = steps if flips is None else torch.where(flips[part, None], side - 1 - steps, steps)
             cols = offsets[1, part, None] + across

@@ -16,15 +16,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
-from autosparse.errors import AutoSparseError, AutoSparseFailure, first_line, require, settings
+from autosparse.errors import AutoSparseError, AutoSparseFailure, AutoSparseStateError, first_line, require, settings
 from autosparse.files import replace_file
 from autosparse.masks.layers import unwrap
 from autosparse.masks.mask import Masks
 from autosparse.network.running import eval_mode, seed_device
 from autosparse.training.data import ImageData
+from autosparse.training.devices import device_names
 from autosparse.training.profile import parts
 
 OPTIMIZERS = ("sgd", "adamw")
@@ -43,7 +44,8 @@ class Recipe:
     linear to 0), `"constant"`; `warmup` is the share of the length with a linear rise (`"onecycle"`: 0.3 if 0). Length:
     `epochs`, or `steps` when that is given. `clip_norm`: largest gradient norm, over the kept weights. `precision`:
     `"fp32"` or `"bf16"` (autocast). `compile`: the training steps go through `torch.compile`, once per architecture in a
-    process, whatever the seed, masks or round. Weight decay is on all parameters.
+    process, whatever the seed, masks or round; `"graphs"`: as CUDA graphs too, for networks so small that the GPU waits
+    for Python (on a CPU the same as `true`; not yet run on a GPU). Weight decay is on all parameters.
     """
 
     epochs: int = 160
@@ -62,7 +64,7 @@ class Recipe:
     clip_norm: float | None = None
     precision: str = "fp32"
     channels_last: bool = False
-    compile: bool = False
+    compile: bool | str = False
 
     def __post_init__(self) -> None:
         require(self.epochs >= 1, "recipe.epochs", self.epochs, "give at least 1")
@@ -83,6 +85,7 @@ class Recipe:
         require(0 <= self.label_smoothing < 1, "recipe.label_smoothing", self.label_smoothing, "it must be in [0, 1)")
         require(self.clip_norm is None or self.clip_norm > 0, "recipe.clip_norm", self.clip_norm, "it must be positive")
         require(self.precision in PRECISIONS, "recipe.precision", self.precision, f"known: {', '.join(PRECISIONS)}")
+        require(self.compile in (False, True, "graphs"), "recipe.compile", self.compile, "give true, false or graphs")
 
     def length(self, data: ImageData) -> int:
         """Optimizer steps of one training."""
@@ -164,7 +167,7 @@ def rewound(model: nn.Module) -> Iterator[dict[str, Tensor]]:
 
 
 def fabric_for(device: str = "auto", precision: str = "fp32") -> Any:
-    """A Lightning Fabric on one device: `"auto"`, `"cpu"`, `"cuda"` or `"cuda:1"`.
+    """A Lightning Fabric on one device: `"auto"`, `"cpu"`, `"cuda"`, `"cuda:1"`; of several, such as `"cuda:0,1"`, the first.
 
     Raises:
         AutoSparseError: the machine has no such device.
@@ -176,11 +179,13 @@ def fabric_for(device: str = "auto", precision: str = "fp32") -> Any:
 
     for name in ("lightning_fabric", "lightning.fabric"):  # says at each call which precision was asked for
         logging.getLogger(name).setLevel(logging.WARNING)
-    kind, _, index = device.partition(":")
+    kind, _, index = device_names(device)[0].partition(":")
     try:
         return Fabric(accelerator=kind, devices=[int(index)] if index else 1, precision=PRECISIONS[precision])
     except Exception as error:
-        raise AutoSparseError(f"device is {device!r}: {first_line(error)}; use auto, cpu or cuda") from error
+        raise AutoSparseError(
+            f"device is {device!r}: {first_line(error)}; use auto, cpu or cuda, or several: cuda:0,1"
+        ) from error
 
 
 def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
@@ -224,19 +229,25 @@ def check_fits(model: nn.Module, data: ImageData) -> None:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, data: ImageData, split: str = "test", channels_last: bool = False
+    model: nn.Module, data: ImageData, split: str = "test", channels_last: bool = False, rank: int = 0, world: int = 1
 ) -> tuple[float, float]:
-    """Accuracy in [0, 1] and mean cross-entropy over a split, in eval mode; NaN for an empty split."""
+    """Accuracy in [0, 1] and mean cross-entropy over a split, in eval mode; NaN for an empty split.
+
+    In a training on several devices each of the `world` ranks looks at a part and gets the figures of the whole.
+    """
     total = len(getattr(data, split))
     if total == 0:
         return math.nan, math.nan
     correct = torch.zeros((), device=data.device)
     loss = torch.zeros((), device=data.device)
     with eval_mode(model):
-        for images, labels in data.batches(split):
+        for images, labels in itertools.islice(data.batches(split), rank, None, world):
             logits = model(_layout(images, channels_last)).float()
             correct += (logits.argmax(1) == labels).sum()
             loss += F.cross_entropy(logits, labels, reduction="sum")
+    if world > 1:
+        distributed.all_reduce(correct)
+        distributed.all_reduce(loss)
     return float(correct) / total, float(loss) / total
 
 
@@ -259,36 +270,72 @@ def train(
     validate: bool = True,
     on_epoch: Callable[[dict[str, float]], None] | None = None,
     on_gradient: Callable[[int], None] | None = None,
+    rank: int = 0,
+    world: int = 1,
 ) -> Trained:
     """Train `model` in place, its pruned weights held at zero after every step; test it after the last.
 
     Data order, augmentation and dropout are functions of `seed` and the step, so that a training that starts again from
     `checkpoint` gives what it would have given without the stop; the global RNG stays as it was.
 
+    On several devices (`device="cuda:0,1"`; `"cpu:2"`: two processes on the CPU) it is one training all the same, with a
+    process for each device (a rank): each takes its share of the same batches, and gradients are means over all shares, so
+    that what comes out is that of one device up to rounding. But dropout draws other numbers on each; on CPUs, batch norms
+    take the statistics of a rank's share, and the buffers of the first are kept (on GPUs those of `torch.nn` take all
+    ranks'). Each call starts its processes anew, so a script needs its `if __name__ == "__main__":`, and a very short
+    training gains nothing.
+
     Args:
         masks: weights outside stay zero.
-        device: `"auto"`, `"cpu"`, `"cuda"`, `"cuda:1"`; the model and the data end up there.
+        device: `"auto"`, `"cpu"`, `"cuda"`, `"cuda:1"`, or several, `"cuda:0,1"`; the model ends up on it, or the first.
         start_step, stop_step: train this part of the recipe's steps only (late rewinding).
         checkpoint: file to write at epoch ends, `checkpoint_every` seconds apart or more, and to resume from; it is
             removed at the end. It must be of this very training: recipe, seed, masks, steps and data.
         validate: measure accuracy and loss on the validation images after each epoch; nothing else depends on it.
         on_epoch: called with each new row of the history.
         on_gradient: called before each step of the optimizer with the number of steps done, when the gradients of the
-            parameters are there (before clipping).
+            parameters are there (before clipping). Of several devices only the first is used then.
+        rank, world: of this process, in a process group: for the processes of a training on several devices.
 
     Raises:
         AutoSparseError: the model cannot take the images, or the masks are another model's, or the checkpoint another
-            training's.
-        AutoSparseFailure: the loss is no longer finite; the message says at which step and what to try.
+            training's; several devices cannot share the batch evenly.
+        AutoSparseFailure: the loss is no longer finite; the message says at which step and what to try. The process of
+            one of several devices died.
     """
+    devices = device_names(device)
+    if len(devices) > 1 and on_gradient is None:
+        from autosparse.training.ranks import train_on
+
+        return train_on(
+            devices,
+            model,
+            data,
+            recipe,
+            masks=masks,
+            seed=seed,
+            start_step=start_step,
+            stop_step=stop_step,
+            checkpoint=checkpoint,
+            checkpoint_every=checkpoint_every,
+            validate=validate,
+            on_epoch=on_epoch,
+        )
     fabric = fabric_for(device, recipe.precision)
     data = data.to(fabric.device)
     model.to(fabric.device)
     if recipe.channels_last:
         model.to(memory_format=torch.channels_last)
     check_fits(model, data)
+    parallel: nn.Module = model
+    if world > 1:
+        from autosparse.training.ranks import distribute
+
+        parallel = distribute(model, data)
     # Static shapes: else the second architecture of a class would be compiled for any number of channels.
-    compiled = torch.compile(model, dynamic=False) if recipe.compile else model
+    graphs = recipe.compile == "graphs"
+    mode = "reduce-overhead" if graphs else None
+    compiled = torch.compile(parallel, dynamic=False, mode=mode) if recipe.compile else parallel
     network, optimizer = fabric.setup(compiled, build_optimizer(model, recipe), move_to_device=False)
     begin = parts(fabric.device)
     per_epoch, length = steps_per_epoch(data, recipe.batch_size), recipe.length(data)
@@ -304,16 +351,19 @@ def train(
     # Weights that are not there must not take part in the gradient's norm.
     own = dict(unwrap(model).named_parameters())
     alive = [(own[n], m.to(fabric.device)) for n, m in (masks or {}).items() if own[n].requires_grad]
-    devices = [fabric.device.index or 0] if fabric.device.type == "cuda" else []
+    gpus = [fabric.device.index or 0] if fabric.device.type == "cuda" else []
 
     def look(split: str) -> tuple[float, float]:
+        if world > 1:
+            for buffer in model.buffers():
+                distributed.broadcast(buffer, 0)
         with fabric.autocast():  # never the compiled network: to compile it again for this costs more than it wins
-            return evaluate(model, data, split, recipe.channels_last)
+            return evaluate(model, data, split, recipe.channels_last, rank, world)
 
     clock, saved, seen = time.perf_counter(), time.perf_counter(), 0
     before = result.seconds
     with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(devices=devices))
+        stack.enter_context(torch.random.fork_rng(devices=gpus))
         stack.enter_context(torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True))
         stack.enter_context(torch._dynamo.config.patch(recompile_limit=_ARCHITECTURES))
         stack.callback(begin, "other")
@@ -323,14 +373,16 @@ def train(
             last = min(per_epoch, first + stop - result.steps)
             network.train()
             total = torch.zeros((), device=fabric.device)
-            batches = data.epoch(recipe.batch_size, _mix(seed, epoch, 0))
+            batches = data.epoch(recipe.batch_size, _mix(seed, epoch, 0), rank, world)
             begin("data")
             for images, labels in itertools.islice(batches, first, last):
                 begin("bookkeeping")
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(recipe, result.steps, length)
                 optimizer.zero_grad(set_to_none=True)
-                seed_device(_mix(seed, result.steps, 1), fabric.device)
+                if graphs:  # the memory of the last step's logits and gradients is free for this one's
+                    torch.compiler.cudagraph_mark_step_begin()
+                seed_device(_mix(seed, result.steps, 1 + rank), fabric.device)
                 begin("forward")
                 logits = network(_layout(images, recipe.channels_last))
                 loss = F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
@@ -349,11 +401,14 @@ def train(
                 begin("bookkeeping")
                 total += loss.detach()
                 result.steps += 1
-                seen += len(labels)
+                seen += len(labels) * world
                 if result.steps % _CHECK_EVERY == 0:
                     _check_finite(total, result, recipe)
                 begin("data")
             begin("bookkeeping")
+            if world > 1:
+                distributed.all_reduce(total)
+                total /= world
             _check_finite(total, result, recipe)
             begin("evaluation")
             accuracy, validation_loss = look("validation") if validate else (math.nan, math.nan)
@@ -368,6 +423,8 @@ def train(
             }
             result.history.append(row)
             result.seconds = before + time.perf_counter() - clock
+            if rank > 0:
+                continue
             if on_epoch is not None:
                 on_epoch(row)
             if checkpoint is not None and result.steps < stop and time.perf_counter() - saved >= checkpoint_every:
@@ -382,7 +439,7 @@ def train(
             _check_finite(result.loss, result, recipe)
     result.epochs = (result.steps - start_step) / per_epoch
     result.seconds = before + time.perf_counter() - clock
-    if checkpoint is not None:
+    if checkpoint is not None and rank == 0:
         checkpoint.unlink(missing_ok=True)
     return result
 
@@ -436,6 +493,6 @@ def _restore(path: Path, of: str, model: nn.Module, optimizer: torch.optim.Optim
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
     except Exception as error:
-        raise AutoSparseError(
+        raise AutoSparseStateError(
             f"checkpoint {path} cannot be resumed: {first_line(error)}; delete it to train from the start"
         ) from error

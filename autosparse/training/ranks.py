@@ -63,6 +63,7 @@ def train_on(
                 team.append(_Rank(rank, devices, Path(folder) / "store"))
             for member in team:
                 member.give(given)
+            del given  # with all the data in it
             trained, state = _follow(team, on_epoch)
         finally:
             _end(team)

@@ -327,6 +327,7 @@ def train(
     if recipe.channels_last:
         model.to(memory_format=torch.channels_last)
     check_fits(model, data)
+    built = build_optimizer(model, recipe)
     parallel: nn.Module = model
     if world > 1:
         from autosparse.training.ranks import distribute
@@ -336,7 +337,7 @@ def train(
     graphs = recipe.compile == "graphs"
     mode = "reduce-overhead" if graphs else None
     compiled = torch.compile(parallel, dynamic=False, mode=mode) if recipe.compile else parallel
-    network, optimizer = fabric.setup(compiled, build_optimizer(model, recipe), move_to_device=False)
+    network, optimizer = fabric.setup(compiled, built, move_to_device=False)
     begin = parts(fabric.device)
     per_epoch, length = steps_per_epoch(data, recipe.batch_size), recipe.length(data)
     stop = length if stop_step is None else min(stop_step, length)

@@ -63,7 +63,9 @@ def train_on(
                 team.append(_Rank(rank, devices, Path(folder) / "store"))
             for member in team:
                 member.give(given)
+            del given  # with all the data in it
             trained, state = _follow(team, on_epoch)
+            _dismiss(team)
         finally:
             _end(team)
     model.to(places[0])
@@ -110,6 +112,14 @@ def _failure(team: Sequence[_Rank], error: Exception | None) -> Exception:
             )
     assert error is not None
     return error
+
+
+def _dismiss(team: Sequence[_Rank]) -> None:
+    """Let them leave in their own time: a kill would leave what torch's compiler holds to be cleared away."""
+    for member in team:
+        member.connection.close()
+    for member in team:
+        member.process.join(10)
 
 
 def _end(team: Sequence[_Rank]) -> None:
@@ -169,6 +179,8 @@ def _serve(connection: Connection, rank: int, world: int, device: str, store: st
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # nothing is left to be cleared away
     with suppress(EOFError, OSError):
         connection.recv_bytes()  # to leave now would look like a death, to the caller and to the other ranks
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def _train(connection: Connection, rank: int, world: int, device: str, store: str) -> Found:

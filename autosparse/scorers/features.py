@@ -451,4 +451,6 @@ class View:
     def nodes(self) -> Tensor:
         """The layers' own features `(L, N)`."""
         own = of_layers(self.features)
-        return torch.tensor([[self.contexts[n].constants[f] for f in own] for n in self.layers]).view(len(self.layers), len(own))
+        return torch.tensor([[self.contexts[n].constants[f] for f in own] for n in self.layers]).view(
+            len(self.layers), len(own)
+        )

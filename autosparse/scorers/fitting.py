@@ -27,6 +27,7 @@ from autosparse.scorers.features import (
     LayerContext,
     View,
     channel_index,
+    channels,
     check_features,
     of_weights,
     rows,
@@ -173,8 +174,8 @@ def as_signals(record: Record) -> dict[str, dict[str, Tensor]]:
 
 
 class Table(NamedTuple):
-    """Rows of several records: features `(n, F)`, survival `(n,)`, which record `(n,)`, and the weight's layer, output
-    channel and input channel in it `(n, 3)`."""
+    """Rows of several records: features `(n, F)`, survival `(n,)`, which record `(n,)`, and where in it the weight is
+    `(n, 3)`: its layer, its output channel and its input channel, counted over all layers."""
 
     x: Tensor
     y: Tensor
@@ -244,11 +245,13 @@ class Rows:
         part = {signal: torch.from_numpy(group[signal][start:stop]) for signal in signals_of(self.features)}
         y = torch.from_numpy(group["survival"][start:stop].ravel().astype(np.int64))
         shape = (stop - start, *layer.shape[1:])
-        place = [torch.full((len(y),), list(source.layers).index(name))]
+        position = list(source.layers).index(name)
+        earlier = list(source.layers.values())[:position]
+        place = [torch.full((len(y),), position)]
         for side in ("out", "in"):
             along = channel_index(layer, side)
             along = along[start:stop] if len(along) > 1 else along
-            place.append(along.expand(shape).flatten())
+            place.append(along.expand(shape).flatten() + sum(channels(other, side) for other in earlier))
         x = rows(self.features, part, source.contexts[name], start)
         return Table(x, y, torch.full((len(y),), index), torch.stack(place, dim=1))
 

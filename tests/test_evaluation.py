@@ -1,0 +1,111 @@
+"""Figures of a criterion on a record, against a ticket that is known weight by weight."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from planted import plant, write
+from torch import Tensor
+
+from autosparse.masks.layers import Layer
+from autosparse.network.signals import Signals
+from autosparse.pruning.criteria import CRITERIA, Context, HandMade
+from autosparse.scorers.evaluation import FIGURES, RIVALS, evaluate, figures, judge
+from autosparse.scorers.records import read_record
+
+LAYERS = {"a": Layer("a", "linear", (1, 4)), "b": Layer("b", "linear", (1, 4))}
+# The ticket: the first two of `a`, the first of `b`, and nothing else.
+TICKET = {"a": np.array([[9.0, 8, 1, 0]]), "b": np.array([[7.0, 2, 3, 4]])}
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    signals = {
+        "weight": {"a": np.array([[4.0, -3, 2, 1]]), "b": np.array([[1.0, 2, -3, 4]])},
+        "gradient": {"a": np.ones((1, 4)), "b": np.ones((1, 4))},
+    }
+    return write(tmp_path / "r.h5", LAYERS, signals, TICKET, densities=(3 / 8,))
+
+
+def scores(a: list[float], b: list[float]) -> HandMade:
+    found = {"a": torch.tensor([a]), "b": torch.tensor([b])}
+    return HandMade("known", lambda signals, context: found, ("weight",))
+
+
+def test_the_ticket_itself_is_perfect(path: Path) -> None:
+    record = read_record(path)
+    assert [int((s == 1).sum()) for s in record.survival.values()] == [2, 1]
+    found = judge(scores(TICKET["a"][0].tolist(), TICKET["b"][0].tolist()), path)
+    assert set(found) == set(FIGURES)
+    assert found["auc"] == found["auc_within_layers"] == found["auc_within_magnitude_bins"] == 1.0
+    assert found["overlap"] == found["overlap_within_layers"] == 1.0 and found["density_error"] == 0.0
+
+
+def test_figures_by_hand(path: Path) -> None:
+    """Kept are the best three: both of `a`'s ticket but the last of `b`.
+
+    Of 3 × 5 pairs 13 are in order: `b`'s first is below 0.8 and 0.7. Within layers 4 of `a`'s 4 and 1 of `b`'s 3.
+    """
+    found = judge(scores([1.0, 0.9, 0.1, 0.2], [0.6, 0.5, 0.7, 0.8]), path)
+    assert found["auc"] == pytest.approx(13 / 15)
+    assert found["auc_within_layers"] == pytest.approx((4 + 1) / (4 + 3))
+    assert found["overlap"] == pytest.approx(2 / 3) and found["density_error"] == 0.0
+    assert found["overlap_within_layers"] == pytest.approx(2 / 3)
+
+
+def test_the_wrong_layer_is_told_apart_from_the_wrong_weight(path: Path) -> None:
+    """All three from `b`, whose own first is the best: two weights of the wrong layer, none wrong within."""
+    found = judge(scores([0.4, 0.3, 0.1, 0.2], [0.9, 0.7, 0.6, 0.8]), path)
+    assert found["overlap"] == pytest.approx(1 / 3) and found["density_error"] == pytest.approx(2 / 3)
+    assert found["overlap_within_layers"] == 1.0 and found["auc_within_layers"] == 1.0
+
+
+def test_ties_are_worth_half(path: Path) -> None:
+    found = judge(scores([1.0] * 4, [1.0] * 4), path)
+    assert found["auc"] == found["auc_within_layers"] == found["auc_within_magnitude_bins"] == 0.5
+
+
+def test_within_magnitude_bins_magnitude_is_worth_nothing(tmp_path: Path) -> None:
+    """Where survival is by |g|, and where it is by |θ|: neighbours in |θ| are no longer told apart by it."""
+    by_gradient = plant(tmp_path / "g.h5", rule="gradient", sizes=((60, 60),))
+    assert judge(CRITERIA["magnitude"], by_gradient)["auc_within_magnitude_bins"] == pytest.approx(0.5, abs=0.06)
+    gradient = HandMade("gradient", lambda s, context: {n: g.abs() for n, g in s["gradient"].items()}, ("gradient",))
+    only = HandMade("both", gradient.score, ("weight", "gradient"))
+    assert judge(only, by_gradient)["auc_within_magnitude_bins"] == 1.0
+    found = judge(gradient, by_gradient)
+    assert found["auc"] == found["overlap"] == 1.0 and math.isnan(found["auc_within_magnitude_bins"])
+
+
+def test_the_criterion_is_asked_at_the_lowest_density_with_the_graph(tmp_path: Path) -> None:
+    seen: list[Context] = []
+
+    def score(signals: Signals, context: Context) -> dict[str, Tensor]:
+        seen.append(context)
+        return {n: w.abs() for n, w in signals["weight"].items()}
+
+    path = plant(tmp_path / "r.h5", densities=(0.5, 0.2))
+    figures(HandMade("spy", score, ("weight",)), read_record(path))
+    (context,) = seen
+    assert context.density == pytest.approx(0.2, abs=1e-3) and context.masks is None
+    assert context.graph is not None and context.graph.layers() == ("l0.weight", "l1.weight")
+
+
+def test_the_mean_over_records_and_the_rivals_that_can_be_asked(tmp_path: Path) -> None:
+    plain = plant(tmp_path / "a.h5", 0)
+    more = plant(tmp_path / "b.h5", 1, rule="flow", extra=("flow",))
+    found = evaluate(CRITERIA["magnitude"], [plain, more])
+    one, two = (judge(CRITERIA["magnitude"], p) for p in (plain, more))
+    for key in FIGURES:
+        for prefix in ("", "magnitude_"):
+            if not math.isnan(one[key] + two[key]):
+                assert found[prefix + key] == pytest.approx((one[key] + two[key]) / 2), key
+    assert one["auc"] == 1.0 and found["auc"] < 0.9
+    assert found["snip_auc"] == pytest.approx(sum(judge(CRITERIA["snip"], p)["auc"] for p in (plain, more)) / 2)
+    flow = next(rival for rival in RIVALS if rival.name == "flow")
+    assert found["flow_auc"] == judge(flow, more)["auc"], "the mean is over the records that store it"
+    assert set(found) == {*FIGURES, *(f"{r.name}_{key}" for r in RIVALS for key in FIGURES)}
+    assert evaluate(CRITERIA["magnitude"], []) == {}

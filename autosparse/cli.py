@@ -258,7 +258,9 @@ def report(directory: Annotated[Path, typer.Argument(help="A directory with resu
 
 @app.command(name="list", epilog="Example: autosparse list models")
 def list_(
-    what: Annotated[str, typer.Argument(help="models, data, criteria, signals or features; default: all.")] = "all",
+    what: Annotated[
+        str, typer.Argument(help="models, data, criteria, scorers, signals or features; default: all.")
+    ] = "all",
 ) -> None:
     """Names that configs and `prune` understand."""
     from autosparse.errors import suggest
@@ -266,7 +268,9 @@ def list_(
     from autosparse.experiment.checks import CHECKS
     from autosparse.network.signals import SIGNALS, WARMUP_SIGNALS
     from autosparse.pruning.criteria import EARLY, PRESETS
+    from autosparse.scorers.bundled import bundled
     from autosparse.scorers.features import FEATURES, GROUPS
+    from autosparse.scorers.scorer import read_scorer
     from autosparse.training.data import DATA
     from autosparse.training.models import MODELS
 
@@ -276,10 +280,12 @@ def list_(
         "criteria": [
             *(f"{name}[@EPOCHS]" if name in EARLY else name for name in PRESETS),
             *METHODS,
+            *bundled(),
             "SCORER.safetensors",
             "models:/NAME@ALIAS",
             *(f"{v}:ANY_OF_THESE" for v in CHECKS),
         ],
+        "scorers": [f"{name}: {read_scorer(path).card.get('summary', '')}" for name, path in bundled().items()],
         "signals": [*SIGNALS, *(f"{name}@EPOCHS" for name in WARMUP_SIGNALS)],
         "features": [
             *(f"{name}: {feature.meaning}" for name, feature in FEATURES.items()),
@@ -290,8 +296,8 @@ def list_(
         raise AutoSparseError(f"list {what!r}: {suggest(what, names)}")
     for key, values in names.items():
         if what in ("all", key):
-            separator = "\n  " if key == "features" else ", "
-            print(f"{key}:{separator if key == 'features' else ' '}{separator.join(values)}")
+            lines = key in ("features", "scorers")
+            print(f"{key}:" + ("\n  " if lines else " ") + ("\n  " if lines else ", ").join(values))
 
 
 @app.command(epilog="Example: autosparse quickstart")

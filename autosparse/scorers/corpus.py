@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -53,19 +53,23 @@ class Entry:
 
 @dataclass(frozen=True)
 class Corpus:
-    """The records under `directory`, and one hash of them all: `sha256` over their sorted hashes, a line each."""
+    """The records under `directory`, and one hash of them all, see `hash_of`."""
 
     directory: Path
     entries: tuple[Entry, ...]
 
     @property
     def sha256(self) -> str:
-        text = "\n".join(sorted(entry.sha256 for entry in self.entries))
-        return hashlib.sha256(text.encode()).hexdigest()
+        return hash_of(entry.sha256 for entry in self.entries)
 
     def paths(self, tag: str | None = None) -> list[Path]:
         """The records, or those with a tag."""
         return [self.directory / entry.path for entry in self.entries if tag is None or tag in entry.tags]
+
+
+def hash_of(records: Iterable[str]) -> str:
+    """One hash of many records: `sha256` over their sorted hashes, a line each."""
+    return hashlib.sha256("\n".join(sorted(records)).encode()).hexdigest()
 
 
 def tags_of(record: Record) -> frozenset[str]:

@@ -21,6 +21,7 @@ from autosparse.files import sha256
 from autosparse.masks.layers import Layer
 from autosparse.pruning.criteria import POSITIONS
 from autosparse.scorers import heads, image
+from autosparse.scorers.corpus import hash_of, tags_of
 from autosparse.scorers.evaluation import compare, evaluate
 from autosparse.scorers.features import (
     DEFAULT,
@@ -160,8 +161,6 @@ def open_source(path: Path, features: Sequence[str], *, graph: bool = False, tag
         data = network_data(view)
     found: frozenset[str] = frozenset()
     if tags:
-        from autosparse.scorers.corpus import tags_of
-
         found = tags_of(record)
     model = json.dumps(record.config.get("model", {}), sort_keys=True)
     return Source(
@@ -461,6 +460,7 @@ def fit_sources(
         "head": fit_settings.head,
         "features": list(features),
         "settings": dataclasses.asdict(fit_settings),
+        "corpus": hash_of(row["sha256"] for row in hashes),
         "records": hashes,
         "held_out": [sources[i].path.name for i in held_out],
         "weights": sum(s.total for s in sources),

@@ -287,7 +287,7 @@ def test_a_scorer_of_a_warm_up_prunes_with_its_signals(tmp_path: Path, kind: str
     mine, theirs = (
         torch.cat([t.flatten() for t in each]) for each in (masks.values(), [moved[n].abs() for n in masks])
     )
-    assert masks.kept == 180 and float(mine[theirs.topk(180).indices].float().mean()) > 0.8
+    assert masks.kept == 180 and float(mine[theirs.topk(180).indices].float().mean()) > 0.6
     with pytest.raises(AutoSparseError, match="needs 'displacement@1', a signal of a warm-up") as caught:
         autosparse.prune(model, 0.8, scorer, example_input=example)
     assert "\n" not in str(caught.value)

@@ -20,10 +20,9 @@ from safetensors.torch import load_file
 
 import autosparse
 from autosparse.cli import app, main
-from autosparse.scorers import fitting
+from autosparse.scorers import scorer
 from autosparse.scorers.features import DEFAULT
-from autosparse.scorers.fitting import Scorer
-from autosparse.scorers.mlp import MLPScorer
+from autosparse.scorers.scorer import Scorer, build_network
 from autosparse.training.models import create_model
 
 torch.set_num_threads(1)
@@ -181,13 +180,13 @@ def benchmark_config(**changes: Any) -> dict[str, Any]:
 
 def test_from_records_to_a_report(run: Run) -> None:
     """generate → fit → prune → train → benchmark → report, tracked where that could go wrong, each a second time."""
-    scorer = "scorer/scorer.safetensors"
+    file = "scorer/scorer.safetensors"
     steps = [
         ("generate", generate_config(tracking=True), "records: 2 complete in irp/records"),
-        ("fit", fit_config(), f"scorer: {scorer}"),
-        ("prune", prune_config(criterion=scorer), "masks: prune/masks.safetensors"),
+        ("fit", fit_config(), f"scorer: {file}"),
+        ("prune", prune_config(criterion={"criterion": file, "floor": 0.05}), "masks: prune/masks.safetensors"),
         ("train", train_config(masks="prune/masks.safetensors"), "after the last epoch"),
-        ("benchmark", benchmark_config(criteria=["snip", scorer]), "results: benchmark/results.csv"),
+        ("benchmark", benchmark_config(criteria=["snip", file]), "results: benchmark/results.csv"),
     ]
     for command, config, said in steps:
         answer = run(command, config)
@@ -203,11 +202,11 @@ def test_from_records_to_a_report(run: Run) -> None:
         assert not trained[name][~mask].any() and trained[name][mask].any()
     result = json.loads(Path("train/result.json").read_text())
     assert result["steps"] == 5 and 0 <= result["accuracy"] <= 1
-    with open("benchmark/results.csv", newline="") as file:
-        assert [r["criterion"] for r in csv.DictReader(file)] == ["dense", "snip", "scorer"]
+    with open("benchmark/results.csv", newline="") as rows:
+        assert [r["criterion"] for r in csv.DictReader(rows)] == ["dense", "snip", "scorer"]
 
     before = {p: p.read_bytes() for p in Path(".").rglob("*.safetensors")}
-    again = ["records: 2 complete", f"complete: {scorer}", "complete: prune/", "complete: accuracy", "results: "]
+    again = ["records: 2 complete", f"complete: {file}", "complete: prune/", "complete: accuracy", "results: "]
     for (command, config, _), said in zip(steps, again, strict=True):
         answer = run(command, {**config, "tracking": False})
         assert answer.code == 0 and said in answer.out, answer.err
@@ -272,8 +271,8 @@ def test_checks_end_with_their_table_and_grow(run: Run) -> None:
     assert answer.code == 0 and answer.err == "", answer.err
     assert "over its shuffle" in answer.out and "\nsnip: " in answer.out
     done = {p.name: p.read_bytes() for p in Path("check/cells").iterdir()}
-    with open("check/results.csv", newline="") as file:
-        assert [r["criterion"] for r in csv.DictReader(file)] == ["dense", "snip", "densities:snip"] * 2
+    with open("check/results.csv", newline="") as rows:
+        assert [r["criterion"] for r in csv.DictReader(rows)] == ["dense", "snip", "densities:snip"] * 2
     assert "Sanity checks" in Path("check/report.html").read_text()
     answer = run("check", config, "checks=[densities,reinit,inverted]", "seeds=[0]")
     assert answer.code == 0 and "snip: one seed: cannot tell" in answer.out, answer.err
@@ -353,7 +352,7 @@ def test_wrong_files_are_one_line(run: Run) -> None:
     assert run("prune", prune_config()).code == 0
     for file, part in (
         ("damaged.safetensors", "truncated or not safetensors"),
-        ("prune/masks.safetensors", "holds autosparse.masks/1, not autosparse.scorer/1"),
+        ("prune/masks.safetensors", "holds autosparse.masks/1, not autosparse.scorer/2"),
     ):
         refused(run("prune", prune_config(criterion=file, output="p2")), part)
         refused(run("benchmark", benchmark_config(criteria=[file])), part)
@@ -368,12 +367,15 @@ def test_wrong_files_are_one_line(run: Run) -> None:
 
 
 def test_a_scorer_with_other_features_is_one_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"hidden": [8]}
     with monkeypatch.context() as patch:
-        patch.setattr(fitting, "VERSION", 99)
-        Scorer(MLPScorer(len(DEFAULT), 12, (8,)), "hazard", DEFAULT, 1, 16).save("new.safetensors")
-    Scorer(MLPScorer(2, 12, (8,)), "hazard", ("weight", "curvature"), 1, 16).save("odd.safetensors")
-    for name, part in (("new", "uses feature version 99"), ("odd", "uses feature 'curvature'")):
-        refused(run("prune", prune_config(criterion=f"{name}.safetensors")), part, "fit it again with this version")
+        patch.setattr(scorer, "VERSION", 99)
+        network = build_network("mlp", DEFAULT, 12, options)
+        Scorer("mlp", network, "hazard", DEFAULT, 1, 16, options).save("new.safetensors")
+    odd = build_network("mlp", ("weight", "curvature"), 12, options)
+    Scorer("mlp", odd, "hazard", ("weight", "curvature"), 1, 16, options).save("odd.safetensors")
+    for name, part in (("new", "feature version is 99"), ("odd", "curvature")):
+        refused(run("prune", prune_config(criterion=f"{name}.safetensors")), part, "fit it again with this one")
         refused(run("benchmark", benchmark_config(criteria=[f"{name}.safetensors"])), part)
 
 

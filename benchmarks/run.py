@@ -45,9 +45,9 @@ from autosparse.network.graph import trace
 from autosparse.pruning.criteria import Context
 from autosparse.scorers import heads
 from autosparse.scorers.features import DEFAULT
-from autosparse.scorers.mlp import MLPScorer
+from autosparse.scorers.image import FEATURES, ImageScorer
 from autosparse.scorers.records import Record, read_record, write_record
-from autosparse.scorers.scorer import Scorer
+from autosparse.scorers.scorer import Scorer, build_network
 from autosparse.training.data import ImageData, Split
 from autosparse.training.loop import Recipe, build_optimizer, train
 from autosparse.training.models import ModelSettings, create_model
@@ -709,33 +709,40 @@ def scoring_child() -> Iterator[Row]:
         "weight": {n: own[n].detach().clone() for n in layers},
         "gradient": {n: torch.randn(layer.shape) * 1e-3 for n, layer in layers.items()},
     }
-    scorer = Scorer(MLPScorer(len(DEFAULT), heads.outputs("hazard")).eval(), "hazard", DEFAULT, 1, 128)
     context = Context(layers, 0.05, graph)
+    total = sum(layer.numel for layer in layers.values())
+    scorers = {kind: _untrained(kind) for kind in ("mlp", "gnn", "image")}
+    published = ImageScorer(1).eval()
+    few = torch.randn(256, 2)
     gc.collect()
-    before, _ = memory(reset=True)
-    scores = scorer(signals, context)
-    _, peak_scoring = memory()
-    select(scores, 0.05, layers=layers)
-    _, peak = memory()
+    peaks = {}
+    for kind, scorer in scorers.items():
+        before, _ = memory(reset=True)
+        scores = scorer(signals, context)
+        peaks[kind] = memory()[1] - before
     bare = passes(model, images, labels)
     bare()
-    times = alternate(
-        3,
-        {
-            "score": lambda: scorer(signals, context),
-            "select": lambda: select(scores, 0.05, layers=layers),
-            "bare": bare,
-        },
-    )
-    total = sum(layer.numel for layer in layers.values())
+    sides = {kind: functools.partial(scorer, signals, context) for kind, scorer in scorers.items()}
+    sides |= {"select": functools.partial(select, scores, 0.05, layers=layers), "bare": bare}
+    with torch.no_grad():
+        times = alternate(3, {**sides, "published": functools.partial(published, few)})
     yield row("scoring", "cpu", "weights", total / 1e6, "million")
-    yield row("scoring", "cpu", "scorer", times["score"], "s", "< 10")
-    yield row("scoring", "cpu", "scorer / ResNet-50 forward and backward", times["score"] / times["bare"])
+    for kind, name in (("mlp", "mlp"), ("gnn", "gnn"), ("image", "image, by its table")):
+        yield row("scoring", "cpu", name, times[kind], "s", "< 15" if kind == "gnn" else "< 10")
+        yield row("scoring", "cpu", f"{name}: weights/s", total / times[kind], "1/s")
+        yield row("scoring", "cpu", f"{name} / ResNet-50 forward and backward", times[kind] / times["bare"])
+        yield row("scoring", "cpu", f"peak memory of {name}", peaks[kind] / 1e3, "GB", "< 2")
+
+    yield row("scoring", "cpu", "image, its ResNet-18: weights/s", len(few) / times["published"], "1/s")
     yield row("scoring", "cpu", "selection", times["select"], "s")
-    yield row("scoring", "cpu", "selection / ResNet-50 forward and backward", times["select"] / times["bare"])
     yield row("scoring", "cpu", "ResNet-50 forward and backward, 32 images of 224", times["bare"], "s")
-    yield row("scoring", "cpu", "peak memory of scoring", (peak_scoring - before) / 1e3, "GB", "< 2")
-    yield row("scoring", "cpu", "peak memory of scoring and selection", (peak - before) / 1e3, "GB", "< 2")
+
+
+def _untrained(kind: str) -> Scorer:
+    features = FEATURES if kind == "image" else DEFAULT
+    options = {"size": 64} if kind == "image" else {}
+    network = build_network(kind, features, heads.outputs("hazard"), options).eval()
+    return Scorer(kind, network, "hazard", features, 1, 128, options)
 
 
 # -- snip: masks of ResNet-50 against the bare passes ------------------------------------------------------------------

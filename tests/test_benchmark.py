@@ -21,8 +21,7 @@ from autosparse.pruning import irp as irp_module
 from autosparse.pruning.dissipating import DissipatingSettings
 from autosparse.pruning.kstarts import KStartsSettings
 from autosparse.scorers.features import DEFAULT
-from autosparse.scorers.fitting import Scorer
-from autosparse.scorers.mlp import MLPScorer
+from autosparse.scorers.scorer import Scorer, build_network
 from autosparse.training.data import DataSettings, ImageData, load_data
 from autosparse.training.loop import Recipe
 from autosparse.training.models import ModelSettings
@@ -69,7 +68,8 @@ def table(path: Path) -> list[dict[str, str]]:
 
 def save_scorer(path: Path, seed: int = 0, features: tuple[str, ...] = DEFAULT) -> Path:
     torch.manual_seed(seed)
-    Scorer(MLPScorer(len(features), 12, (8,)), "hazard", features, 2, 16).save(path)
+    options = {"hidden": [8]}
+    Scorer("mlp", build_network("mlp", features, 12, options), "hazard", features, 2, 16, options).save(path)
     return path
 
 

@@ -13,13 +13,17 @@ from torch import Tensor
 
 from autosparse.masks.layers import Layer
 from autosparse.network.signals import Signals
-from autosparse.pruning.criteria import CRITERIA, Context, HandMade
-from autosparse.scorers.evaluation import FIGURES, RIVALS, evaluate, figures, judge
+from autosparse.pruning.criteria import CRITERIA, Context, Criterion, HandMade
+from autosparse.scorers.evaluation import FIGURES, RIVALS, compare, evaluate, figures
 from autosparse.scorers.records import read_record
 
 LAYERS = {"a": Layer("a", "linear", (1, 4)), "b": Layer("b", "linear", (1, 4))}
 # The ticket: the first two of `a`, the first of `b`, and nothing else.
 TICKET = {"a": np.array([[9.0, 8, 1, 0]]), "b": np.array([[7.0, 2, 3, 4]])}
+
+
+def judge(criterion: Criterion, path: Path) -> dict[str, float]:
+    return figures(criterion, read_record(path))
 
 
 @pytest.fixture
@@ -77,7 +81,7 @@ def test_within_magnitude_bins_magnitude_is_worth_nothing(tmp_path: Path) -> Non
     only = HandMade("both", gradient.score, ("weight", "gradient"))
     assert judge(only, by_gradient)["auc_within_magnitude_bins"] == 1.0
     found = judge(gradient, by_gradient)
-    assert found["auc"] == found["overlap"] == 1.0 and math.isnan(found["auc_within_magnitude_bins"])
+    assert found["auc"] == found["overlap"] == found["auc_within_magnitude_bins"] == 1.0
 
 
 def test_the_criterion_is_asked_at_the_lowest_density_with_the_graph(tmp_path: Path) -> None:
@@ -109,3 +113,9 @@ def test_the_mean_over_records_and_the_rivals_that_can_be_asked(tmp_path: Path) 
     assert found["flow_auc"] == judge(flow, more)["auc"], "the mean is over the records that store it"
     assert set(found) == {*FIGURES, *(f"{r.name}_{key}" for r in RIVALS for key in FIGURES)}
     assert evaluate(CRITERIA["magnitude"], []) == {}
+
+
+def test_rivals_stand_beside_where_their_signals_are_stored(path: Path) -> None:
+    found = compare([scores(TICKET["a"][0].tolist(), TICKET["b"][0].tolist())], read_record(path))
+    assert list(found) == ["known", "magnitude", "snip", "growth0"], "no flow in this record"
+    assert found["known"]["overlap"] == 1 and found["magnitude"] == judge(CRITERIA["magnitude"], path)

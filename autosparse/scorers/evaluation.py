@@ -34,21 +34,18 @@ def evaluate(criterion: Criterion, paths: Sequence[Path]) -> dict[str, float]:
 
     With a prefix (`magnitude_auc`, …) those of the rivals whose signals the records store.
     """
-    rows = [
-        {
-            key if name == criterion.name else f"{name}_{key}": value
-            for name, row in of.items()
-            for key, value in row.items()
-        }
-        for of in (compare([criterion], path) for path in paths)
-    ]
+    rows = []
+    for path in paths:
+        record = read_record(path)
+        rivals = compare([], record).items()
+        of_rivals = {f"{name}_{key}": value for name, found in rivals for key, value in found.items()}
+        rows.append({**figures(criterion, record), **of_rivals})
     keys = dict.fromkeys(key for row in rows for key in row)
     return {key: _mean([row[key] for row in rows if key in row]) for key in keys}
 
 
-def compare(criteria: Sequence[Criterion], path: Path) -> dict[str, dict[str, float]]:
+def compare(criteria: Sequence[Criterion], record: Record) -> dict[str, dict[str, float]]:
     """The `FIGURES` on one record, of these criteria and of the rivals whose signals the record stores."""
-    record = read_record(path)
     rivals = [rival for rival in RIVALS if set(rival.signals) <= set(record.signals)]
     return {criterion.name: figures(criterion, record) for criterion in (*criteria, *rivals)}
 

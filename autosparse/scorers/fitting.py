@@ -389,7 +389,7 @@ def cross_validate(
             training = sorted(set(range(len(sources))) - set(held_out))
             scorer = fit_sources(sources, training, held_out, fit_settings, device=device)
             for i in held_out:
-                for name, figures in compare([scorer], sources[i].path).items():
+                for name, figures in compare([scorer], read_record(sources[i].path)).items():
                     rows.append({"fold": fold, "record": sources[i].path.stem, "criterion": name, **figures})
             if on_fold is not None:
                 on_fold(fold, rows)

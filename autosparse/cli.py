@@ -474,11 +474,11 @@ def _tune(config: TuneConfig) -> None:
     from autosparse.files import write_json
     from autosparse.network.signals import SignalSettings
     from autosparse.pruning.irp import IRPSettings
-    from autosparse.scorers.outcome import Task, Trial, do_trial
+    from autosparse.scorers.outcome import Task, Trial, do_trial, starting_point
     from autosparse.scorers.outcome import tune as search
     from data_gen.tasks import sample_tasks
 
-    scorer = replace(load_scorer(config.scorer), name=config.name)
+    scorer = starting_point(replace(load_scorer(config.scorer), name=config.name), config.tune)
     drawn = sample_tasks(config.tasks, config.recipe, IRPSettings(), SignalSettings())
     tasks = [Task(run.model, run.data, run.recipe, run.seed) for run in drawn]
     directory = claim_directory(config)

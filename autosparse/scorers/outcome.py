@@ -25,16 +25,17 @@ from autosparse.masks.schedule import check_sparsity
 from autosparse.masks.selection import select
 from autosparse.network.graph import trace
 from autosparse.network.signals import Signals, measure, parse_warmup
-from autosparse.pruning.criteria import Context
+from autosparse.pruning.criteria import POSITIONS, Context
 from autosparse.pruning.warmup import WarmupSettings, warmup
 from autosparse.scorers.features import contexts
-from autosparse.scorers.scorer import Scorer, read_scorer
+from autosparse.scorers.scorer import DENSITIES, Scorer, read_scorer
 from autosparse.training.data import DataSettings, shared_data
 from autosparse.training.loop import Recipe, evaluate, fabric_for, train
 from autosparse.training.models import ModelSettings, create_model
 
 # Those of a layer's features that its network's structure and initial weights give.
 STRUCTURE = (
+    "layer_erk",
     "layer_size",
     "layer_fan_in",
     "layer_fan_out",
@@ -53,8 +54,9 @@ class OutcomeSettings:
 
     In each of `generations`, `pairs` directions are drawn; both signs of each train one task, alike in all else, and the
     rule moves towards the signs that ended with the lower validation loss. `sigma`: length of a direction, in standard deviations of the
-    features times units of the score (log survival); `lr`: of the step. `features` that the rule may use. `held_out`:
-    tasks that are not learned from, on which the result is set against the scorer as it was.
+    features times units of the score (log survival, or log density); `lr`: of the step. `features` that the rule may use. `held_out`:
+    tasks that are not learned from, on which the result is set against the scorer as it was. `densities`, `positions` of
+    the scorer (`None`: as they are); `"rule"` densities start from ERK's if the scorer has no rule.
     """
 
     generations: int = 10
@@ -65,6 +67,8 @@ class OutcomeSettings:
     features: tuple[str, ...] = STRUCTURE
     floor: float = 0.0
     held_out: int = 8
+    densities: str | None = None
+    positions: str | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -79,6 +83,9 @@ class OutcomeSettings:
         require(len(self.features) > 0, "tune.features", list(self.features), "give at least one")
         for name in self.features:
             require(name in STRUCTURE, "tune.features", name, suggest(name, STRUCTURE))
+        for key, known in (("densities", DENSITIES), ("positions", POSITIONS)):
+            value = getattr(self, key)
+            require(value is None or value in known, f"tune.{key}", value, f"known: {', '.join(known)}")
         require(0 <= self.floor < 1, "tune.floor", self.floor, "it is the smallest density of a layer, in [0, 1)")
         require(self.held_out >= 0, "tune.held_out", self.held_out, "it must not be negative")
 
@@ -113,6 +120,16 @@ class Trial:
         values["task"]["data"].pop("root")
         values["scorer"] = Path(self.scorer).name
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def starting_point(scorer: Scorer, chosen: OutcomeSettings) -> Scorer:
+    """The scorer with the densities and positions of the settings."""
+    found = replace(
+        scorer,
+        densities=chosen.densities or scorer.densities,
+        positions=chosen.positions or scorer.positions,
+    )
+    return replace(found, rule={"layer_erk": 1.0}) if found.densities == "rule" and not found.rule else found
 
 
 def do_trial(
@@ -193,8 +210,8 @@ def tune(
     course = []
 
     def trial(task: Task, at: torch.Tensor, sparsity: float) -> Trial:
-        rule = tuple((n, round(float(v) / scales[n], 6)) for n, v in zip(chosen.features, at, strict=True))
-        return Trial(task, str(file), rule, sparsity, chosen.floor)
+        moved = {n: round(float(v) / scales[n], 6) for n, v in zip(chosen.features, at, strict=True)}
+        return Trial(task, str(file), tuple({**scorer.rule, **moved}.items()), sparsity, chosen.floor)
 
     for generation in range(chosen.generations):
         generator = torch.Generator().manual_seed(chosen.seed * 1_000_003 + generation)
@@ -233,7 +250,7 @@ def tune(
         },
         "seconds": time.perf_counter() - clock,
     }
-    return replace(scorer, rule=rule, card={**scorer.card, "outcome": outcome})
+    return replace(scorer, rule={**scorer.rule, **rule}, card={**scorer.card, "outcome": outcome})
 
 
 def feature_scales(tasks: Sequence[Task], names: Sequence[str]) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,7 @@ from autosparse.scorers.mlp import MLPScorer
 
 SCHEMA = "autosparse.scorer/2"
 KINDS = ("mlp", "gnn", "image")
+DENSITIES = ("scores", "rule")
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,9 @@ class Scorer:
 
     `kind`: `"mlp"` (one weight at a time), `"gnn"` (the whole network) or `"image"` (the published form, as a table).
     `options` are those of its network. `rule`: coefficients of the layers' features (`"layer_depth"`, …), learned from
-    outcomes, whose sum `Σ_f rule_f·x_f` is added to all scores of a layer and so moves its density. `positions`: where in
+    outcomes. `densities`: with `"scores"` the sum `Σ_f rule_f·x_f` is added to all scores of a layer and so moves its
+    density; with `"rule"` that sum is the layer's log density, up to a constant and at most 0, and the scores order weights
+    within layers alone (`{"layer_erk": 1}` is ERK). `positions`: where in
     a layer the weights stay whose number its scores set, see `pruning.criteria.rearranged`. `warmup`: the settings of the
     short training that its early signals were recorded with. `card`: where it comes from and what it is worth.
 
@@ -46,6 +50,7 @@ class Scorer:
     batch_size: int
     options: Mapping[str, Any] = field(default_factory=dict)
     rule: Mapping[str, float] = field(default_factory=dict)
+    densities: str = "scores"
     positions: str = "scores"
     warmup: Mapping[str, Any] = field(default_factory=dict)
     card: Mapping[str, Any] = field(default_factory=dict)
@@ -72,9 +77,12 @@ class Scorer:
         for name, start, stop, predicted in network.outputs(view):  # type: ignore[operator]
             score = heads.score(self.head, predicted, context.density)
             scores[name][start:stop] = score.view(stop - start, *scores[name].shape[1:])
+        scores = rearranged(scores, self.positions, signals["weight"], context)
         for name, score in scores.items():
+            if self.densities == "rule":
+                score.copy_(_log_rank(score, None if context.masks is None else context.masks[name]))
             score += sum(weight * view.contexts[name].constants[key] for key, weight in self.rule.items())
-        return rearranged(scores, self.positions, signals["weight"], context)
+        return scores
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file that holds the weights, their own configuration, feature names and card."""
@@ -87,6 +95,7 @@ class Scorer:
             "feature_version": VERSION,
             "options": self.options,
             "rule": self.rule,
+            "densities": self.densities,
             "positions": self.positions,
             "n_batches": self.n_batches,
             "batch_size": self.batch_size,
@@ -98,6 +107,16 @@ class Scorer:
             save_file(
                 {n: t.cpu().contiguous() for n, t in self.network.state_dict().items()}, temporary, metadata=metadata
             )
+
+
+def _log_rank(scores: Tensor, mask: Tensor | None) -> Tensor:
+    """`−log((r + ½) / N)`, r the rank from the highest, what is pruned last: a cut leaves `e^{−t}` of a layer, at most all."""
+    values = scores.flatten()
+    if mask is not None:
+        values = torch.where(mask.flatten().to(values.device), values, -math.inf)
+    order = values.argsort(descending=True, stable=True)
+    ranks = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    return -((ranks + 0.5) / len(order)).log().view(scores.shape)
 
 
 def build_network(kind: str, features: Sequence[str], outputs: int, options: Mapping[str, Any]) -> nn.Module:
@@ -153,6 +172,7 @@ def _build(path: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any],
         config["batch_size"],
         config["options"],
         config["rule"],
+        config["densities"],
         config["positions"],
         config["warmup"],
         card,

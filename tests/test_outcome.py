@@ -23,6 +23,7 @@ from autosparse.scorers.outcome import (
     do_trial,
     feature_scales,
     paired,
+    starting_point,
     tune,
 )
 from autosparse.scorers.scorer import Scorer, build_network, read_scorer
@@ -158,9 +159,45 @@ def test_a_rule_moves_whole_layers_and_is_kept_in_the_file(tmp_path: Path) -> No
     assert read.rule == {"layer_depth": 100.0} and read.positions == "spread"
 
 
+def test_a_rule_of_erk_gives_the_densities_of_erk() -> None:
+    """And so for any order of the weights inside layers; another coefficient moves its layer by that factor."""
+    import autosparse
+    from autosparse.training.models import create_model
+
+    model = create_model("resnet8", image_size=16)
+    given: dict[str, Any] = {"batches": [(torch.randn(8, 3, 16, 16), torch.arange(8))]}
+    erk = autosparse.prune(model, 0.95, "erk", **given)
+    for positions in ("scores", "spread_small"):
+        start = starting_point(scorer(), OutcomeSettings(densities="rule", positions=positions))
+        assert start.rule == {"layer_erk": 1.0}
+        mine = autosparse.prune(model, 0.95, start, **given)
+        for one, other in zip(mine.layers(), erk.layers(), strict=True):
+            assert abs(one.kept - other.kept) <= 1, one.name
+    more = replace(start, rule={"layer_erk": 1.0, "layer_last": math.log(2)})
+    densities = {layer.name: layer.density for layer in autosparse.prune(model, 0.95, more, **given).layers()}
+    ratio = {layer.name: densities[layer.name] / layer.density for layer in erk.layers() if layer.density < 0.4}
+    others = [value for name, value in ratio.items() if name != "fc.weight"]
+    assert max(others) - min(others) < 0.1
+    assert densities["fc.weight"] == pytest.approx(min(1, 2 * erk["fc.weight"].float().mean() * others[0]), rel=0.1)
+
+
+def test_steps_under_a_rule_leave_what_one_step_leaves() -> None:
+    import autosparse
+    from autosparse.training.models import create_model
+
+    model = create_model("resnet8", image_size=16)
+    start = starting_point(scorer(), OutcomeSettings(densities="rule", positions="spread"))
+    given: dict[str, Any] = {"batches": [(torch.randn(8, 3, 16, 16), torch.arange(8))]}
+    one, three = (autosparse.prune(model, 0.95, start, steps=steps, **given) for steps in (1, 3))
+    for a, b in zip(one.layers(), three.layers(), strict=True):
+        assert abs(a.kept - b.kept) <= 2, a.name
+
+
 @pytest.mark.parametrize(
     ("values", "match"),
     [
+        ({"densities": "rules"}, "tune.densities is 'rules': known: scores, rule"),
+        ({"positions": "even"}, "tune.positions is 'even': known: scores, spread"),
         ({"generations": 0}, "tune.generations is 0"),
         ({"sigma": -1.0}, "tune.sigma is -1.0"),
         ({"features": ("layer_deep",)}, "tune.features is 'layer_deep': did you mean 'layer_depth'"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
+import warnings
 from typing import Any, TypeVar, dataclass_transform
 
 T = TypeVar("T")
@@ -50,3 +52,14 @@ def suggest(name: str, known: Any) -> str:
 
 class AutoSparseFailure(RuntimeError):
     """Work that failed through no mistake in the input (training diverged, the disk is full): one clear line, exit code 1."""
+
+
+def warn(message: str) -> None:
+    """A warning that points to the first caller outside the package."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in (
+        "autosparse",
+        "data_gen",
+    ):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)

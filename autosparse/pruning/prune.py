@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autosparse.errors import AutoSparseError, require
+from autosparse.errors import AutoSparseError, require, warn
 from autosparse.masks.layers import prunable_layers, unwrap
 from autosparse.masks.mask import Masks
 from autosparse.masks.schedule import check_sparsity, densities
@@ -197,7 +196,7 @@ def describe(model: nn.Module, masks: Masks, example: Any) -> Masks:
     if report.ties > 0.1 * masks.density:
         alarms.append(f"{report.ties:.1%} of the weights tie at the cut, so chance chose among them")
     for alarm in alarms:
-        warnings.warn(f"mask at sparsity {masks.sparsity:.4f}: {alarm}", stacklevel=3)
+        warn(f"mask at sparsity {masks.sparsity:.4f}: {alarm}")
     masks.report = replace(report, dead_layers=tuple(dead), effective_sparsity=effective, notes=(*notes, *alarms))
     return masks
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from autosparse.errors import warn
 from autosparse.network.graph import Graph
 from autosparse.scorers.features import View, channel_index, channel_sums, channels, of_weights
 from autosparse.scorers.mlp import Outputs, Standard
@@ -101,7 +102,7 @@ def _moments(sums: Tensor) -> Tensor:
 def _edges(names: list[str], graph: Graph | None) -> tuple[Tensor, Tensor]:
     links = {} if graph is None else graph.links()
     if graph is None or not set(names) <= set(graph.layers()):
-        warnings.warn("the network's graph is not known: its layers are taken as a chain", stacklevel=2)
+        warn("the network's graph is not known: its layers are taken as a chain")
         links = {pair: frozenset[str]() for pair in itertools.pairwise(names)}
     place = {name: index for index, name in enumerate(names)}
     pairs, attributes = [], []

@@ -48,14 +48,16 @@ def test_a_copy_of_the_file_is_the_same_scorer(tmp_path: Path) -> None:
     assert identity(Candidate("autosparse")) == identity(Candidate(str(copy)))
     assert identity(Candidate("densities:autosparse")) == f"densities:{identity(Candidate('autosparse'))}"
     assert isinstance(resolve("autosparse"), Scorer) and resolve("snip") == "snip"
-    assert is_scorer("autosparse") and is_scorer("a/b.safetensors") and is_scorer("models:/x@y") and not is_scorer("erk")
+    assert (
+        is_scorer("autosparse") and is_scorer("a/b.safetensors") and is_scorer("models:/x@y") and not is_scorer("erk")
+    )
     assert Candidate("densities:autosparse").name == "densities:autosparse"
 
 
 def test_a_name_that_is_none_is_told() -> None:
     with pytest.raises(AutoSparseError, match=r"criterion is 'autosparze'"):
         autosparse.prune(create_model("resnet8"), 0.9, "autosparze", batches=BATCHES)
-    with pytest.raises(AutoSparseError, match="scorer file none.safetensors does not exist"):
+    with pytest.raises(AutoSparseError, match=r"scorer file none\.safetensors does not exist"):
         autosparse.prune(create_model("resnet8"), 0.9, "none.safetensors", batches=BATCHES)
 
 

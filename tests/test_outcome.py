@@ -15,6 +15,7 @@ from autosparse.cli import main
 from autosparse.errors import AutoSparseError, AutoSparseFailure
 from autosparse.files import read_json
 from autosparse.scorers.features import check_features
+from autosparse.scorers.mlp import MLPScorer
 from autosparse.scorers.outcome import (
     OutcomeSettings,
     Task,
@@ -173,6 +174,14 @@ def test_a_rule_of_erk_gives_the_densities_of_erk() -> None:
         mine = autosparse.prune(model, 0.95, start, **given)
         for one, other in zip(mine.layers(), erk.layers(), strict=True):
             assert abs(one.kept - other.kept) <= 1, one.name
+        blank = replace(start, network=MLPScorer(len(start.features), 1, [1]))
+        with torch.no_grad():
+            for parameter in blank.network.parameters():
+                parameter.zero_()
+        even = autosparse.prune(model, 0.95, blank, **given)
+        counts = even["stages.1.0.conv2.weight"].sum((1, 2, 3))
+        spread = positions != "scores"
+        assert (counts.max() - counts.min() <= 1) == spread, "equal scores do not undo the order of positions"
     more = replace(start, rule={"layer_erk": 1.0, "layer_last": math.log(2)})
     densities = {layer.name: layer.density for layer in autosparse.prune(model, 0.95, more, **given).layers()}
     ratio = {layer.name: densities[layer.name] / layer.density for layer in erk.layers() if layer.density < 0.4}

@@ -139,24 +139,40 @@ def spread_small(signals: Signals, context: Context) -> Scores:
 POSITIONS = ("scores", "spread", "spread_scores", "spread_small")
 
 
-def rearranged(scores: Scores, positions: str, weights: Mapping[str, Tensor], context: Context) -> Scores:
-    """The same scores in every layer, and so the same layer densities at any cut, at other positions.
+def ranks_within(scores: Scores, positions: str, weights: Mapping[str, Tensor], context: Context) -> dict[str, Tensor]:
+    """The order in which the weights of each layer stay: int64 ranks from 0 in the layers' shapes, what is pruned last.
 
-    `positions`: `"scores"` leaves them where they are; `"spread"` spreads them evenly over the channels, see
-    `spread_order`, with any, the highest (`"spread_scores"`) or the smallest weights (`"spread_small"`) of each kernel.
+    `positions`: `"scores"`, the highest first; or spread evenly over the channels, see `spread_order`, with any
+    (`"spread"`), the highest (`"spread_scores"`) or the smallest weights (`"spread_small"`) of each kernel first.
     """
-    if positions == "scores":
-        return scores
     generator = torch.Generator().manual_seed(context.seed)
     found = {}
     for name, layer in context.layers.items():
+        score = scores[name]
+        if positions == "scores":
+            order = score.flatten().argsort(descending=True, stable=True)
+        else:
+            prefer = {"spread": None, "spread_scores": score, "spread_small": -weights[name].abs()}[positions]
+            order = spread_order(layer, generator, prefer).flatten().argsort().to(score.device)
+        if context.masks is not None:
+            gone = ~context.masks[name].to(score.device).flatten()[order]
+            order = order[gone.to(torch.uint8).argsort(stable=True)]
+        ranks = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+        found[name] = ranks.view(layer.shape)
+    return found
+
+
+def rearranged(scores: Scores, positions: str, weights: Mapping[str, Tensor], context: Context) -> Scores:
+    """The same scores in every layer, and so the same layer densities at any cut, in another order: see `ranks_within`."""
+    if positions == "scores":
+        return scores
+    found = {}
+    for name, ranks in ranks_within(scores, positions, weights, context).items():
         values = scores[name].flatten()
         if context.masks is not None:  # what is pruned has no say
             kept = context.masks[name].to(values.device).flatten()
             values = torch.where(kept, values, values[kept].min() if kept.any() else values)
-        prefer = {"spread": None, "spread_scores": scores[name], "spread_small": -weights[name].abs()}[positions]
-        ranks = spread_order(layer, generator, prefer).flatten().to(values.device)
-        found[name] = values.sort(descending=True).values[ranks].view(layer.shape)
+        found[name] = values.sort(descending=True).values[ranks]
     return found
 
 

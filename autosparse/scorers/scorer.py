@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from autosparse.errors import AutoSparseError, require
 from autosparse.files import read_safetensors, replace_file
 from autosparse.network.signals import Signals
-from autosparse.pruning.criteria import Context, Scores, rearranged
+from autosparse.pruning.criteria import Context, Scores, ranks_within, rearranged
 from autosparse.scorers import heads
 from autosparse.scorers.features import VERSION, View, check_features, of_weights, signals_of
 from autosparse.scorers.image import TableScorer
@@ -77,11 +76,15 @@ class Scorer:
         for name, start, stop, predicted in network.outputs(view):  # type: ignore[operator]
             score = heads.score(self.head, predicted, context.density)
             scores[name][start:stop] = score.view(stop - start, *scores[name].shape[1:])
-        scores = rearranged(scores, self.positions, signals["weight"], context)
-        for name, score in scores.items():
-            if self.densities == "rule":
-                score.copy_(_log_rank(score, None if context.masks is None else context.masks[name]))
-            score += sum(weight * view.contexts[name].constants[key] for key, weight in self.rule.items())
+        weights = signals["weight"]
+        if self.densities == "rule":  # a cut at t leaves e^−t of a layer, at most all
+            ranks = ranks_within(scores, self.positions, weights, context)
+            scores = {name: -((rank + 0.5) / rank.numel()).log() for name, rank in ranks.items()}
+        else:
+            scores = rearranged(scores, self.positions, weights, context)
+        for name in scores:
+            constants = view.contexts[name].constants
+            scores[name] = scores[name] + sum(weight * constants[key] for key, weight in self.rule.items())
         return scores
 
     def save(self, path: str | Path) -> None:
@@ -107,16 +110,6 @@ class Scorer:
             save_file(
                 {n: t.cpu().contiguous() for n, t in self.network.state_dict().items()}, temporary, metadata=metadata
             )
-
-
-def _log_rank(scores: Tensor, mask: Tensor | None) -> Tensor:
-    """`−log((r + ½) / N)`, r the rank from the highest, what is pruned last: a cut leaves `e^{−t}` of a layer, at most all."""
-    values = scores.flatten()
-    if mask is not None:
-        values = torch.where(mask.flatten().to(values.device), values, -math.inf)
-    order = values.argsort(descending=True, stable=True)
-    ranks = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-    return -((ranks + 0.5) / len(order)).log().view(scores.shape)
 
 
 def build_network(kind: str, features: Sequence[str], outputs: int, options: Mapping[str, Any]) -> nn.Module:

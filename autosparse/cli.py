@@ -474,11 +474,12 @@ def _tune(config: TuneConfig) -> None:
     from autosparse.files import write_json
     from autosparse.network.signals import SignalSettings
     from autosparse.pruning.irp import IRPSettings
-    from autosparse.scorers.outcome import Task, Trial, do_trial, starting_point
+    from autosparse.scorers.outcome import Task, Trial, do_trial, no_scorer, starting_point
     from autosparse.scorers.outcome import tune as search
     from data_gen.tasks import sample_tasks
 
-    scorer = starting_point(replace(load_scorer(config.scorer), name=config.name), config.tune)
+    given = no_scorer(config.name) if config.scorer is None else load_scorer(config.scorer)
+    scorer = starting_point(replace(given, name=config.name), config.tune)
     drawn = sample_tasks(config.tasks, config.recipe, IRPSettings(), SignalSettings())
     tasks = [Task(run.model, run.data, run.recipe, run.seed) for run in drawn]
     directory = claim_directory(config)

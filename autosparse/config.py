@@ -84,12 +84,12 @@ class FitConfig:
 class TuneConfig:
     """`autosparse tune`: a scorer whose layer densities are learned from the outcome of short trainings, into `output`.
 
-    `scorer`: its file or name. `tasks` are drawn as for `generate`, by another seed than the scorer's corpus; their data
+    `scorer`: its file or name; `null` begins at ERK densities, without a network. `tasks` are drawn as for `generate`, by another seed than the scorer's corpus; their data
     need validation images.
     """
 
     output: str = "runs/tune"
-    scorer: str = "runs/scorer/scorer.safetensors"
+    scorer: str | None = "runs/scorer/scorer.safetensors"
     name: str = "tuned"
     tasks: TaskSettings = TaskSettings(seed=1)
     data: DataSettings = DataSettings("cifar10", image_size=16, limit=5000, validation=0.4)

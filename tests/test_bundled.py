@@ -28,7 +28,9 @@ def test_there_is_one_and_they_are_small() -> None:
 @pytest.mark.parametrize("name", sorted(bundled()))
 def test_each_says_what_it_is_worth(name: str) -> None:
     scorer = autosparse.load_scorer(name)
-    assert scorer.name == name and scorer.card["summary"] and len(scorer.card["corpus"]) == 64
+    assert scorer.name.startswith(name) and scorer.card["summary"]
+    assert "corpus" in scorer.card or "outcome" in scorer.card, "what it was learned from"
+    assert ("experimental" in scorer.name) == ("experimental" in scorer.card["summary"])
 
 
 def test_it_prunes_right_after_installing(unchanged) -> None:  # type: ignore[no-untyped-def]
@@ -64,4 +66,4 @@ def test_a_name_that_is_none_is_told() -> None:
 def test_it_is_listed() -> None:
     command = "from autosparse.cli import main; main(['list', 'scorers'])"
     done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("scorers:\n  autosparse: ")
+    assert done.stdout.startswith("scorers:\n  autosparse")

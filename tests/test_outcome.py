@@ -23,6 +23,7 @@ from autosparse.scorers.outcome import (
     centred_ranks,
     do_trial,
     feature_scales,
+    no_scorer,
     paired,
     starting_point,
     tune,
@@ -188,6 +189,20 @@ def test_a_rule_of_erk_gives_the_densities_of_erk() -> None:
     others = [value for name, value in ratio.items() if name != "fc.weight"]
     assert max(others) - min(others) < 0.1
     assert densities["fc.weight"] == pytest.approx(min(1, 2 * erk["fc.weight"].float().mean() * others[0]), rel=0.1)
+
+
+def test_without_a_scorer_it_begins_at_erk(tmp_path: Path) -> None:
+    import autosparse
+    from autosparse.training.models import create_model
+
+    start = starting_point(no_scorer("mine"), OutcomeSettings())
+    start.save(tmp_path / "mine.safetensors")
+    model, example = create_model("resnet8", image_size=16), torch.zeros(1, 3, 16, 16)
+    mine = autosparse.prune(model, 0.95, str(tmp_path / "mine.safetensors"), example_input=example)
+    spread = autosparse.prune(model, 0.95, "spread_small", example_input=example)
+    for one, other in zip(mine.layers(), spread.layers(), strict=True):
+        assert abs(one.kept - other.kept) <= 1, one.name
+    assert read_scorer(tmp_path / "mine.safetensors").kind == "rule"
 
 
 def test_steps_under_a_rule_leave_what_one_step_leaves() -> None:

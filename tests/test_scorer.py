@@ -27,7 +27,7 @@ from autosparse.scorers.features import DEFAULT, FEATURES, VERSION, check_featur
 from autosparse.scorers.fitting import FitSettings, as_signals, fit
 from autosparse.scorers.heads import HEADS
 from autosparse.scorers.records import read_record, write_record
-from autosparse.scorers.scorer import KINDS, Scorer, read_scorer
+from autosparse.scorers.scorer import FITTED, Scorer, read_scorer
 
 torch.set_num_threads(1)
 
@@ -42,7 +42,7 @@ def made(folder: Path, patch: pytest.MonkeyPatch, kind: str, head: str, **values
     return fit(paths, replace(QUICK, scorer=kind, head=head, **values), name="planted")
 
 
-@pytest.fixture(scope="module", params=[(kind, head) for kind in KINDS for head in HEADS], ids="-".join)
+@pytest.fixture(scope="module", params=[(kind, head) for kind in FITTED for head in HEADS], ids="-".join)
 def each(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Scorer:
     """A scorer of every kind with every head."""
     with pytest.MonkeyPatch.context() as patch:

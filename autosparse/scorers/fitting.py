@@ -36,7 +36,7 @@ from autosparse.scorers.features import (
 )
 from autosparse.scorers.mlp import Moments
 from autosparse.scorers.records import Record, open_record, read_record
-from autosparse.scorers.scorer import KINDS, Scorer, build_network
+from autosparse.scorers.scorer import FITTED, Scorer, build_network
 
 VALIDATIONS = ("run", "model", "none")
 _BLOCK = 1 << 16  # rows that are read at a time
@@ -84,7 +84,7 @@ class FitSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        require(self.scorer in KINDS, "fit.scorer", self.scorer, f"known: {', '.join(KINDS)}")
+        require(self.scorer in FITTED, "fit.scorer", self.scorer, f"known: {', '.join(FITTED)}")
         heads.outputs(self.head)
         if self.features is not None:
             raw = check_features(self.features) == image.FEATURES

@@ -28,6 +28,7 @@ from autosparse.network.signals import Signals, measure, parse_warmup
 from autosparse.pruning.criteria import POSITIONS, Context
 from autosparse.pruning.warmup import WarmupSettings, warmup
 from autosparse.scorers.features import contexts
+from autosparse.scorers.mlp import NoNetwork
 from autosparse.scorers.scorer import DENSITIES, Scorer, read_scorer
 from autosparse.training.data import DataSettings, shared_data
 from autosparse.training.loop import Recipe, evaluate, fabric_for, train
@@ -120,6 +121,11 @@ class Trial:
         values["task"]["data"].pop("root")
         values["scorer"] = Path(self.scorer).name
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def no_scorer(name: str) -> Scorer:
+    """A scorer without a network, to learn a rule of densities from nothing."""
+    return Scorer("rule", NoNetwork(), "mse", STRUCTURE, 0, 128, densities="rule", positions="spread_small", name=name)
 
 
 def starting_point(scorer: Scorer, chosen: OutcomeSettings) -> Scorer:

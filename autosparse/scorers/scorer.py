@@ -18,10 +18,11 @@ from autosparse.pruning.criteria import Context, Scores, ranks_within, rearrange
 from autosparse.scorers import heads
 from autosparse.scorers.features import VERSION, View, check_features, of_weights, signals_of
 from autosparse.scorers.image import TableScorer
-from autosparse.scorers.mlp import MLPScorer
+from autosparse.scorers.mlp import MLPScorer, NoNetwork
 
 SCHEMA = "autosparse.scorer/2"
-KINDS = ("mlp", "gnn", "image")
+FITTED = ("mlp", "gnn", "image")
+KINDS = (*FITTED, "rule")
 DENSITIES = ("scores", "rule")
 
 
@@ -29,7 +30,8 @@ DENSITIES = ("scores", "rule")
 class Scorer:
     """A trained criterion: call it like any other, or give it to `prune`.
 
-    `kind`: `"mlp"` (one weight at a time), `"gnn"` (the whole network) or `"image"` (the published form, as a table).
+    `kind`: `"mlp"` (one weight at a time), `"gnn"` (the whole network), `"image"` (the published form, as a table) or
+    `"rule"` (no network).
     `options` are those of its network. `rule`: coefficients of the layers' features (`"layer_depth"`, …), learned from
     outcomes. `densities`: with `"scores"` the sum `Σ_f rule_f·x_f` is added to all scores of a layer and so moves its
     density; with `"rule"` that sum is the layer's log density, up to a constant and at most 0, and the scores order weights
@@ -127,7 +129,7 @@ def build_network(kind: str, features: Sequence[str], outputs: int, options: Map
         own = len(of_weights(features))
         require(own > 0, "fit.features", list(features), "a gnn needs features of the weights too")
         return GNNScorer(own, node_inputs(features), outputs, **options)
-    return TableScorer(outputs, **options)
+    return NoNetwork() if kind == "rule" else TableScorer(outputs, **options)
 
 
 def read_scorer(path: str | Path) -> Scorer:

@@ -110,10 +110,15 @@ def generate_record(
         if done is not None:
             _check_same(run, done, path)
         if done is not None and done.complete:
+            shutil.rmtree(_state_of(path), ignore_errors=True)  # a kill may have come before the end of the last start
             if on_round is not None:
                 on_round(run.irp.rounds, run.irp.rounds, None)
             return done
         return _continue(run, path, done, device, data, on_round, on_epoch)
+
+
+def _state_of(path: Path) -> Path:
+    return path.with_name(f"{path.stem}.state")
 
 
 def _check_same(run: Run, record: Record, path: Path) -> None:
@@ -151,7 +156,7 @@ def _continue(
         image_size=images.image_size,
         seed=run.seed,
     ).to(place)
-    state = path.with_name(f"{path.stem}.state")
+    state = _state_of(path)
     rewind: dict[str, Tensor] | None = None
     if done is None:
         record = _begin(run, model, images, device)

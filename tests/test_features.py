@@ -136,6 +136,7 @@ def direct(given: dict[str, dict[str, Tensor]], name: str) -> dict[str, Tensor]:
     one = torch.ones(len(w))
     fan_in = {"conv": 8, "grouped": 6, "depthwise": 9, "transposed": 8, "operand": 3, "fc": 3}[name]
     fan_out = {"conv": 12, "grouped": 4, "depthwise": 9, "transposed": 12, "operand": 4, "fc": 4}[name]
+    sides = {"conv": 9, "grouped": 10, "depthwise": 10, "transposed": 11, "operand": 7, "fc": 7}[name]
     kernel = {"conv": 4, "grouped": 2, "depthwise": 9, "transposed": 4}.get(name, 1)
     found = {
         "weight": w / rms(w),
@@ -152,6 +153,7 @@ def direct(given: dict[str, dict[str, Tensor]], name: str) -> dict[str, Tensor]:
         "layer_size": one * math.log(layer.numel / sum(item.numel for item in LAYERS.values())),
         "layer_fan_in": one * math.log(fan_in),
         "layer_fan_out": one * math.log(fan_out),
+        "layer_erk": one * math.log(sides / layer.numel),
         "layer_kernel": one * math.log(kernel),
         "layer_stride": one * math.log(STRIDES[name]),
         "layer_groups": one * math.log({"grouped": 2, "depthwise": 3, "transposed": 2}.get(name, 1)),

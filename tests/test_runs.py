@@ -183,6 +183,9 @@ def test_a_run_is_a_function_of_its_settings(whole: dict[str, Path], data: Image
 def test_a_finished_run_leaves_only_its_record(data: ImageData, tmp_path: Path) -> None:
     generate_record(LATE, tmp_path / "r.h5", device="cpu", data=data)
     assert [p.name for p in tmp_path.iterdir() if not p.name.endswith(".lock")] == ["r.h5"]
+    (tmp_path / "r.state").mkdir()  # as if a kill had come between the last record and the end
+    generate_record(LATE, tmp_path / "r.h5", device="cpu", data=data)
+    assert not (tmp_path / "r.state").exists()
 
 
 # -- stopped and started again ------------------------------------------------------------------------------------------

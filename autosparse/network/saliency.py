@@ -29,10 +29,10 @@ def gradient(
     model: nn.Module, weights: Weights, batches: Sequence[Batch], loss: Loss, seed: int = 0
 ) -> dict[str, Tensor]:
     """`g = ∂L/∂w` at the given weights, L the mean loss over all samples of `batches`; norm layers in train mode."""
-    leaves, state = _leaves(model, weights)
+    leaves, state = leaves_and_state(model, weights)
     total = [torch.zeros_like(w) for w in leaves.values()]
-    with eval_mode(model, but=NORMS), seeded(seed, _device(weights)), torch.enable_grad():
-        for batch, share in zip(batches, _shares(batches), strict=True):
+    with eval_mode(model, but=NORMS), seeded(seed, device_of(weights)), torch.enable_grad():
+        for batch, share in zip(batches, shares(batches), strict=True):
             value = batch_loss(model, state, batch, loss)
             _add(total, torch.autograd.grad(value, list(leaves.values()), allow_unused=True), share)
     return dict(zip(leaves, total, strict=True))
@@ -65,15 +65,15 @@ def hessian_gradient(
     along = gradient(model, weights, batches, cooled, seed)
     if masks is not None:
         along = {n: g * masks[n].to(g.device) for n, g in along.items()}
-    leaves, state = _leaves(model, weights)
+    leaves, state = leaves_and_state(model, weights)
     total = [torch.zeros_like(w) for w in leaves.values()]
     with (
         eval_mode(model, but=NORMS),
-        seeded(seed, _device(weights)),
+        seeded(seed, device_of(weights)),
         torch.enable_grad(),
-        _twice_differentiable(model),
+        twice_differentiable(model),
     ):
-        for batch, share in zip(batches, _shares(batches), strict=True):
+        for batch, share in zip(batches, shares(batches), strict=True):
             value = batch_loss(model, state, batch, cooled)
             grads = torch.autograd.grad(value, list(leaves.values()), create_graph=True, allow_unused=True)
             terms = [
@@ -109,9 +109,9 @@ def meta_gradient(
     kept = {n: m.to(weights[n].device) for n, m in (masks or {}).items() if n in weights}
     with (
         eval_mode(model, but=NORMS),
-        seeded(seed, _device(weights)),
+        seeded(seed, device_of(weights)),
         torch.enable_grad(),
-        _twice_differentiable(model),
+        twice_differentiable(model),
     ):
         scales = {n: torch.ones_like(w).requires_grad_() for n, w in weights.items()}
         state = {n: p.detach().clone().requires_grad_(p.requires_grad) for n, p in model.named_parameters()}
@@ -154,7 +154,7 @@ def ntk_sensitivity(
                 f"criterion 'ntk_sap' draws inputs from a normal, and {type(model).__name__} takes "
                 f"{str(leaf.dtype).removeprefix('torch.')}: use a criterion that scores on batches"
             )
-    device = _device(weights)
+    device = device_of(weights)
     kept = {n: torch.ones_like(w) if masks is None else masks[n].to(w) for n, w in weights.items()}
     leaves = {n: m.clone().requires_grad_() for n, m in kept.items()}
     total = [torch.zeros_like(w) for w in weights.values()]
@@ -163,9 +163,9 @@ def ntk_sensitivity(
             drawn = {n: w.mean() + w.std(correction=0) * torch.randn_like(w) for n, w in weights.items()}
             moved = {n: w + NTK_NOISE * torch.randn_like(w) for n, w in drawn.items()}
             x = tree_map(lambda t: torch.randn_like(t) if isinstance(t, Tensor) else t, example_input)
-            statistics = _statistics(model, {n: w * kept[n] for n, w in drawn.items()}, x)
+            statistics = batch_statistics(model, {n: w * kept[n] for n, w in drawn.items()}, x)
             one, other = (
-                _outputs(model, {**{n: w * leaves[n] for n, w in values.items()}, **statistics}, x)
+                float_outputs(model, {**{n: w * leaves[n] for n, w in values.items()}, **statistics}, x)
                 for values in (drawn, moved)
             )
             if not any(t.requires_grad for t in one):
@@ -179,13 +179,13 @@ def ntk_sensitivity(
     return {n: value * kept[n] for n, value in zip(weights, total, strict=True)}
 
 
-def _outputs(model: nn.Module, state: Weights, inputs: Any) -> list[Tensor]:
+def float_outputs(model: nn.Module, state: Weights, inputs: Any) -> list[Tensor]:
     """The tensors of floats in what the model gives."""
     found = tree_leaves(forward(model, state, inputs))
     return [t for t in found if isinstance(t, Tensor) and t.is_floating_point()]
 
 
-def _statistics(model: nn.Module, weights: Weights, inputs: Any) -> dict[str, Tensor]:
+def batch_statistics(model: nn.Module, weights: Weights, inputs: Any) -> dict[str, Tensor]:
     """The buffers after norm layers have seen `inputs` alone."""
     buffers = _buffers(model)
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase) and m.track_running_stats]
@@ -212,7 +212,7 @@ class _Composed(TorchFunctionMode):
 
 
 @contextmanager
-def _twice_differentiable(model: nn.Module) -> Iterator[None]:
+def twice_differentiable(model: nn.Module, way_out: str = "use another criterion") -> Iterator[None]:
     """Attention on the plain math kernel; an operator without second derivative is the user's error."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
@@ -223,13 +223,13 @@ def _twice_differentiable(model: nn.Module) -> Iterator[None]:
         if "derivative" not in str(error) and "differentiable" not in str(error):
             raise
         raise AutoSparseError(
-            f"{type(model).__name__} cannot be differentiated twice: {first_line(error)}; use another criterion"
+            f"{type(model).__name__} cannot be differentiated twice: {first_line(error)}; {way_out}"
         ) from error
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
 
 
-def _leaves(model: nn.Module, weights: Weights) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def leaves_and_state(model: nn.Module, weights: Weights) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Weights to differentiate by, and the state of a model that runs with them."""
     leaves = {n: w.detach().requires_grad_() for n, w in weights.items()}
     return leaves, {**leaves, **_buffers(model)}
@@ -239,7 +239,7 @@ def _buffers(model: nn.Module) -> dict[str, Tensor]:
     return {n: b.clone() for n, b in model.named_buffers()}
 
 
-def _shares(batches: Sequence[Batch]) -> list[float]:
+def shares(batches: Sequence[Batch]) -> list[float]:
     sizes = [batch_size(batch) for batch in batches]
     return [size / sum(sizes) for size in sizes]
 
@@ -250,5 +250,5 @@ def _add(total: list[Tensor], grads: Sequence[Tensor | None], share: float) -> N
             value.add_(g, alpha=share)
 
 
-def _device(weights: Weights) -> torch.device:
+def device_of(weights: Weights) -> torch.device:
     return next(iter(weights.values())).device

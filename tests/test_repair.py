@@ -19,8 +19,9 @@ import autosparse
 from autosparse import AutoSparseError, Masks, prune
 from autosparse.masks.layers import Layer, prunable_layers
 from autosparse.network.graph import trace
+from autosparse.network.lipschitz import pairs, spectral_norm
 from autosparse.trainability.prepare import PREPARATIONS, prepare
-from autosparse.trainability.repair import lipschitz, pairs, rei, repair, spectral_norm
+from autosparse.trainability.repair import lipschitz, rei, repair
 from autosparse.training.cells import CELLS
 from autosparse.training.models import MODELS, ModelSettings, create_model
 

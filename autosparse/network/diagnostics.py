@@ -14,8 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from autosparse.errors import AutoSparseError, require, settings
-from autosparse.masks.layers import Layer, prunable_layers, unwrap
+from autosparse.masks.layers import prunable_layers, unwrap
 from autosparse.network.graph import FACTORS, base_name, first_of_batch, named_arguments, trace
+from autosparse.network.lipschitz import estimate, pairs, spectral_norm
 from autosparse.network.running import NORMS, Batch, Loss, batch_loss, batch_size, eval_mode, forward, seeded
 from autosparse.network.saliency import (
     Weights,
@@ -54,12 +55,15 @@ class DiagnosticSettings:
 
 @dataclass(frozen=True)
 class LayerDiagnosis:
-    """One prunable weight, `W` where it is masked: `W ⊙ m`; see `diagnose`. NaN: does not apply, or was not measured."""
+    """One prunable weight; see `diagnose`. `norm` is the name of the norm layer that takes its output, if one does. NaN: does
+    not apply, or was not measured."""
 
     name: str
     kept: int
     total: int
+    norm: str | None
     spectral_norm: float
+    lipschitz: float
     operator_norm: float
     second_moment: float
     gradient_norm: float
@@ -104,9 +108,11 @@ def diagnose(
 ) -> Diagnosis:
     """Measure how a network passes signals and gradients, at `θ ⊙ m`; nothing of it changes.
 
-    Of each prunable weight, with `‖·‖` the Euclidean norm:
+    Of each prunable weight `W = θ ⊙ m`, with `‖·‖` the Euclidean norm:
 
-    - `spectral_norm`: `σ`, the largest singular value of `W.reshape(out, n)`;
+    - `spectral_norm`: `σ`, the largest singular value of `W.reshape(out, n)`, n the fan-in;
+    - `lipschitz`: an estimate of the Lipschitz constant of the layer and the norm that takes its output,
+      `max|γ|·σ/√(0.5·n·Var(W))` for rectified Gaussian inputs; `σ` where no norm does;
     - `operator_norm`: the Lipschitz constant of the layer as a map of its whole input, `max ‖W * x‖ / ‖x‖`: of a convolution
       on images of the size that it sees (in general not `σ`), of a product `σ` itself;
     - `second_moment`: the mean square of its output on `batches`;
@@ -157,9 +163,15 @@ def diagnose(
     hessians = hessian_norms(
         model, weights, batches, masks=kept, iterations=iterations, tolerance=tolerance, loss=chosen, seed=seed
     )
+    norms = pairs(graph, layers, own)
     rows = []
     for name, layer in layers.items():
-        sigma = spectral_norm(weights[name], layer)
+        exact = weights[name].double()
+        gamma = norms[name].gamma
+        sigma = constant = math.nan
+        if bool(exact.isfinite().all()):
+            sigma = spectral_norm(exact, layer)
+            constant = estimate(exact, layer, norms[name], None if gamma is None else own[gamma].detach())
         convolution = seen.convolutions.get(name)
         norm, size = float(grads[name].norm()), float(weights[name].norm())
         hessian, converged = hessians[name]
@@ -168,7 +180,9 @@ def diagnose(
                 name=name,
                 kept=int(kept[name].sum()) if name in kept else layer.numel,
                 total=layer.numel,
+                norm=norms[name].norm,
                 spectral_norm=sigma,
+                lipschitz=constant,
                 operator_norm=sigma if convolution is None else operator_norm(*convolution, seed=seed),
                 second_moment=seen.squares[name] / seen.counts[name] if name in seen.counts else math.nan,
                 gradient_norm=norm,
@@ -189,12 +203,6 @@ def diagnose(
     )
 
 
-def spectral_norm(weight: Tensor, layer: Layer) -> float:
-    """`σ`: the largest singular value of `W.reshape(out, n)`, n the weights that enter one output; NaN if one is not finite."""
-    matrix = weight.detach().movedim(layer.out_dim, 0).reshape(weight.shape[layer.out_dim], -1)
-    return float(torch.linalg.matrix_norm(matrix, 2)) if bool(matrix.isfinite().all()) else math.nan
-
-
 def operator_norm(
     linear: Callable[[Tensor], Tensor],
     example: Tensor,
@@ -212,7 +220,7 @@ def operator_norm(
     vector = _unit(_random(example, seed))
     found = 0.0
     for _ in range(iterations):
-        image, adjoint = torch.func.vjp(linear, vector)
+        image, adjoint, *_ = torch.func.vjp(linear, vector)
         before, found = found, float(image.norm())
         if not found > 0 or not math.isfinite(found) or found - before <= tolerance * found:
             break
@@ -299,9 +307,7 @@ def _hessian_products(
         grads = torch.autograd.grad(value, wanted, create_graph=True, allow_unused=True)
         for (name, vector), g in zip(along.items(), grads, strict=True):
             if g is not None and g.requires_grad:  # else the loss is linear in this weight
-                (product,) = torch.autograd.grad(
-                    (g * vector).sum(), leaves[name], retain_graph=True, allow_unused=True
-                )
+                (product,) = torch.autograd.grad((g * vector).sum(), leaves[name], retain_graph=True, allow_unused=True)
                 if product is not None:
                     total[name].add_(product, alpha=share)
     return total
@@ -343,8 +349,8 @@ def _spectrum(model: nn.Module, state: Weights, example: Any) -> Tensor:
         grads = torch.autograd.grad(output, by, retain_graph=True, allow_unused=True, materialize_grads=True)
         rows.append(torch.cat([g.flatten() for g in grads]))
     jacobian = torch.stack(rows).detach()
-    few, many = jacobian.shape if len(rows) <= jacobian.shape[1] else jacobian.shape[::-1]
-    wide = jacobian if len(rows) == few else jacobian.T
+    wide = jacobian if len(rows) <= jacobian.shape[1] else jacobian.T
+    few = len(wide)
     gram = torch.zeros(few, few, dtype=torch.float64, device=wide.device)
     for part in wide.split(max(1, _CHUNK // few), dim=1):
         gram += part.double() @ part.double().T
@@ -389,7 +395,8 @@ def _signals(
 ) -> tuple[float, _Signals]:
     """The mean loss over all samples, and what was seen of the layers on the way."""
     seen, value = _Signals(weights), 0.0
-    with eval_mode(model, but=NORMS), seeded(seed, device_of(weights)), torch.no_grad():
+    # Fused attention shows no single products.
+    with eval_mode(model, but=NORMS), seeded(seed, device_of(weights)), torch.no_grad(), twice_differentiable(model):
         for (inputs, targets), share in zip(batches, shares(batches), strict=True):
             _, state = leaves_and_state(model, weights)
             with seen:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from autosparse.errors import AutoSparseError, suggest
+from autosparse.errors import AutoSparseError, require, suggest
 from autosparse.masks.mask import Masks
 from autosparse.trainability.preparation import Preparation
 from autosparse.trainability.repair import rei, repair
@@ -45,8 +45,7 @@ def prepare(
     Raises:
         AutoSparseError: an unknown preparation or option, or what the preparation raises.
     """
-    if how not in PREPARATIONS:
-        raise AutoSparseError(f"prepare is {how!r}: {suggest(how, PREPARATIONS)}")
+    check_preparation(how)
     run = PREPARATIONS[how]
     known = inspect.signature(run).parameters.keys() - {"model", "masks", "example_input"}
     for option in options:
@@ -54,3 +53,8 @@ def prepare(
             raise AutoSparseError(f"option {option!r} of {how}: {suggest(option, known - {'seed'})}")
     drawn = {"seed": seed} if "seed" in known else {}
     return run(model=model, masks=masks, example_input=example_input, **drawn, **options)
+
+
+def check_preparation(how: str | None) -> None:
+    """Raise `AutoSparseError` unless `how` is a preparation, or none."""
+    require(how is None or how in PREPARATIONS, "prepare", how, suggest(str(how), PREPARATIONS))

@@ -246,6 +246,57 @@ def check(config: Config, overrides: Overrides = None) -> None:
     _benchmark(load_config(CheckConfig, config, overrides or []))
 
 
+@app.command(epilog="Example: autosparse diagnose configs/diagnose.yaml sparsity=0.98 criteria=[erk,snip]")
+def diagnose(config: Config, overrides: Overrides = None) -> None:
+    """How well a network can train, dense, pruned and prepared: Lipschitz constants, Jacobian, Hessians, gradient flow.
+
+    Measures without training; states that are done are not measured again.
+    """
+    from autosparse.config import DiagnoseConfig, claim_directory, load_config
+    from autosparse.experiment.benchmark import build_model
+    from autosparse.experiment.report import build
+    from autosparse.experiment.results import diagnosis_table
+    from autosparse.experiment.states import load_weights, run_states, states
+    from autosparse.training.data import load_data
+    from autosparse.training.loop import check_fits, fabric_for
+
+    chosen = load_config(DiagnoseConfig, config, overrides or [])
+    masks, weights = (None if path is None else Path(path) for path in (chosen.masks, chosen.weights))
+    todo = states(chosen.criteria, masks, chosen.prepare)
+    place = fabric_for(chosen.device).device
+    data = load_data(chosen.data, place)
+    model = build_model(chosen.model, data, chosen.seed)
+    if weights is not None:
+        load_weights(model, weights)
+    model = model.to(place)
+    check_fits(model, data)
+    directory = claim_directory(chosen)
+    with _quiet_warnings(), _bars() as bars:
+        task = bars.add_task(f"diagnose: {todo[0].name}", total=len(todo))
+
+        def on_state(number: int, result: Mapping[str, Any]) -> None:
+            following = todo[number + 1].name if number + 1 < len(todo) else "done"
+            bars.update(task, completed=number + 1, description=f"diagnose: {following}")
+
+        results = run_states(
+            todo,
+            directory,
+            model,
+            data,
+            chosen.diagnostics,
+            sparsity=chosen.sparsity,
+            recipe=chosen.recipe,
+            weights=weights,
+            seed=chosen.seed,
+            device=chosen.device,
+            on_state=on_state,
+        )
+    headers, lines = diagnosis_table(results)
+    _table(f"{chosen.model.label()} on {chosen.data.name}", headers, lines)
+    _say(f"results: {directory / 'diagnosis.csv'}, {directory / 'summary.csv'}")
+    _say(f"report: {build(directory)}")
+
+
 @app.command(epilog="Example: autosparse status runs/irp")
 def status(directory: Annotated[Path, typer.Argument(help="The output of generate, benchmark or check.")]) -> None:
     """What of a campaign or grid is done, running, failed (and why) or waiting; while it runs and after."""

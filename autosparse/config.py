@@ -18,6 +18,7 @@ from autosparse.experiment.checks import CHECKS, expand
 from autosparse.experiment.executor import ExecutorSettings
 from autosparse.files import replace_file
 from autosparse.masks.schedule import check_sparsity
+from autosparse.network.diagnostics import DiagnosticSettings
 from autosparse.network.signals import SignalSettings
 from autosparse.pruning.irp import IRPSettings
 from autosparse.scorers.fitting import FitSettings
@@ -205,6 +206,39 @@ class CheckConfig:
 
 
 @settings
+class DiagnoseConfig:
+    """`autosparse diagnose`: one network dense, pruned by each of `criteria`, and then prepared in each way of `prepare`;
+    figures of each layer into `output/diagnosis.csv`, of the network into `output/summary.csv`.
+
+    The network is a new one, or has `weights`, a file that `autosparse train` wrote; `masks`, as `autosparse prune` writes
+    them, are one more state. Criteria without variants that train or draw weights anew.
+    """
+
+    output: str = "runs/diagnose"
+    model: ModelSettings = ModelSettings("resnet20")
+    data: DataSettings = DataSettings("cifar10")
+    weights: str | None = None
+    masks: str | None = None
+    criteria: tuple[Candidate, ...] = (Candidate("erk"), Candidate("snip"))
+    sparsity: float | None = 0.95
+    prepare: tuple[str, ...] = ("repair",)
+    diagnostics: DiagnosticSettings = DiagnosticSettings()
+    recipe: Recipe = Recipe()
+    seed: int = 0
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.sparsity is not None:
+            check_sparsity(self.sparsity)
+        for how in self.prepare:
+            check_preparation(how)
+        for one in self.criteria:
+            require(one.prepare is None, f"prepare of {one.criterion}", one.prepare, "prepare of the config adds them")
+            draws = one.variant == "reinit" or one.continues
+            require(not draws, "criteria", one.criterion, "diagnose measures masks on the network's own weights")
+
+
+@settings
 class QuickstartConfig:
     """`autosparse quickstart`: generate, fit and benchmark on the digits, into one directory."""
 
@@ -236,6 +270,7 @@ _AXES = {
     GenerateConfig: {"models", "seeds", "tasks.count", "tasks.seeds"},
     BenchmarkConfig: _GRID,
     CheckConfig: _GRID | {"checks"},
+    DiagnoseConfig: {"criteria", "prepare"},
 }
 
 

@@ -458,6 +458,120 @@ def plot_rounds(records: Sequence[Record]) -> Any:
     return figure
 
 
+DIAGNOSTICS = {  # figures of a layer, and what their axes say
+    "lipschitz": "Lipschitz\nestimate",
+    "second_moment": "second moment\nof outputs",
+    "gradient_norm": "gradient norm\n‖∂L/∂W‖",
+    "hessian_norm": "Hessian norm\n|λ|max",
+}
+
+
+def state_looks(states: Sequence[Mapping[str, Any]]) -> dict[str, Look]:
+    """A look for each state: the colour is its criterion's, line and marker are its preparation's; dense is dark."""
+    criteria = unique(s["criterion"] for s in states)
+    colours = {c: COLOURS[i % len(COLOURS)] for i, c in enumerate(c for c in criteria if c != "dense")}
+    ways = unique(s["prepare"] for s in states)
+    return {
+        s["state"]: Look(
+            colours.get(s["criterion"], "#333333"),
+            LINES[ways.index(s["prepare"]) % len(LINES)],
+            MARKERS[ways.index(s["prepare"]) % len(MARKERS)],
+            "full" if s["prepare"] is None else "none",
+        )
+        for s in states
+    }
+
+
+def plot_diagnosis(states: Sequence[Mapping[str, Any]]) -> Any:
+    """A panel for each figure of a layer, in the network's order, and one of the Jacobian's singular values; a line for
+    each state, a cross where a figure is zero."""
+    look = state_looks(states)
+    names = unique(layer["name"] for state in states for layer in state["layers"])
+    spectra = {s["state"]: np.array(s["singular_values"], float) for s in states if s["singular_values"]}
+    shown = [key for key in DIAGNOSTICS if any(math.isfinite(number(x[key])) for s in states for x in s["layers"])]
+    figure, axes = panels(len(shown) + bool(spectra), columns=1, height=1.9)
+    figure.set_figwidth(WIDTH)
+    for ax, key in zip(axes, shown, strict=False):
+        values = {s["state"]: {x["name"]: number(x[key]) for x in s["layers"]} for s in states}
+        _layer_lines(ax, names, values, look)
+        ax.set_ylabel(DIAGNOSTICS[key])
+        ax.tick_params(labelbottom=False)
+    bottom = axes[len(shown) - 1]
+    bottom.tick_params(labelbottom=True)
+    if len(names) <= 60:
+        labels = [short_layer(name) for name in names]
+        bottom.set_xticks(range(len(names)), labels, rotation=60, ha="right", fontsize=7, rotation_mode="anchor")
+    else:
+        bottom.set_xlabel("layer, from the input")
+    if spectra:
+        _spectra(axes[-1], spectra, look)
+    legend_of(figure, look, look)
+    return figure
+
+
+def _layer_lines(
+    ax: Any, names: Sequence[str], values: Mapping[str, Mapping[str, float]], look: Mapping[str, Look]
+) -> None:
+    """Lines over layers on a logarithmic axis, with room for what is zero at its foot."""
+    finite = [v for own in values.values() for v in own.values() if v > 0 and math.isfinite(v)]
+    low, high = min(finite, default=0.1), max(finite, default=10.0)
+    span = max(math.log10(high / low), 0.5)
+    zero = any(v == 0 for own in values.values() for v in own.values())
+    grave = low * 10 ** (-0.16 * span)
+    for name, own in values.items():
+        series = [own.get(layer, math.nan) for layer in names]
+        y = [v if v > 0 and math.isfinite(v) else math.nan for v in series]
+        ax.plot(range(len(names)), y, **{**look[name]._asdict(), "markersize": 3.5})
+        dead = [k for k, v in enumerate(series) if v == 0]
+        ax.plot(dead, [grave] * len(dead), "x", color=look[name].color, markersize=7, markeredgewidth=1.8)
+    ax.set_yscale("log")
+    ax.set_ylim(low * 10 ** (-(0.28 if zero else 0.08) * span), high * 10 ** (0.08 * span))
+    if zero:
+        ax.axhspan(ax.get_ylim()[0], low * 10 ** (-0.06 * span), color="#f3f3f3", zorder=0)
+        ax.text(1.005, 0.06, "zero", transform=ax.transAxes, fontsize=7.5, color="#555555", va="center", clip_on=False)
+    _log_ticks(ax)
+    ax.set_xlim(-0.6, len(names) - 0.4)
+    ax.set_xticks(range(len(names)) if len(names) <= 60 else ax.get_xticks())
+
+
+def _log_ticks(ax: Any) -> None:
+    """Plain numbers at a few places of a logarithmic axis, whatever its span."""
+    low, high = ax.get_ylim()
+    decades = math.log10(high / low)
+    steps: tuple[float, ...] = (1, 2, 5) if decades < 1.3 else (1, 3) if decades < 2.5 else (1,)
+    if decades < 0.6:
+        steps = (1, 1.5, 2, 3, 4, 5, 7)
+    skip = max(1, math.ceil(decades / 5)) if steps == (1,) else 1
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    ticks = [step * 10.0**p for p in powers if p % skip == 0 for step in steps]
+    ticks = [t for t in ticks if low <= t <= high]
+    ax.set_yticks(ticks, [f"{t:g}" if 1e-4 < t < 1e5 else f"{t:.0e}" for t in ticks])
+    ax.set_yticks([], minor=True)
+
+
+def _spectra(ax: Any, spectra: Mapping[str, np.ndarray], look: Mapping[str, Look]) -> None:
+    """Singular values in descending order: the geometric mean over inputs, and a band from the least to the greatest."""
+    positive = [v for values in spectra.values() for v in values.ravel() if v > 0 and math.isfinite(v)]
+    high = max(positive, default=1.0)
+    floor = max(min(positive, default=1.0), 1e-6 * high)  # under this a value is rounding
+    for name, values in spectra.items():
+        order = np.arange(1, values.shape[1] + 1)
+        clipped = np.where(np.isfinite(values), np.maximum(values, floor), np.nan)
+        middle = np.exp(np.log(clipped).mean(0))
+        markers = {} if values.shape[1] <= 60 else {"marker": "none"}
+        ax.plot(order, middle, **{**look[name]._asdict(), "markersize": 3.5, **markers})
+        ax.fill_between(order, clipped.min(0), clipped.max(0), color=look[name].color, alpha=0.08, linewidth=0)
+    ax.set_yscale("log")
+    ax.set_ylim(floor / 1.2, high * 1.2)
+    _log_ticks(ax)
+    length = max(values.shape[1] for values in spectra.values())
+    ax.set_xlim(1 - 0.03 * length, length + 0.03 * length)
+    if length <= 30:
+        ax.set_xticks(range(1, length + 1))
+    ax.set_xlabel("singular value of the input–output Jacobian, in descending order")
+    ax.set_ylabel("singular value\n∂logits/∂input")
+
+
 def loss_history(card: Mapping[str, Any]) -> list[tuple[float, float, float]]:
     """(epoch, training loss, validation loss) of a scorer's card."""
     history = card.get("history")

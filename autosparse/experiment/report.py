@@ -23,6 +23,7 @@ from autosparse.experiment.figures import (
     loss_history,
     plot_accuracy,
     plot_cost,
+    plot_diagnosis,
     plot_fitting,
     plot_layers,
     plot_rounds,
@@ -42,6 +43,7 @@ from autosparse.experiment.results import (
     collect,
     cost_text,
     dense_accuracy,
+    diagnosis_table,
     groups,
     in_percent,
     number,
@@ -93,8 +95,8 @@ def build(directory: Path) -> Path:
         figures[name] = svg(draw, name)
         return f"<figure>{figures[name]}<figcaption>{guide}</figcaption></figure>"
 
-    body = [*benchmark_sections(found, figure), *record_sections(found, figure), *scorer_sections(found, figure)]
-    body.append(notes_section(found))
+    body = [*benchmark_sections(found, figure), *diagnosis_sections(found, figure)]
+    body += [*record_sections(found, figure), *scorer_sections(found, figure), notes_section(found)]
     title = f"AutoSparse report: {escape(directory.resolve().name)}"
     page = (
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
@@ -121,6 +123,8 @@ def about(found: Found) -> str:
         parts.append(plural(len(found.records), "IRP record"))
     if found.scorers:
         parts.append(plural(len(found.scorers), "fitted scorer"))
+    if found.diagnoses:
+        parts.append(plural(sum(len(states) for _, states in found.diagnoses), "diagnosed network"))
     when = datetime.fromtimestamp(found.newest, UTC).strftime("newest of %Y-%m-%d %H:%M UTC")
     torch = ", ".join(sorted({r.torch for r in found.records if r.torch})) or version("torch")
     return f"{', '.join(parts)}; {when}. autosparse {version('autosparse')}, torch {torch}."
@@ -310,6 +314,33 @@ def html_differences(rows: Sequence[Result], cells: Mapping[CellKey, Cell]) -> s
         f"<details><summary>Differences from the best, paired by seed</summary>"
         f'<div class="wide"><table><caption>{caption}</caption>{"".join(lines)}</table></div></details>'
     )
+
+
+def diagnosis_sections(found: Found, figure: Figure) -> list[str]:
+    """A table of network figures, and a figure of layers and Jacobian, for each directory of `autosparse diagnose`."""
+    parts = []
+    for i, (name, states) in enumerate(found.diagnoses, 1):
+        suffix, folder = f"-{i}" if len(found.diagnoses) > 1 else "", name.rpartition("/")[0]
+        parts.append(f"<h2>How well the network can train{f': {escape(folder)}' if folder else ''}</h2>")
+        headers, lines = diagnosis_table(states)
+        head = "".join(f"<th>{escape(header)}</th>" for header in headers)
+        rows = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in line)}</tr>" for line in lines)
+        caption = (
+            "Measured before training. ‖∇L‖: norm of the loss's gradient over the weights kept. Jacobian: singular values of "
+            "all outputs by all inputs, mean ± standard deviation, least and greatest; all near one value is dynamical "
+            "isometry. Lipschitz: largest estimate of a layer with its norm. Hessian: largest |eigenvalue| of a layer's own "
+            "Hessian, of all layers the largest; spread: that by the smallest (about equal is best)."
+        )
+        parts.append(
+            f'<div class="wide"><table class="cards"><caption>{caption}</caption><tr>{head}</tr>{rows}</table></div>'
+        )
+        guide = (
+            "Each line is a state of the same network, its colour the criterion, its stroke the preparation. Layers stand in "
+            "the order in which they run. A cross in the grey band is a zero: nothing passes, or nothing is left. The band "
+            "around singular values spans the inputs measured."
+        )
+        parts.append(figure(f"diagnosis{suffix}", lambda states=states: plot_diagnosis(states), guide))  # type: ignore[misc]
+    return parts
 
 
 def record_sections(found: Found, figure: Figure) -> list[str]:

@@ -417,6 +417,7 @@ class Found:
     densities: dict[tuple[str, str], dict[CellKey, list[dict[str, float]]]] = field(default_factory=dict)
     records: list[Record] = field(default_factory=list)
     scorers: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    diagnoses: list[tuple[str, list[dict[str, Any]]]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     newest: float = 0.0
 
@@ -448,9 +449,12 @@ def collect(directory: Path) -> Found:
     def read_scorer(path: Path, name: str) -> None:
         found.scorers.append((name, read_json(path)))
 
+    def read_diagnosis(path: Path, name: str) -> None:
+        found.diagnoses.append((name, load_diagnosis(path)))
+
     for path in sorted(p for p in directory.rglob("*") if p.suffix in {".csv", ".json", ".h5"}):
         parts = path.relative_to(directory).parts
-        reader = reader_of(path, read_results, read_cell, read_record, read_scorer)
+        reader = reader_of(path, read_results, read_cell, read_record, read_scorer, read_diagnosis)
         if reader is None or any(part in SKIPPED_FOLDERS or part.startswith(".") for part in parts):
             continue
         name = "/".join(parts)
@@ -459,11 +463,11 @@ def collect(directory: Path) -> Found:
             found.newest = max(found.newest, path.stat().st_mtime)
         except (OSError, RuntimeError, ValueError, KeyError, TypeError, csv.Error) as error:
             found.notes.append(f"{name} ignored: {first_line(error)}")
-    if not (rows or found.records or found.scorers):
+    if not (rows or found.records or found.scorers or found.diagnoses):
         unreadable = f" ({len(found.notes)} files could not be read: {found.notes[0]})" if found.notes else ""
         raise AutoSparseError(
-            f"nothing to report in {str(directory)!r}: looked for results.csv, IRP records (*.h5) and scorer.json"
-            + unreadable
+            f"nothing to report in {str(directory)!r}: looked for results.csv, IRP records (*.h5), scorer.json and "
+            "diagnosis.json" + unreadable
         )
     floors = floors_by_criterion(rows)
     found.results = [with_floor_named(row, floors) for row in without_repeats(rows)]
@@ -487,8 +491,12 @@ def collect(directory: Path) -> Found:
     return found
 
 
-def reader_of(path: Path, results: Any, cell: Any, record: Any, scorer: Any) -> Callable[[Path, str], None] | None:
+def reader_of(
+    path: Path, results: Any, cell: Any, record: Any, scorer: Any, diagnosis: Any
+) -> Callable[[Path, str], None] | None:
     """Which of the readers a file needs, by its name."""
+    if path.name == "diagnosis.json":
+        return diagnosis
     if path.name == "results.csv":
         return results
     if path.name == "scorer.json":
@@ -496,6 +504,35 @@ def reader_of(path: Path, results: Any, cell: Any, record: Any, scorer: Any) -> 
     if path.suffix == ".json" and path.parent.name == "cells":
         return cell
     return record if path.suffix == ".h5" else None
+
+
+def load_diagnosis(path: Path) -> list[dict[str, Any]]:
+    """The states of one diagnosis.json; KeyError or AutoSparseError: it lacks something."""
+    states = read_json(path)["states"]
+    for state in states:
+        _ = [state[key] for key in ("state", "criterion", "prepare", "network", "singular_values")]
+        _ = [layer[key] for layer in state["layers"] for key in ("name", "kept", "lipschitz", "hessian_norm")]
+    if not states:
+        raise AutoSparseError("no states")
+    return list(states)
+
+
+def diagnosis_table(states: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Headers and lines of the network figures of a diagnosis, a line for each state."""
+    columns = {
+        "sparsity": lambda n: f"{100 * n['sparsity']:.2f} %",
+        "empty layers": lambda n: f"{n['empty_layers']:.0f}",
+        "loss": lambda n: f"{n['loss']:.3g}",
+        "‖∇L‖": lambda n: f"{n['gradient_norm']:.3g}",
+        "‖∇L‖/‖θ‖": lambda n: f"{n['relative_gradient']:.3g}",
+        "Jacobian σ": lambda n: f"{n['jacobian_mean']:.3g} ± {n['jacobian_std']:.2g}",
+        "min … max": lambda n: f"{n['jacobian_min']:.2g} … {n['jacobian_max']:.2g}",
+        "largest Lipschitz": lambda n: f"{n['lipschitz_max']:.3g}",
+        "largest Hessian": lambda n: f"{n['hessian_max']:.3g}",
+        "its spread": lambda n: f"{n['hessian_spread']:.3g}",
+    }
+    lines = [[str(s["state"]), *(text(s["network"]) for text in columns.values())] for s in states]
+    return ["state", *columns], lines
 
 
 def read_json(path: Path) -> dict[str, Any]:

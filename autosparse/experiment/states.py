@@ -1,0 +1,235 @@
+"""Diagnoses of one network in several states: dense, pruned, and prepared after pruning."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import dataclasses
+import hashlib
+import json
+import math
+import re
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from autosparse.errors import AutoSparseError, first_line, require
+from autosparse.experiment.candidates import Candidate, Found, find_masks, identity, prepare_found
+from autosparse.files import read_json, replace_file, sha256, write_json
+from autosparse.masks.mask import Masks
+from autosparse.network.diagnostics import Diagnosis, DiagnosticSettings, diagnose
+from autosparse.training.data import ImageData
+from autosparse.training.loop import Recipe
+
+DENSE = "dense"
+
+
+@dataclass(frozen=True)
+class State:
+    """A network as it is (`pruned` is `None`), under the masks of a candidate or of a file; then prepared, or not."""
+
+    pruned: Candidate | Path | None = None
+    prepare: str | None = None
+
+    @property
+    def criterion(self) -> str:
+        if self.pruned is None:
+            return DENSE
+        return self.pruned.stem if isinstance(self.pruned, Path) else self.pruned.name
+
+    @property
+    def name(self) -> str:
+        return self.criterion if self.prepare is None else f"{self.criterion}+{self.prepare}"
+
+    def key(self, weights: Path | None) -> str:
+        """File name: readable, and unique through a hash of what the state depends on beside the config."""
+        origin: Any = None
+        if isinstance(self.pruned, Path):
+            origin = sha256(self.pruned)
+        elif self.pruned is not None:
+            given = {k: v for k, v in dataclasses.asdict(self.pruned).items() if k not in ("criterion", "label")}
+            origin = [identity(self.pruned), given]
+        text = json.dumps([origin, self.prepare, None if weights is None else sha256(weights)], sort_keys=True)
+        return f"{re.sub(r'[^A-Za-z0-9.+-]+', '_', self.name)}_{hashlib.sha256(text.encode()).hexdigest()[:10]}"
+
+
+def states(criteria: Sequence[Candidate], masks: Path | None, prepare: Sequence[str]) -> list[State]:
+    """The dense network, then for the masks given and those of each candidate: pruned, and after each preparation.
+
+    Raises:
+        AutoSparseError: two states of one name, or a file of masks that does not exist.
+    """
+    if masks is not None and not masks.is_file():
+        raise AutoSparseError(f"masks file {masks} does not exist: check the path")
+    pruned: list[Candidate | Path] = [*([] if masks is None else [masks]), *criteria]
+    found = [State(), *(State(one, how) for one in pruned for how in (None, *prepare))]
+    names = [state.name for state in found]
+    for name in names:
+        require(
+            names.count(name) == 1, "state", name, "it is there twice: give criteria a label, and preparations once"
+        )
+    return found
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Parameters and buffers of `model` from a safetensors file, as `autosparse train` writes it.
+
+    Raises:
+        AutoSparseError: no such file, no safetensors, or of another model.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_model
+
+    if not path.is_file():
+        raise AutoSparseError(f"weights file {path} does not exist: check the path")
+    try:
+        load_model(model, str(path))
+    except (SafetensorError, OSError) as error:
+        raise AutoSparseError(f"weights {path} cannot be read: {first_line(error)}; give a safetensors file") from error
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise AutoSparseError(f"weights {path} are of another model: {reason[:160]}") from error
+
+
+def run_states(
+    todo: Sequence[State],
+    directory: Path,
+    model: nn.Module,
+    data: ImageData,
+    settings: DiagnosticSettings,
+    *,
+    sparsity: float | None,
+    recipe: Recipe,
+    weights: Path | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    on_state: Callable[[int, dict[str, Any]], None] | None = None,
+) -> list[dict[str, Any]]:
+    """Diagnose `model` in each state; those that are done, and masks that are found, are read from `directory`.
+
+    Writes `states/*.json`, `masks/*.safetensors`, and of all states `diagnosis.json`, `diagnosis.csv` (a row for each layer
+    of each state) and `summary.csv` (a row for each state). The model is left as it is.
+
+    Args:
+        data: on the device of `model`.
+        weights: the file that the model's weights are from, for telling states apart.
+        on_state: is told the place of each state in `todo`, and its result.
+    """
+    results = []
+    for number, state in enumerate(todo):
+        path = directory / "states" / f"{state.key(weights)}.json"
+        if path.exists():
+            result = read_json(path, "state")
+        else:
+            found, network = None, model
+            if state.pruned is not None:
+                found = _masks(state, directory, weights, model, data, sparsity, recipe, seed, device)
+            if state.prepare is not None:
+                assert found is not None
+                network = copy.deepcopy(model)
+                found = prepare_found(network, data, state.prepare, found, seed)
+            masks = None if found is None else found.masks
+            batches = data.sample(settings.batch_size, settings.n_batches, seed)
+            diagnosis = diagnose(
+                network,
+                batches,
+                masks,
+                samples=settings.samples,
+                iterations=settings.iterations,
+                tolerance=settings.tolerance,
+                seed=seed,
+            )
+            result = _plain(state, diagnosis)
+            write_json(path, result)
+        results.append(result)
+        if on_state is not None:
+            on_state(number, result)
+    write_json(directory / "diagnosis.json", {"states": results})
+    layers = [{"state": result["state"], **layer} for result in results for layer in result["layers"]]
+    _write_csv(directory / "diagnosis.csv", layers)
+    _write_csv(directory / "summary.csv", [{"state": result["state"], **result["network"]} for result in results])
+    return results
+
+
+def _masks(
+    state: State,
+    directory: Path,
+    weights: Path | None,
+    model: nn.Module,
+    data: ImageData,
+    sparsity: float | None,
+    recipe: Recipe,
+    seed: int,
+    device: str,
+) -> Found:
+    """The masks of a state before its preparation; found once for all preparations."""
+    if isinstance(state.pruned, Path):
+        masks = Masks.load(state.pruned).to(data.device)
+        masks.check(model)
+        return Found(masks, 0.0, 0.0)
+    assert state.pruned is not None
+    key = State(state.pruned).key(weights)
+    path = directory / "masks" / f"{key}.safetensors"
+    if path.exists():
+        return Found(Masks.load(path).to(data.device), 0.0, 0.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # dead layers stand in the result
+        found = find_masks(
+            model,
+            data,
+            state.pruned,
+            sparsity,
+            recipe=recipe,
+            seed=seed,
+            device=device,
+            state=directory / "masks" / f"{key}.state",
+        )
+    found.masks.save(path)
+    return found
+
+
+def _plain(state: State, diagnosis: Diagnosis) -> dict[str, Any]:
+    """A state's result as JSON holds it."""
+    return {
+        "state": state.name,
+        "criterion": state.criterion,
+        "prepare": state.prepare,
+        "network": figures(diagnosis),
+        "layers": [dataclasses.asdict(layer) for layer in diagnosis.layers],
+        "singular_values": diagnosis.singular_values.tolist(),
+    }
+
+
+def figures(diagnosis: Diagnosis) -> dict[str, float]:
+    """The figures of a whole network.
+
+    `hessian_spread`: the largest Hessian norm of a layer by the smallest that is not zero (about equal norms train best);
+    `hessians_converged`: the share of layers whose iteration has converged.
+    """
+    layers = diagnosis.layers
+    kept, total = sum(layer.kept for layer in layers), sum(layer.total for layer in layers)
+    hessians = [layer.hessian_norm for layer in layers if layer.hessian_norm > 0]
+    measured = [layer.hessian_converged for layer in layers if not math.isnan(layer.hessian_norm)]
+    return {
+        "sparsity": 1 - kept / total,
+        "empty_layers": sum(layer.kept == 0 for layer in layers),
+        "loss": diagnosis.loss,
+        "gradient_norm": diagnosis.gradient_norm,
+        "relative_gradient": diagnosis.relative_gradient,
+        **{f"jacobian_{key}": value for key, value in diagnosis.jacobian.items()},
+        "lipschitz_max": max(layer.lipschitz for layer in layers),
+        "hessian_max": max(hessians, default=math.nan),
+        "hessian_spread": max(hessians) / min(hessians) if hessians else math.nan,
+        "hessians_converged": sum(measured) / len(measured) if measured else math.nan,
+    }
+
+
+def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    with replace_file(path) as temporary, temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)

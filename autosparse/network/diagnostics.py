@@ -171,7 +171,7 @@ def diagnose(
         sigma = constant = math.nan
         if bool(exact.isfinite().all()):
             sigma = spectral_norm(exact, layer)
-            constant = estimate(exact, layer, norms[name], None if gamma is None else own[gamma].detach())
+            constant = estimate(exact, sigma, layer, norms[name], None if gamma is None else own[gamma].detach())
         convolution = seen.convolutions.get(name)
         norm, size = float(grads[name].norm()), float(weights[name].norm())
         hessian, converged = hessians[name]

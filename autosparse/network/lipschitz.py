@@ -85,16 +85,17 @@ def spectral_norm(weight: Tensor, layer: Layer) -> float:
     return math.sqrt(max(0.0, float(torch.linalg.eigvalsh(gram).max())))
 
 
-def constant(weight: Tensor, layer: Layer, sigma: float) -> float:
+def constant(weight: Tensor, sigma: float, layer: Layer) -> float:
     """`L = σ/√(0.5·n·v)`, fan-in n and `v = Var(W)`: the Lipschitz constant of a layer and its norm at γ = 1, for inputs
     that are rectified standard Gaussians. Infinite for equal weights."""
     deviation = math.sqrt(0.5 * layer.fan_in * float(weight.var(correction=0)))
     return sigma / deviation if deviation > 0 else math.inf
 
 
-def estimate(weight: Tensor, layer: Layer, pair: Pair, gamma: Tensor | None) -> float:
-    """`L·max|γ|` (γ = 1 for a norm without), and σ for a layer without norm; 0 for a layer without a weight left."""
-    sigma = spectral_norm(weight, layer)
+def estimate(weight: Tensor, sigma: float, layer: Layer, pair: Pair, gamma: Tensor | None) -> float:
+    """`L·max|γ|` (γ = 1 for a norm without), and σ for a layer without norm; 0 for a layer without a weight left.
+
+    `sigma`: `spectral_norm(weight, layer)`."""
     if pair.norm is None or sigma == 0:
         return sigma
-    return constant(weight, layer, sigma) * (1.0 if gamma is None else float(gamma.abs().max()))
+    return constant(weight, sigma, layer) * (1.0 if gamma is None else float(gamma.abs().max()))

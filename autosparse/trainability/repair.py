@@ -53,7 +53,7 @@ def repair(model: nn.Module, masks: Masks | None, example_input: Any, mode: str 
     """RePaIR: `rei` with the statistics of `W ⊙ m`: the mean of the weights kept, variance and spectral norm with the
     zeros in.
 
-    A layer without a weight left (σ = 0) is left as it is, and its note says so. Arguments and errors as of `rei`.
+    A layer without a weight left, or with zeros alone (σ = 0), is left as it is, and its note says so. Arguments and errors as of `rei`.
     """
     return _rescaled("repair", model, example_input, masks, mode)
 
@@ -68,10 +68,12 @@ def lipschitz(model: nn.Module, example_input: Any, masks: Masks | None = None) 
         AutoSparseError: masks of another model, weights that are not finite.
     """
     found = _look(model, example_input, masks)
-    return {
-        name: estimate(found.weight(name) * found.kept(name), layer, found.pairs[name], found.gamma(name))
-        for name, layer in found.layers.items()
-    }
+    constants = {}
+    for name, layer in found.layers.items():
+        weight = found.weight(name) * found.kept(name)
+        sigma = spectral_norm(weight, layer)
+        constants[name] = estimate(weight, sigma, layer, found.pairs[name], found.gamma(name))
+    return constants
 
 
 # -- what is measured ---------------------------------------------------------------------------------------------------
@@ -143,31 +145,39 @@ def _rescaled(how: str, model: nn.Module, example_input: Any, masks: Masks | Non
 
 def _rescale(found: _Network, name: str, how: str, mode: str) -> PreparedLayer:
     layer, pair, kept = found.layers[name], found.pairs[name], found.kept(name)
-    counted = kept if how == "repair" else torch.ones_like(kept)
     weight, gamma = found.weight(name), found.gamma(name)
-    before = estimate(weight * kept, layer, pair, gamma)
-    if before == 0 and spectral_norm(weight * kept, layer) == 0:
-        return PreparedLayer(name, pair.norm, 0.0, 0.0, "no weight is left: left as it is")
+    sigma = spectral_norm(weight * kept, layer)
+    if sigma == 0:
+        why = "all its weights are zero" if bool(kept.any()) else "no weight is left"
+        return PreparedLayer(name, pair.norm, 0.0, 0.0, f"{why}: left as it is")
+    before = estimate(weight * kept, sigma, layer, pair, gamma)
+    whole = how == "rei" and not bool(kept.all())  # then what counts is not what trains
+    counted = torch.ones_like(kept) if whole else kept
     notes = [pair.note] if pair.note else []
     weight = weight * counted
     if mode != "gamma":
         known = found.remembered(name)
         shift, scale = known.get("shift", 0.0), known.get("scale", 1.0)
-        weight, shift, sigma = _unit((weight * scale + shift) * counted, counted > 0, layer)
-        known.update(shift=shift, scale=sigma)
+        weight, shift, divisor = _unit((weight * scale + shift) * counted, counted > 0, layer)
+        sigma = 1.0
+        known.update(shift=shift, scale=divisor)
         _set(found.parameters[name], weight)
         if (bias := found.bias(name)) is not None:
-            _set(bias, _double(bias) * (scale / sigma))
-        if pair.norm is None and abs(scale / sigma - 1) > 1e-6:
-            notes.append(f"its output is {scale / sigma:.3g} times what it was")
+            _set(bias, _double(bias) * (scale / divisor))
+        if pair.norm is None and abs(scale / divisor - 1) > 1e-6:
+            notes.append(f"its output is {scale / divisor:.3g} times what it was")
+    elif whole:
+        sigma = spectral_norm(weight, layer)
     if mode != "weights" and pair.gamma is not None and gamma is not None:
-        factor = constant(weight, layer, spectral_norm(weight, layer))
+        factor = constant(weight, sigma, layer)
         if math.isinf(factor):
             notes.append("γ left as it is: all weights are equal")
         else:
             gamma = found.remembered(pair.gamma).setdefault("initial", gamma) / factor
             _set(found.parameters[pair.gamma], gamma)
-    return PreparedLayer(name, pair.norm, before, estimate(weight * kept, layer, pair, gamma), "; ".join(notes))
+    trained = weight * kept
+    after = estimate(trained, spectral_norm(trained, layer) if whole else sigma, layer, pair, gamma)
+    return PreparedLayer(name, pair.norm, before, after, "; ".join(notes))
 
 
 def _unit(weight: Tensor, counted: Tensor, layer: Layer) -> tuple[Tensor, float, float]:

@@ -13,6 +13,7 @@ from autosparse import config as configs
 from autosparse.config import (
     BenchmarkConfig,
     CheckConfig,
+    DiagnoseConfig,
     FitConfig,
     GenerateConfig,
     PruneConfig,
@@ -39,6 +40,7 @@ SCHEMAS: dict[str, type] = {
     "tune": TuneConfig,
     "benchmark": BenchmarkConfig,
     "check": CheckConfig,
+    "diagnose": DiagnoseConfig,
     "prune": PruneConfig,
     "train": TrainConfig,
     "quickstart": QuickstartConfig,

@@ -136,7 +136,7 @@ def test_hessian_of_softmax_at_2_by_2() -> None:
 
 
 def test_a_negative_eigenvalue_counts_by_its_size() -> None:
-    # L = w₂·w₁·x, x = 3 by both weights of each layer of width 2, and −y²/2: the Hessian of the last layer is −hhᵀ
+    # −½(w·x)² has the Hessian −xxᵀ
     def loss(outputs: Tensor, targets: Tensor) -> Tensor:
         return -0.5 * outputs.square().sum(1).mean()
 

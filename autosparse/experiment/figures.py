@@ -545,8 +545,18 @@ def _log_ticks(ax: Any) -> None:
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     ticks = [step * 10.0**p for p in powers if p % skip == 0 for step in steps]
     ticks = [t for t in ticks if low <= t <= high]
-    ax.set_yticks(ticks, [f"{t:g}" if 1e-4 < t < 1e5 else f"{t:.0e}" for t in ticks])
+    ax.set_yticks(ticks, [plain_power(t) for t in ticks])
     ax.set_yticks([], minor=True)
+
+
+def plain_power(value: float) -> str:
+    """0.01, 3, 500, and outside of them 10⁻³ or 2·10⁴: fit for a tick."""
+    exponent = math.floor(math.log10(value) + 1e-9)
+    if -3 < exponent < 4:
+        return f"{value:g}"
+    factor = f"{value / 10.0**exponent:.3g}"
+    power = "10" + str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+    return power if factor == "1" else f"{factor}·{power}"
 
 
 def _spectra(ax: Any, spectra: Mapping[str, np.ndarray], look: Mapping[str, Look]) -> None:
@@ -568,8 +578,8 @@ def _spectra(ax: Any, spectra: Mapping[str, np.ndarray], look: Mapping[str, Look
     ax.set_xlim(1 - 0.03 * length, length + 0.03 * length)
     if length <= 30:
         ax.set_xticks(range(1, length + 1))
-    ax.set_xlabel("singular value of the input–output Jacobian, in descending order")
-    ax.set_ylabel("singular value\n∂logits/∂input")
+    ax.set_xlabel("singular values of the input–output Jacobian, from the largest")
+    ax.set_ylabel("singular value\nof ∂f/∂x")
 
 
 def loss_history(card: Mapping[str, Any]) -> list[tuple[float, float, float]]:

@@ -326,10 +326,10 @@ def diagnosis_sections(found: Found, figure: Figure) -> list[str]:
         head = "".join(f"<th>{escape(header)}</th>" for header in headers)
         rows = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in line)}</tr>" for line in lines)
         caption = (
-            "Measured before training. ‖∇L‖: norm of the loss's gradient over the weights kept. Jacobian: singular values of "
-            "all outputs by all inputs, mean ± standard deviation, least and greatest; all near one value is dynamical "
-            "isometry. Lipschitz: largest estimate of a layer with its norm. Hessian: largest |eigenvalue| of a layer's own "
-            "Hessian, of all layers the largest; spread: that by the smallest (about equal is best)."
+            "Dead layers get no gradient. ‖∇L‖: norm of the loss's gradient over the weights kept, and relative to theirs. "
+            "Jacobian σ: singular values of all outputs by all inputs, mean ± standard deviation, least and greatest; all near "
+            "one value is dynamical isometry. Lipschitz: estimate of a layer with its norm. Hessian: largest |eigenvalue| of "
+            "the loss's Hessian by the weights of one layer; spread: the largest of these by the smallest that is not zero."
         )
         parts.append(
             f'<div class="wide"><table class="cards"><caption>{caption}</caption><tr>{head}</tr>{rows}</table></div>'

@@ -521,7 +521,7 @@ def diagnosis_table(states: Sequence[Mapping[str, Any]]) -> tuple[list[str], lis
     """Headers and lines of the network figures of a diagnosis, a line for each state."""
     columns = {
         "sparsity": lambda n: f"{100 * n['sparsity']:.2f} %",
-        "empty layers": lambda n: f"{n['empty_layers']:.0f}",
+        "dead layers": lambda n: f"{n['dead_layers']:.0f}",
         "loss": lambda n: f"{n['loss']:.3g}",
         "‖∇L‖": lambda n: f"{n['gradient_norm']:.3g}",
         "‖∇L‖/‖θ‖": lambda n: f"{n['relative_gradient']:.3g}",
@@ -529,7 +529,7 @@ def diagnosis_table(states: Sequence[Mapping[str, Any]]) -> tuple[list[str], lis
         "min … max": lambda n: f"{n['jacobian_min']:.2g} … {n['jacobian_max']:.2g}",
         "largest Lipschitz": lambda n: f"{n['lipschitz_max']:.3g}",
         "largest Hessian": lambda n: f"{n['hessian_max']:.3g}",
-        "its spread": lambda n: f"{n['hessian_spread']:.3g}",
+        "Hessian spread": lambda n: f"{n['hessian_spread']:.3g}",
     }
     lines = [[str(s["state"]), *(text(s["network"]) for text in columns.values())] for s in states]
     return ["state", *columns], lines

@@ -207,8 +207,8 @@ def _plain(state: State, diagnosis: Diagnosis) -> dict[str, Any]:
 def figures(diagnosis: Diagnosis) -> dict[str, float]:
     """The figures of a whole network.
 
-    `hessian_spread`: the largest Hessian norm of a layer by the smallest that is not zero (about equal norms train best);
-    `hessians_converged`: the share of layers whose iteration has converged.
+    `dead_layers` get no gradient at all; `hessian_spread`: the largest Hessian norm of a layer by the smallest that is not
+    zero; `hessians_converged`: the share of layers whose iteration has converged.
     """
     layers = diagnosis.layers
     kept, total = sum(layer.kept for layer in layers), sum(layer.total for layer in layers)
@@ -216,7 +216,7 @@ def figures(diagnosis: Diagnosis) -> dict[str, float]:
     measured = [layer.hessian_converged for layer in layers if not math.isnan(layer.hessian_norm)]
     return {
         "sparsity": 1 - kept / total,
-        "empty_layers": sum(layer.kept == 0 for layer in layers),
+        "dead_layers": sum(layer.gradient_norm == 0 for layer in layers),
         "loss": diagnosis.loss,
         "gradient_norm": diagnosis.gradient_norm,
         "relative_gradient": diagnosis.relative_gradient,

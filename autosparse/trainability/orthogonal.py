@@ -15,7 +15,7 @@ from autosparse.masks.mask import MaskReport, Masks
 from autosparse.network.graph import Operation, trace
 from autosparse.pruning.prune import describe
 from autosparse.trainability.preparation import Preparation, PreparedLayer
-from autosparse.trainability.repair import Pair, estimate, pairs
+from autosparse.trainability.repair import Pair, estimate, pairs, spectral_norm
 
 _PATIENCE = 32  # rounds in which no pair may be rotated, after which the rest of the density is left to zeros
 
@@ -29,10 +29,10 @@ def eoi(model: nn.Module, masks: Masks | None, example_input: Any, *, seed: int 
     (stride ≥ kernel: 1×1, patches) is one matrix over the whole window. One with a stride under its kernel is
     orthogonal on the positions that its centre reads.
 
-    Every layer keeps exactly as many weights as in `masks` (`None`: all). Those that orthogonality leaves over are *unfrozen zeros*:
-    they belong to the mask, start at 0 and train. A matrix of r rows and c columns needs min(r, c) weights, a density
-    of 1/max(r, c); a layer that keeps fewer becomes a partial isometry, with as many singular values as it has weights,
-    which its note says.
+    Every layer keeps exactly as many weights as in `masks` (`None`: all). Those that orthogonality leaves over are
+    *unfrozen zeros*: they belong to the mask, start at 0 and train. A matrix of r rows and c columns needs min(r, c)
+    weights, a density of 1/max(r, c); a layer that keeps fewer becomes a partial isometry, with as many singular values
+    as it has weights, which its note says.
 
     Biases and norm layers stay as they are, as do weights that the masks do not name. A norm layer sets the scale of
     what it takes anyway; of orthogonality the directions remain. `gain` 1 suits tanh and linear networks, √2 ReLU. A
@@ -84,9 +84,9 @@ def isometry(
         min over W of ‖(W⊙m)ᵀ(W⊙m) − I‖²_F        (W Wᵀ where W has fewer rows than columns)
 
     with `W` of shape (out, in·k_h·k_w), of a transposed convolution (in, out·k_h·k_w); a matrix for each group and each
-    projection of an `in_proj_weight`. Then they are multiplied by `gain`. The note of a layer gives `isometry_error` before and after:
-    0 at isometry, 1 for an empty layer; most sparse masks allow no 0. Biases
-    and norm layers stay as they are. An iteration costs about three products of `W` with its transpose.
+    projection of an `in_proj_weight`. Then they are multiplied by `gain`. The note of a layer gives `isometry_error`
+    before and after: 0 at isometry, 1 for an empty layer; many sparse masks allow no 0. Biases and norm layers stay as
+    they are. An iteration costs about three products of `W` with its transpose.
 
     Raises:
         AutoSparseError: as `eoi`; `steps` is under 1.
@@ -219,8 +219,9 @@ class _Target:
     gamma: nn.Parameter | None
 
     def lipschitz(self) -> float:
+        weight = self.weight.detach().to("cpu", torch.float64)
         gamma = None if self.gamma is None else self.gamma.detach()
-        return estimate(self.weight.detach().to("cpu", torch.float64), self.layer, self.pair, gamma)
+        return estimate(weight, spectral_norm(weight, self.layer), self.layer, self.pair, gamma)
 
     def prepared(self, before: float, note: str) -> PreparedLayer:
         return PreparedLayer(self.layer.name, self.pair.norm, before, self.lipschitz(), note)

@@ -529,14 +529,15 @@ def _layer_lines(
     if zero:
         ax.axhspan(ax.get_ylim()[0], low * 10 ** (-0.06 * span), color="#f3f3f3", zorder=0)
         ax.text(1.005, 0.06, "zero", transform=ax.transAxes, fontsize=7.5, color="#555555", va="center", clip_on=False)
-    _log_ticks(ax)
+    _log_ticks(ax, low * 10 ** (-0.06 * span))
     ax.set_xlim(-0.6, len(names) - 0.4)
     ax.set_xticks(range(len(names)) if len(names) <= 60 else ax.get_xticks())
 
 
-def _log_ticks(ax: Any) -> None:
-    """Plain numbers at a few places of a logarithmic axis, whatever its span."""
+def _log_ticks(ax: Any, least: float = 0.0) -> None:
+    """Plain numbers at a few places of a logarithmic axis from `least` on, whatever its span."""
     low, high = ax.get_ylim()
+    low = max(low, least)
     decades = math.log10(high / low)
     steps: tuple[float, ...] = (1, 2, 5) if decades < 1.3 else (1, 3) if decades < 2.5 else (1,)
     if decades < 0.6:

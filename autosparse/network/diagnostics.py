@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from autosparse.errors import AutoSparseError, require, settings
 from autosparse.masks.layers import prunable_layers, unwrap
+from autosparse.masks.mask import Masks
 from autosparse.network.graph import FACTORS, base_name, first_of_batch, named_arguments, trace
 from autosparse.network.lipschitz import estimate, pairs, spectral_norm
 from autosparse.network.running import NORMS, Batch, Loss, batch_loss, batch_size, eval_mode, forward, seeded
@@ -140,7 +141,7 @@ def diagnose(
         seed: of the vectors that iterations begin with.
 
     Raises:
-        AutoSparseError: batches that the model cannot take, an operator without second derivative, a Jacobian of too many
+        AutoSparseError: batches that the model cannot take, masks of another model, an operator without second derivative, a Jacobian of too many
             outputs or by inputs that are not of floats.
 
     Source: dynamical isometry: Saxe, McClelland & Ganguli 2014; the Hessian's use for initializations: our derivation.
@@ -149,6 +150,8 @@ def diagnose(
     if not batches:
         raise AutoSparseError("batches are empty: give at least one pair (inputs, targets)")
     model, chosen = unwrap(model), loss or F.cross_entropy
+    if masks is not None:
+        Masks(masks).check(model)
     example = first_of_batch(batches[0][0], 2)
     graph = trace(model, example)
     known = prunable_layers(model, operands=graph.operands)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from autosparse.front import prune
     from autosparse.masks.mask import Masks
     from autosparse.masks.selection import NM, Block, Channel
+    from autosparse.trainability.prepare import prepare
 
 __version__ = "0.1.0"
 
@@ -28,10 +29,11 @@ _WHERE = {
     "Masks": "autosparse.masks.mask",
     "NM": "autosparse.masks.selection",
     "load_scorer": "autosparse.experiment.tracking",
+    "prepare": "autosparse.trainability.prepare",
     "prune": "autosparse.front",
 }
 
-__all__ = ["NM", "AutoSparseError", "AutoSparseFailure", "Block", "Channel", "Masks", "load_scorer", "prune"]
+__all__ = ["NM", "AutoSparseError", "AutoSparseFailure", "Block", "Channel", "Masks", "load_scorer", "prepare", "prune"]
 
 
 def __getattr__(name: str) -> Any:

@@ -152,6 +152,7 @@ def train(config: Config, overrides: Overrides = None, profile: Profile = False)
     from autosparse.experiment.tracking import track
     from autosparse.files import read_json, replace_file, write_json
     from autosparse.masks.mask import Masks
+    from autosparse.trainability.prepare import prepare
     from autosparse.training.data import load_data
     from autosparse.training.loop import fabric_for
     from autosparse.training.loop import train as run
@@ -162,7 +163,7 @@ def train(config: Config, overrides: Overrides = None, profile: Profile = False)
     data = load_data(chosen.data, place)
     model = build_model(chosen.model, data, chosen.seed)
     if masks is not None:
-        masks.apply_(model)
+        masks.check(model)
     directory = claim_directory(chosen)
     done = directory / "result.json"
     if done.exists():
@@ -171,6 +172,18 @@ def train(config: Config, overrides: Overrides = None, profile: Profile = False)
         if profile:
             _say("profile: nothing was trained; give another output")
         return
+    if chosen.prepare is not None:
+        example = data.normalise(data.train.images[:2]).cpu()
+        prepared = prepare(model, masks, chosen.prepare, example_input=example, seed=chosen.seed)
+        before, after = ([getattr(p, f"lipschitz_{when}") for p in prepared.layers] for when in ("before", "after"))
+        _say(
+            f"{chosen.prepare}: Lipschitz constants of {len(before)} layers {min(before):.2f} … {max(before):.2f}, "
+            f"now {min(after):.2f} … {max(after):.2f}"
+        )
+        if masks is not None and prepared.masks != masks:
+            prepared.masks.save(directory / "masks.safetensors")
+            _say(f"masks: {directory / 'masks.safetensors'}, chosen by {chosen.prepare}")
+        masks = prepared.masks if masks is not None else None
     history: list[dict[str, float]] = []
     total = max(1, round(chosen.recipe.length(data) / max(1, len(data.train) // chosen.recipe.batch_size)))
     tracked = track(directory, "train", plain(chosen), enabled=chosen.tracking)
@@ -259,7 +272,7 @@ def report(directory: Annotated[Path, typer.Argument(help="A directory with resu
 @app.command(name="list", epilog="Example: autosparse list models")
 def list_(
     what: Annotated[
-        str, typer.Argument(help="models, data, criteria, scorers, signals or features; default: all.")
+        str, typer.Argument(help="models, data, criteria, preparations, scorers, signals or features; default: all.")
     ] = "all",
 ) -> None:
     """Names that configs and `prune` understand."""
@@ -271,6 +284,7 @@ def list_(
     from autosparse.scorers.bundled import bundled
     from autosparse.scorers.features import FEATURES, GROUPS
     from autosparse.scorers.scorer import read_scorer
+    from autosparse.trainability.prepare import PREPARATIONS
     from autosparse.training.data import DATA
     from autosparse.training.models import MODELS
 
@@ -285,6 +299,7 @@ def list_(
             "models:/NAME@ALIAS",
             *(f"{v}:ANY_OF_THESE" for v in CHECKS),
         ],
+        "preparations": [*PREPARATIONS],
         "scorers": [f"{name}: {read_scorer(path).card.get('summary', '')}" for name, path in bundled().items()],
         "signals": [*SIGNALS, *(f"{name}@EPOCHS" for name in WARMUP_SIGNALS)],
         "features": [

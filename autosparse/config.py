@@ -22,6 +22,7 @@ from autosparse.network.signals import SignalSettings
 from autosparse.pruning.irp import IRPSettings
 from autosparse.scorers.fitting import FitSettings
 from autosparse.scorers.outcome import OutcomeSettings
+from autosparse.trainability.prepare import check_preparation
 from autosparse.training.data import DataSettings
 from autosparse.training.loop import Recipe
 from autosparse.training.models import ModelSettings
@@ -119,14 +120,17 @@ class PruneConfig:
         if self.sparsity is not None:
             check_sparsity(self.sparsity)
         chosen = self.criterion
-        trains = chosen.variant == "reinit" or chosen.continues
-        require(not trains, "criterion", chosen.criterion, "prune writes masks, no weights: benchmark and check can")
+        for key, value in (("criterion", chosen.variant == "reinit" or chosen.continues), ("prepare", chosen.prepare)):
+            given = getattr(chosen, key)
+            require(not value, key, given, "prune writes masks, no weights: benchmark and check can")
 
 
 @settings
 class TrainConfig:
     """`autosparse train`: train one network, with masks or dense, into `output/model.safetensors`.
 
+    `prepare`: what is done to the weights that stay before (`autosparse list preparations`); masks that it chose itself go
+    into `output/masks.safetensors`.
     `device` of this and the other commands: `auto`, `cpu`, `cuda`, `cuda:1`, or several, `cuda:0,1` (`cpu:2`: two
     processes): every training runs on all of them, everything else on the first.
     """
@@ -136,9 +140,13 @@ class TrainConfig:
     data: DataSettings = DataSettings("cifar10")
     recipe: Recipe = Recipe()
     masks: str | None = None
+    prepare: str | None = None
     seed: int = 0
     device: str = "auto"
     tracking: bool = True
+
+    def __post_init__(self) -> None:
+        check_preparation(self.prepare)
 
 
 @settings
@@ -389,10 +397,13 @@ def claim_directory(config: Any) -> Path:
 
 
 def _bound(values: Mapping[str, Any], free: set[str]) -> dict[str, Any]:
-    """The values of a config without the free keys, of which some lie in a group: `tasks.count`."""
+    """The values of a config without the free keys, of which some lie in a group (`tasks.count`), and without what a group
+    does not set: an older version may not have had it."""
     inner = {top: {key.partition(".")[2] for key in free if key.startswith(f"{top}.")} for top in values}
     return {
-        key: {k: v for k, v in value.items() if k not in inner[key]} if isinstance(value, dict) else value
+        key: {k: v for k, v in value.items() if k not in inner[key] and v is not None}
+        if isinstance(value, dict)
+        else value
         for key, value in values.items()
         if key not in free
     }

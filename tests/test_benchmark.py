@@ -22,6 +22,8 @@ from autosparse.pruning.dissipating import DissipatingSettings
 from autosparse.pruning.kstarts import KStartsSettings
 from autosparse.scorers.features import DEFAULT
 from autosparse.scorers.scorer import Scorer, build_network
+from autosparse.trainability.preparation import Preparation
+from autosparse.trainability.prepare import PREPARATIONS
 from autosparse.training.data import DataSettings, ImageData, load_data
 from autosparse.training.loop import Recipe
 from autosparse.training.models import ModelSettings
@@ -114,6 +116,9 @@ def test_names_of_candidates() -> None:
         "mine",
         "x",
     ]
+    prepared = (replace(SNIP, prepare="repair"), Candidate("densities:irp", rounds=3, prepare="rei"))
+    assert [c.name for c in prepared] == ["snip+repair", "densities:irp-3+rei"]
+    assert [c.plain() for c in prepared] == [SNIP, Candidate("irp", rounds=3)]
 
 
 def test_a_cell_is_its_settings_and_not_where_things_lie(tmp_path: Path) -> None:
@@ -125,8 +130,11 @@ def test_a_cell_is_its_settings_and_not_where_things_lie(tmp_path: Path) -> None
         replace(cell, recipe=replace(RECIPE, lr=0.06)),
         replace(cell, model=ModelSettings("convnet", 5)),
         replace(cell, candidate=replace(SNIP, floor=0.01)),
+        replace(cell, candidate=replace(SNIP, prepare="repair")),
+        replace(cell, candidate=replace(SNIP, prepare="rei")),
     ]
-    assert len({c.key() for c in [cell, *others]}) == 6
+    assert len({c.key() for c in [cell, *others]}) == 8
+    assert cell.config()["candidate"] == {"criterion": "snip", "floor": 0.0}, "what is not given does not count"
 
 
 def test_a_scorer_is_what_it_holds(tmp_path: Path) -> None:
@@ -423,6 +431,69 @@ def test_a_method_and_its_shuffle_search_once(data: ImageData, tmp_path: Path, t
     assert len(list((tmp_path / "masks").iterdir())) == 2
 
 
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Masks | None, dict[str, torch.Tensor]]]:
+    """Masks and parameters at the start of every final training."""
+    seen: list[tuple[Masks | None, dict[str, torch.Tensor]]] = []
+    real = benchmark.train
+
+    def train(model: Any, *rest: Any, masks: Masks | None = None, **keywords: Any) -> Any:
+        seen.append((masks, {name: p.detach().clone() for name, p in model.named_parameters()}))
+        return real(model, *rest, masks=masks, **keywords)
+
+    monkeypatch.setattr(benchmark, "train", train)
+    return seen
+
+
+def test_a_prepared_candidate_trains_repaired_weights_under_the_same_masks(
+    data: ImageData, tmp_path: Path, started: list[Any]
+) -> None:
+    names = ("erk", "reinit:erk", "densities:erk")
+    run_grid(
+        cells_of(*(Candidate(n, prepare=p) for n in names for p in (None, "repair"))), tmp_path, data, device="cpu"
+    )
+    for (masks, weights), (same, repaired) in zip(started[1::2], started[2::2], strict=True):
+        assert same == masks
+        name, gamma = "features.0.weight", "features.1.weight"
+        expected = weights[name] * masks[name]
+        expected[masks[name]] -= expected[masks[name]].mean() * (expected[masks[name]].mean().abs() <= 0.01)
+        expected /= torch.linalg.matrix_norm(expected.flatten(1), 2)
+        torch.testing.assert_close(repaired[name], expected)
+        assert bool((weights[gamma] == 1).all()) and bool((repaired[gamma] < 0.9).all())
+    assert not torch.equal(started[2][1]["features.0.weight"], started[4][1]["features.0.weight"]), "re-drawn"
+    row = table(tmp_path)[2]
+    assert (row["criterion"], row["error"]) == ("erk+repair", "")
+
+
+def test_a_method_and_its_prepared_candidate_search_once(
+    data: ImageData, tmp_path: Path, trainings: list[float]
+) -> None:
+    prepared = Candidate("irp", rounds=2, prepare="rei")
+    rows = run_grid(cells_of(prepared, IRP), tmp_path, data, device="cpu")
+    assert trainings == [1.0, 1.0, 0.45, 0.2, 0.2], "dense; two rounds and the prepared ticket; the ticket"
+    assert [row["criterion"] for row in rows] == ["dense", "irp-2+rei", "irp-2"]
+    assert rows[1]["mask_epochs"] == rows[2]["mask_epochs"] == 4.0
+    assert rows[1]["layers"] == rows[2]["layers"]
+    assert len(list((tmp_path / "masks").iterdir())) == 1
+
+
+def test_masks_of_a_preparation_count(
+    data: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, started: list[Any]
+) -> None:
+    def less(model: Any, masks: Masks, example_input: Any) -> Preparation:
+        first = next(iter(masks))
+        other = Masks({name: kept & (name != first) for name, kept in masks.items()})
+        return Preparation("less", other, ())
+
+    monkeypatch.setitem(PREPARATIONS, "less", less)
+    rows = run_grid(cells_of(SNIP, replace(SNIP, prepare="less")), tmp_path, data, device="cpu")
+    assert rows[2]["layers"][0]["kept"] == 0 < rows[1]["layers"][0]["kept"]
+    assert rows[2]["layers"][1:] == rows[1]["layers"][1:]
+    assert rows[2]["dead_layers"] == 4 and rows[2]["effective_sparsity"] == 1 and rows[1]["dead_layers"] == 0
+    assert rows[2]["sparsity_got"] > rows[1]["sparsity_got"]
+    assert not next(iter(started[2][0].values())).any()
+
+
 def test_short_rounds_of_irp_have_their_whole_schedule(data: ImageData, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[int, float]] = []
     real = irp_module.train
@@ -493,6 +564,11 @@ def test_the_layer_densities_of_another_candidate_as_scope(name: str, data: Imag
         ({"criterion": "snip", "rounds": 3}, "rounds of snip"),
         ({"criterion": "snip", "kstarts": KStartsSettings()}, "kstarts of snip"),
         ({"criterion": "snip", "continues": True}, "continues of snip"),
+        ({"criterion": "snip", "prepare": "repiar"}, "prepare is 'repiar': did you mean 'repair'"),
+        (
+            {"criterion": "kstarts", "continues": True, "prepare": "repair"},
+            "prepare of kstarts is 'repair': it continues",
+        ),
         ({"criterion": "kstarts", "granularity": "2:4"}, "granularity of kstarts"),
         ({"criterion": "densities:snip", "granularity": "channel"}, "granularity of densities:"),
     ],

@@ -25,6 +25,9 @@ def test_every_candidate_is_followed_by_its_variants() -> None:
         *("irp-3", "densities:irp-3", "reinit:irp-3"),
         *("mine", "densities:mine", "inverted:mine", "reinit:mine"),
     ]
+    prepared = expand([Candidate("snip", prepare="repair")], ["reinit"])
+    assert [c.name for c in prepared] == ["snip+repair", "reinit:snip+repair"]
+    assert split(prepared[1].name) == ("reinit", prepared[0].name)
     assert found[1] == Candidate("densities:snip", floor=0.1) and found[5].rounds == 3 and found[9].steps == 4
 
 

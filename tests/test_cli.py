@@ -128,7 +128,7 @@ def test_every_example_names_a_config_that_exists() -> None:
 def test_lists(run: Run) -> None:
     everything = run("list")
     assert everything.code == 0
-    for name in ("resnet20", "digits", "snip", "gradient", "log_saliency"):
+    for name in ("resnet20", "digits", "snip", "gradient", "log_saliency", "preparations: rei, repair"):
         assert name in everything.out
     assert run("list", "models").out.startswith("models: ") and "snip" not in run("list", "models").out
     refused(run("list", "model"), "list 'model': did you mean 'models'?")
@@ -506,6 +506,19 @@ def test_training_goes_on_from_its_checkpoint(run: Run, monkeypatch: pytest.Monk
     assert all(torch.equal(a[n], b[n]) for n in a)
     histories = [json.loads(Path(f"{d}/history.json").read_text()) for d in ("whole", "train")]
     assert histories[0] == histories[1] and len(histories[0]) == 4
+
+
+def test_training_repaired_weights(run: Run) -> None:
+    assert run("prune", prune_config(criterion="erk")).code == 0
+    config = train_config(masks="prune/masks.safetensors", prepare="repair", recipe={"steps": 1, "lr": 1e-9})
+    out = run("train", config).out
+    assert "repair: Lipschitz constants of 3 layers" in out and "now 1.00 … 1.00" in out
+    trained, masks = load_file("train/model.safetensors"), autosparse.Masks.load("prune/masks.safetensors")
+    for name, kept in masks.items():
+        assert not trained[name][~kept].any()
+        assert float(torch.linalg.matrix_norm(trained[name], 2)) == pytest.approx(1, abs=1e-4)
+    assert not Path("train/masks.safetensors").exists()
+    assert "complete" in run("train", config).out
 
 
 def test_the_same_initialization_is_pruned_and_trained(run: Run) -> None:

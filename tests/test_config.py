@@ -187,6 +187,8 @@ def test_an_empty_file_is_all_defaults(tmp_path: Path) -> None:
         (PruneConfig, "criterion={criterion: irp, granularity: channel}", "granularity of irp is 'channel'"),
         (PruneConfig, "criterion.granularity=2:4", "criterion.criterion is missing: give it"),
         (PruneConfig, "criterion={criterion: irp, steps: 5}", "steps of irp is 5"),
+        (PruneConfig, "criterion={criterion: snip, prepare: repair}", "prepare is 'repair': prune writes masks, no weights"),
+        (TrainConfig, "prepare=repiar", "prepare is 'repiar': did you mean 'repair'?"),
         (CheckConfig, "checks=[densitys]", "checks is 'densitys': did you mean 'densities'?"),
         (CheckConfig, "checks=[]", "checks is []: give at least one of densities, reinit, inverted"),
         (CheckConfig, "criteria=[densities:snip]", "criteria is 'densities:snip': give 'snip'"),
@@ -289,6 +291,16 @@ def test_another_config_is_refused_by_the_key_that_differs(tmp_path: Path) -> No
         claim_directory(example(TrainConfig, tmp_path))
     assert (directory / "config.yaml").read_text() == before
     claim_directory(first)
+
+
+def test_a_setting_that_an_older_version_did_not_have_is_no_other_config(tmp_path: Path) -> None:
+    config = example(PruneConfig, tmp_path)
+    directory = claim_directory(config)
+    fill(directory)
+    path = directory / "config.yaml"
+    path.write_text(path.read_text().replace("  prepare: null\n", ""))
+    assert "prepare" not in path.read_text()
+    claim_directory(config)
 
 
 def test_more_of_the_same_is_no_other_config(tmp_path: Path) -> None:

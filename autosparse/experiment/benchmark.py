@@ -20,7 +20,7 @@ from typing import Any
 from torch import nn
 
 from autosparse.errors import AutoSparseStateError, require
-from autosparse.experiment.candidates import Candidate, Found, find_masks, identity, resolve
+from autosparse.experiment.candidates import Candidate, Found, find_masks, identity, prepare_found, resolve
 from autosparse.experiment.executor import INLINE, Event, ExecutorSettings, Job, run_jobs
 from autosparse.experiment.status import FOLDER, journal, kept_up
 from autosparse.files import read_json, replace_file, write_json
@@ -144,7 +144,8 @@ def run_cell(
 
     Args:
         state: directory for what a stop in the middle would lose.
-        store: directory in which masks that took many passes are kept; a method and its variants share them.
+        store: directory in which masks that took many passes are kept; a method, its variants and its preparations share
+            them.
     """
     model = build_model(cell.model, data, cell.seed).to(data.device)
     found = None
@@ -152,8 +153,10 @@ def run_cell(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what they say stands in the result: dead layers, ties
             found = _search(cell, model, data, device, state, store, on_epoch)
-        if cell.candidate.variant == "reinit":
-            model = build_model(cell.model, data, _REDRAWN + cell.seed).to(data.device)
+            if cell.candidate.variant == "reinit":
+                model = build_model(cell.model, data, _REDRAWN + cell.seed).to(data.device)
+            if cell.candidate.prepare is not None:
+                found = prepare_found(model, data, cell.candidate.prepare, found, cell.seed)
         if found.weights is not None:
             put_back(model, found.weights)
     trained = train(

@@ -16,7 +16,7 @@ from autosparse.experiment.checks import CHECKS, split
 from autosparse.experiment.tracking import load_scorer
 from autosparse.files import read_json, sha256, write_json
 from autosparse.masks.layers import Layer, prunable_layers
-from autosparse.masks.mask import Masks
+from autosparse.masks.mask import MaskReport, Masks
 from autosparse.masks.schedule import SCHEDULES, check_sparsity
 from autosparse.masks.selection import SCOPES, Scope, parse_granularity
 from autosparse.network.graph import trace
@@ -28,6 +28,7 @@ from autosparse.pruning.kstarts import KStartsSettings, kstarts
 from autosparse.pruning.prune import describe, prune
 from autosparse.pruning.warmup import WarmupSettings, warmup
 from autosparse.scorers.bundled import bundled, is_scorer
+from autosparse.trainability.prepare import check_preparation, prepare
 from autosparse.training.data import ImageData
 from autosparse.training.loop import Recipe, rewound, steps_per_epoch
 
@@ -51,7 +52,8 @@ class Candidate:
     `warmup`: of criteria that look at a short training, whose horizon in epochs stands in their name (`"movement@0.5"`).
     `kstarts`, `dissipating`: of the methods of these names (relative change has ERK densities unless `scope` is given); `between`: the density at which the second takes over from
     the first (`None`: √density). `continues`: the final training goes on with the weights
-    that the method ended with, instead of rewinding to the initialization.
+    that the method ended with, instead of rewinding to the initialization. `prepare`: what is done to the weights that stay
+    before the final training (`autosparse list preparations`); the masks are those of the candidate without it.
     """
 
     criterion: str
@@ -70,6 +72,7 @@ class Candidate:
     dissipating: DissipatingSettings | None = None
     between: float | None = None
     continues: bool = False
+    prepare: str | None = None
 
     def __post_init__(self) -> None:
         if not is_scorer(self.base) and self.base.partition("@")[0] not in (*PRESETS, *METHODS):
@@ -130,6 +133,13 @@ class Candidate:
             self.continues,
             f"only {', '.join(METHODS[1:])} can go on; leave it out",
         )
+        check_preparation(self.prepare)
+        require(
+            self.prepare is None or not self.continues,
+            f"prepare of {self.criterion}",
+            self.prepare,
+            "it continues with trained weights: leave prepare or continues out",
+        )
         require(self.rounds is None or 1 <= self.rounds <= 255, "rounds", self.rounds, "it must lie in 1 … 255")
         require(self.epochs is None or self.epochs > 0, "epochs", self.epochs, "give a positive number")
 
@@ -178,11 +188,13 @@ class Candidate:
             name = Path(self.base).stem
         if (other := self.layer_densities) is not None:
             name = f"{name} in {other.name}"
+        if self.prepare is not None:
+            name = f"{name}+{self.prepare}"
         return name if self.variant is None else f"{self.variant}:{name}"
 
     def plain(self) -> Candidate:
-        """The same without its variant."""
-        return dataclasses.replace(self, criterion=self.base, label=None)
+        """The same without its variant and its preparation: what searches for the masks."""
+        return dataclasses.replace(self, criterion=self.base, label=None, prepare=None)
 
 
 _ROUNDS = 5
@@ -258,6 +270,21 @@ def find_masks(
         masks.report, origin={**masks.report.origin, "candidate": candidate.name, "identity": identity(candidate)}
     )
     return found
+
+
+def prepare_found(model: nn.Module, data: ImageData, how: str, found: Found, seed: int = 0) -> Found:
+    """Prepare `model` in place for the masks found; gives the masks to train under, and counts the seconds that it took.
+
+    Where the preparation chose masks of its own, they get a report of their own.
+    """
+    clock = time.perf_counter()
+    example = data.normalise(data.train.images[:2])
+    masks = prepare(model, found.masks, how, example_input=example, seed=seed).masks
+    seconds = found.seconds + time.perf_counter() - clock
+    if masks != found.masks:
+        masks = Masks(masks, found.masks.layer_info or None, MaskReport(origin=found.masks.report.origin))
+        masks = describe(model, masks, example)
+    return replace(found, masks=masks, seconds=seconds)
 
 
 @dataclass(frozen=True)

@@ -146,6 +146,14 @@ class Masks(Mapping[str, Tensor]):
                 )
         return {name: own[name] for name in self._tensors}
 
+    def check(self, model: nn.Module) -> None:
+        """Nothing, where every mask fits a weight of `model`.
+
+        Raises:
+            AutoSparseError: the mask was made for another model.
+        """
+        self._parameters(model)
+
     @torch.no_grad()
     def apply_(self, model: nn.Module) -> None:
         """Zero the pruned weights of `model` now: `θ ← θ ⊙ m`.

@@ -8,7 +8,7 @@ import inspect
 import itertools
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import field
 from typing import Any, TypeVar
 
@@ -95,20 +95,35 @@ class MLP(nn.Module):
         return self.layers(x)
 
 
+class Sum(nn.Module):
+    """`x + y`, or `α·x + β·y` with learnable α and β per channel that begin at the two numbers of `scales`."""
+
+    def __init__(self, channels: int, scales: Sequence[float] | None) -> None:
+        super().__init__()
+        self.scaled = scales is not None
+        if scales is not None:
+            require(len(scales) == 2, "residual", scales, "give two numbers: the scales of shortcut and branch")
+            self.alpha, self.beta = (nn.Parameter(torch.full((channels, 1, 1), float(scale))) for scale in scales)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.alpha * x + self.beta * y if self.scaled else y + x
+
+
 class BasicBlock(nn.Module):
     """Two 3×3 convolutions and a shortcut; a 1×1 convolution with BatchNorm where the shape changes (He et al. 2016, B)."""
 
     expansion = 1
 
-    def __init__(self, in_channels: int, channels: int, stride: int) -> None:
+    def __init__(self, in_channels: int, channels: int, stride: int, residual: Sequence[float] | None = None) -> None:
         super().__init__()
         self.conv1, self.bn1 = conv_bn(in_channels, channels, 3, stride)
         self.conv2, self.bn2 = conv_bn(channels, channels, 3)
         self.shortcut = _shortcut(in_channels, channels, stride)
+        self.sum = Sum(channels, residual)
 
     def forward(self, x: Tensor) -> Tensor:
         out = torch.relu(self.bn1(self.conv1(x)))
-        return torch.relu(self.bn2(self.conv2(out)) + self.shortcut(x))
+        return torch.relu(self.sum(self.shortcut(x), self.bn2(self.conv2(out))))
 
 
 class Bottleneck(nn.Module):
@@ -116,18 +131,19 @@ class Bottleneck(nn.Module):
 
     expansion = 4
 
-    def __init__(self, in_channels: int, channels: int, stride: int) -> None:
+    def __init__(self, in_channels: int, channels: int, stride: int, residual: Sequence[float] | None = None) -> None:
         super().__init__()
         out = channels * self.expansion
         self.conv1, self.bn1 = conv_bn(in_channels, channels, 1)
         self.conv2, self.bn2 = conv_bn(channels, channels, 3, stride)
         self.conv3, self.bn3 = conv_bn(channels, out, 1)
         self.shortcut = _shortcut(in_channels, out, stride)
+        self.sum = Sum(out, residual)
 
     def forward(self, x: Tensor) -> Tensor:
         out = torch.relu(self.bn1(self.conv1(x)))
         out = torch.relu(self.bn2(self.conv2(out)))
-        return torch.relu(self.bn3(self.conv3(out)) + self.shortcut(x))
+        return torch.relu(self.sum(self.shortcut(x), self.bn3(self.conv3(out))))
 
 
 def _shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Module:
@@ -137,7 +153,10 @@ def _shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Module:
 
 
 class ResNet(nn.Module):
-    """A 3×3 stem, stages of residual blocks (each but the first halves the image), global pooling, one Linear."""
+    """A 3×3 stem, stages of residual blocks (each but the first halves the image), global pooling, one Linear.
+
+    `residual`: `[α, β]`, initial values of learnable scales per channel, `α·x + β·F(x)` in each block; `None`: `x + F(x)`.
+    """
 
     def __init__(
         self,
@@ -146,6 +165,7 @@ class ResNet(nn.Module):
         width: int,
         blocks: tuple[int, ...],
         block: type[BasicBlock] | type[Bottleneck] = BasicBlock,
+        residual: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
         self.conv1, self.bn1 = conv_bn(in_channels, width, 3)
@@ -154,7 +174,7 @@ class ResNet(nn.Module):
         for stage, count in enumerate(blocks):
             units = []
             for index in range(count):
-                units.append(block(channels, width * 2**stage, 2 if stage > 0 and index == 0 else 1))
+                units.append(block(channels, width * 2**stage, 2 if stage > 0 and index == 0 else 1, residual))
                 channels = width * 2**stage * block.expansion
             stages.append(nn.Sequential(*units))
         self.stages = nn.Sequential(*stages)
@@ -203,11 +223,11 @@ def initialize(model: M) -> M:
 
 def _cifar_resnet(depth: int) -> Callable[..., nn.Module]:
     blocks = ((depth - 2) // 6,) * 3
-    return lambda c, k, size, width=16: initialize(ResNet(c, k, width, blocks))
+    return lambda c, k, size, width=16, **o: initialize(ResNet(c, k, width, blocks, **o))
 
 
 def _resnet(blocks: tuple[int, ...], block: type[BasicBlock] | type[Bottleneck]) -> Callable[..., nn.Module]:
-    return lambda c, k, size, width=64: initialize(ResNet(c, k, width, blocks, block))
+    return lambda c, k, size, width=64, **o: initialize(ResNet(c, k, width, blocks, block, **o))
 
 
 def _vgg(stages: tuple[int, ...]) -> Callable[..., nn.Module]:

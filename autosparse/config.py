@@ -22,6 +22,7 @@ from autosparse.network.signals import SignalSettings
 from autosparse.pruning.irp import IRPSettings
 from autosparse.scorers.fitting import FitSettings
 from autosparse.scorers.outcome import OutcomeSettings
+from autosparse.trainability.export import ExportSettings
 from autosparse.training.data import DataSettings
 from autosparse.training.loop import Recipe
 from autosparse.training.models import ModelSettings
@@ -139,6 +140,36 @@ class TrainConfig:
     seed: int = 0
     device: str = "auto"
     tracking: bool = True
+
+
+@settings
+class ExportConfig:
+    """`autosparse export`: a pruned network in the forms that others run, and their table, into `output`.
+
+    `weights`: model.safetensors of `autosparse train`; `null` is the fresh initialization of `seed`. `masks`: those of
+    `autosparse prune`. Instead of `data`, which gives the shape of the images and the classes, `input_size` (channels,
+    height, width) and `classes` do, so that no data is needed.
+    """
+
+    output: str = "runs/export"
+    model: ModelSettings = ModelSettings("resnet20")
+    data: DataSettings = DataSettings("cifar10")
+    input_size: tuple[int, int, int] | None = None
+    classes: int | None = None
+    weights: str | None = None
+    masks: str = "runs/prune/masks.safetensors"
+    seed: int = 0
+    export: ExportSettings = ExportSettings()
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        both = (self.input_size is None) == (self.classes is None)
+        require(both, "input_size", self.input_size, "give input_size and classes together, or neither, and data")
+        if self.input_size is not None and self.classes is not None:
+            channels, height, width = self.input_size
+            good = channels >= 1 and height == width >= 1
+            require(good, "input_size", list(self.input_size), "give channels and the two equal sides: [3, 32, 32]")
+            require(self.classes >= 1, "classes", self.classes, "give at least 1")
 
 
 @settings

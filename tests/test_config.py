@@ -13,6 +13,7 @@ from autosparse import config as configs
 from autosparse.config import (
     BenchmarkConfig,
     CheckConfig,
+    ExportConfig,
     FitConfig,
     GenerateConfig,
     PruneConfig,
@@ -41,6 +42,7 @@ SCHEMAS: dict[str, type] = {
     "check": CheckConfig,
     "prune": PruneConfig,
     "train": TrainConfig,
+    "export": ExportConfig,
     "quickstart": QuickstartConfig,
 }
 

@@ -358,7 +358,6 @@ def test_difference_is_relative_to_the_largest_output() -> None:
 def test_a_smaller_network_is_written_and_comes_back(
     tmp_path: Path, unchanged: Callable[[nn.Module], AbstractContextManager[None]]
 ) -> None:
-    pytest.importorskip("torch_pruning")
     model, masks = pruned(sparsity=0.5, granularity="channel")
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -377,7 +376,6 @@ def test_a_smaller_network_is_written_and_comes_back(
 
 
 def test_channels_that_still_pass_something_on_are_told(tmp_path: Path) -> None:
-    pytest.importorskip("torch_pruning")
     model, masks = pruned(sparsity=0.5, granularity="channel")
     nn.init.ones_(model.features[1].bias)
     options = ExportSettings(("channels", "safetensors"), batch_sizes=())
@@ -387,7 +385,6 @@ def test_channels_that_still_pass_something_on_are_told(tmp_path: Path) -> None:
 
 
 def test_masks_without_empty_channels_have_no_smaller_network(tmp_path: Path) -> None:
-    pytest.importorskip("torch_pruning")
     model, masks = pruned()
     options = ExportSettings(("channels",), batch_sizes=())
     found = export(model, masks, tmp_path, options, example_input=NETWORK.example(), network=NETWORK)

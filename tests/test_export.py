@@ -61,7 +61,7 @@ def outputs(model: nn.Module, images: Tensor) -> Tensor:
         return model.eval()(images)
 
 
-ALONE = "its kernels are those of dense and compute the zeros too: masks alone do not make a network faster"
+ALONE = "masks alone do not make a network faster, its kernels compute the zeros too"
 
 
 # -- cost ---------------------------------------------------------------------------------------------------------------

@@ -124,7 +124,7 @@ class Row:
         if not self.latency:
             return "latency not measured"
         texts = {size: _compared(found) for size, found in self.latency.items()}
-        alone = "; its kernels are those of dense and compute the zeros too: masks alone do not make a network faster"
+        alone = "; masks alone do not make a network faster, its kernels compute the zeros too"
         found = next(iter(texts.values()))
         if len(set(texts.values())) > 1:
             found = "; ".join(f"batch {size}: {text}" for size, text in texts.items())

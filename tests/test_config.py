@@ -17,6 +17,7 @@ from autosparse.config import (
     GenerateConfig,
     PruneConfig,
     QuickstartConfig,
+    ShrinkConfig,
     TrainConfig,
     TuneConfig,
     claim_directory,
@@ -40,6 +41,7 @@ SCHEMAS: dict[str, type] = {
     "benchmark": BenchmarkConfig,
     "check": CheckConfig,
     "prune": PruneConfig,
+    "shrink": ShrinkConfig,
     "train": TrainConfig,
     "quickstart": QuickstartConfig,
 }

@@ -14,7 +14,15 @@ import typer
 from autosparse.errors import AutoSparseError, AutoSparseFailure
 
 if TYPE_CHECKING:
-    from autosparse.config import BenchmarkConfig, CheckConfig, ExportConfig, FitConfig, GenerateConfig, TuneConfig
+    from autosparse.config import (
+        BenchmarkConfig,
+        CheckConfig,
+        ExportConfig,
+        FitConfig,
+        GenerateConfig,
+        ShrinkConfig,
+        TuneConfig,
+    )
     from autosparse.experiment.executor import Event
 
 app = typer.Typer(
@@ -243,6 +251,18 @@ def check(config: Config, overrides: Overrides = None) -> None:
     from autosparse.config import CheckConfig, load_config
 
     _benchmark(load_config(CheckConfig, config, overrides or []))
+
+
+@app.command(epilog="Example: autosparse shrink configs/shrink/resnet20-cpu.yaml methods=[tpp,l1,snip] ratios=[0.7]")
+def shrink(config: Config, overrides: Overrides = None) -> None:
+    """Make trained networks physically smaller: TPP (filters are pushed out before they go) beside removal at once.
+
+    Trains densely, chooses filters, trains on with or without the penalty, removes the filters, fine-tunes what is left.
+    Stopped, it goes on from its last checkpoint.
+    """
+    from autosparse.config import ShrinkConfig, load_config
+
+    _shrink(load_config(ShrinkConfig, config, overrides or []))
 
 
 @app.command(epilog="Example: autosparse status runs/irp")
@@ -701,6 +721,53 @@ def _benchmark(
         print(f"failed: {line}", file=sys.stderr)
     if failed:
         raise AutoSparseFailure(f"{len(failed)} of {len(cells)} cells failed; start again to try them again")
+
+
+def _shrink(config: ShrinkConfig) -> None:
+    from autosparse.config import claim_directory, plain
+    from autosparse.experiment.structured import result_path, run_thinnings, summary, thinnings
+    from autosparse.experiment.tracking import track
+    from autosparse.training.data import load_data
+    from autosparse.training.loop import fabric_for
+
+    todo = thinnings(
+        config.model,
+        config.data,
+        config.recipe,
+        config.tpp,
+        config.finetune,
+        config.methods,
+        config.ratios,
+        config.seeds,
+    )
+    place = fabric_for(config.device).device if config.executor.kind == "inline" else "cpu"
+    data = load_data(config.data, place)
+    directory = claim_directory(config)
+    done = sum(result_path(directory, thinning).exists() for thinning in todo)
+    enabled = config.tracking and done < len(todo)
+    with track(directory, "shrink", plain(config), enabled=enabled) as tracker, _bars() as bars:
+        live = _Live(bars, "shrink", len(todo), done)
+
+        def on_event(event: Event) -> None:
+            live.show(event)
+            value = event.values.get("value") if event.kind == "done" else None
+            if value is not None:
+                tracker.log({f"{value['method']}/{value['ratio']}/accuracy": value["accuracy"]}, value["seed"])
+                tracker.flush()
+
+        results = run_thinnings(
+            todo, directory, data, device=config.device, executor=config.executor, on_event=on_event
+        )
+        live.end(f"shrink: {len(todo)} networks")
+        tracker.artifact(directory / "results.csv")
+    title, headers, rows = summary(results)
+    _table(title, headers, rows)
+    _say(f"results: {directory / 'results.csv'}, networks: {directory / 'networks'}")
+    failed = [result for result in results if result.get("error")]
+    for result in failed:
+        print(f"failed: {result['method']} {result['ratio']} seed {result['seed']}: {result['error']}", file=sys.stderr)
+    if failed:
+        raise AutoSparseFailure(f"{len(failed)} of {len(todo)} networks failed; start again to try them again")
 
 
 # -- what a person sees -------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from autosparse.errors import AutoSparseError, require, settings, suggest
 from autosparse.experiment.candidates import Candidate
 from autosparse.experiment.checks import CHECKS, expand
 from autosparse.experiment.executor import ExecutorSettings
+from autosparse.experiment.structured import thinnings
 from autosparse.files import replace_file
 from autosparse.masks.schedule import check_sparsity
 from autosparse.network.signals import SignalSettings
@@ -23,6 +24,7 @@ from autosparse.pruning.irp import IRPSettings
 from autosparse.scorers.fitting import FitSettings
 from autosparse.scorers.outcome import OutcomeSettings
 from autosparse.trainability.export import ExportSettings
+from autosparse.trainability.tpp import TPPSettings
 from autosparse.training.data import DataSettings
 from autosparse.training.loop import Recipe
 from autosparse.training.models import ModelSettings
@@ -228,6 +230,35 @@ class CheckConfig:
 
 
 @settings
+class ShrinkConfig:
+    """`autosparse shrink`: networks trained densely, thinned by each method at each ratio, and made smaller, into
+    `output/results.csv` and `output/networks`.
+
+    `recipe` of the dense training, which methods and ratios share; `tpp` of the steps after it, which every method takes,
+    with or without the penalty, with the batches and optimizer of `finetune`; `finetune` of the smaller network. `methods`:
+    `l1` removes the filters of the lowest mean |w|, `tpp` pushes them out first; another criterion or scorer (`snip`,
+    `tpp:snip`) chooses others. `ratios` of filters that go: a share, of each convolution whose filters can go alone, or shares
+    by patterns on weight names.
+    """
+
+    output: str = "runs/shrink"
+    model: ModelSettings = ModelSettings("resnet20")
+    data: DataSettings = DataSettings("cifar10")
+    recipe: Recipe = Recipe()
+    tpp: TPPSettings = TPPSettings()
+    finetune: Recipe = Recipe(epochs=120, lr=0.01)
+    methods: tuple[str, ...] = ("tpp", "l1")
+    ratios: tuple[float | Mapping[str, float], ...] = (0.5,)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    device: str = "auto"
+    executor: ExecutorSettings = ExecutorSettings()
+    tracking: bool = True
+
+    def __post_init__(self) -> None:
+        thinnings(self.model, self.data, self.recipe, self.tpp, self.finetune, self.methods, self.ratios, self.seeds)
+
+
+@settings
 class QuickstartConfig:
     """`autosparse quickstart`: generate, fit and benchmark on the digits, into one directory."""
 
@@ -259,6 +290,7 @@ _AXES = {
     GenerateConfig: {"models", "seeds", "tasks.count", "tasks.seeds"},
     BenchmarkConfig: _GRID,
     CheckConfig: _GRID | {"checks"},
+    ShrinkConfig: {"methods", "ratios", "seeds"},
 }
 
 

@@ -70,7 +70,11 @@ def test_a_filter_goes_with_its_bias_its_norm_and_what_reads_it(unchanged: Guard
     with unchanged(model):
         found = remove(model, masks, torch.zeros(2, 1, 4, 4))
     small = found.smaller
-    assert dict(found.removed) == {"0.weight": 1, "3.weight": 1} and not found.stays
+    assert dict(found.removed) == {"0.weight": (1,), "3.weight": (0,)} and not found.stays
+    assert found.gone == {
+        **dict.fromkeys(("0.weight", "0.bias", "1.weight", "1.bias"), (0, (1,))),
+        **dict.fromkeys(("3.weight", "3.bias"), (0, (0,))),
+    }
     assert torch.equal(small[0].weight, model[0].weight[[0, 2]]) and torch.equal(small[0].bias, model[0].bias[[0, 2]])
     for key in ("weight", "bias", "running_mean", "running_var"):
         assert torch.equal(getattr(small[1], key), getattr(model[1], key)[[0, 2]])
@@ -110,7 +114,7 @@ def residual() -> nn.Module:
 def test_filters_of_a_residual_sum_go_only_together() -> None:
     model, x = residual(), torch.zeros(2, 1, 4, 4)
     found = remove(model, empties(model, stem=[0, 1], first=[3], last=[1, 2]), x)
-    assert dict(found.removed) == {"stem.weight": 1, "first.weight": 1, "last.weight": 1}
+    assert dict(found.removed) == {"stem.weight": (1,), "first.weight": (3,), "last.weight": (1,)}
     assert found.stays["stem.weight"] == "1 empty filter stays: coupled with filters of 'last' that are kept"
     small = found.smaller
     assert torch.equal(small.fc.weight, model.fc.weight[:, [0, 2, 3]])
@@ -124,7 +128,7 @@ def test_filters_of_a_residual_sum_go_only_together() -> None:
 def test_a_layer_keeps_a_filter_and_the_classifier_all() -> None:
     model, x = residual(), torch.zeros(2, 1, 4, 4)
     found = remove(model, empties(model, first=[0, 1, 2, 3], fc=[1]), x)
-    assert dict(found.removed) == {"first.weight": 3}
+    assert dict(found.removed) == {"first.weight": (1, 2, 3)}
     assert found.stays == {
         "first.weight": "1 empty filter stays: a layer keeps at least one",
         "fc.weight": "1 empty filter stays: the outputs of 'fc' are the model's",
@@ -169,7 +173,7 @@ def test_a_depthwise_filter_goes_with_the_filter_before_it() -> None:
     )
     x = torch.zeros(2, 1, 4, 4)
     found = remove(model, empties(model, **{"0": [0, 1], "3": [1, 2]}), x)
-    assert dict(found.removed) == {"0.weight": 1, "3.weight": 1}
+    assert dict(found.removed) == {"0.weight": (1,), "3.weight": (1,)}
     assert (found.smaller[3].groups, found.smaller[3].weight.shape) == (3, (3, 1, 3, 3))
     assert not remove(model, empties(model, **{"0": [0, 1]}), x).removed
 
@@ -177,7 +181,7 @@ def test_a_depthwise_filter_goes_with_the_filter_before_it() -> None:
 def test_channels_that_are_normalized_together_stay() -> None:
     model = drawn(nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 6), nn.GELU(), nn.Linear(6, 2)))
     found = remove(model, empties(model, **{"0": [0], "2": [1, 5]}), torch.zeros(2, 3))
-    assert dict(found.removed) == {"2.weight": 2}
+    assert dict(found.removed) == {"2.weight": (1, 5)}
     assert found.stays == {"0.weight": "1 empty filter stays: '1' normalizes them together with others"}
 
 
@@ -206,6 +210,7 @@ def test_a_norm_without_affine_parameters() -> None:
     model = drawn(nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4, affine=False), nn.ReLU(), nn.Conv2d(4, 2, 2)))
     found = remove(model, empties(model, **{"0": [1, 2]}), torch.zeros(2, 1, 4, 4))
     assert found.smaller[1].running_mean.shape == (2,) and found.zeroed[1].running_mean[1] == 0
+    assert found.gone["1.running_mean"] == (0, (1, 2))
 
 
 # -- public networks ----------------------------------------------------------------------------------------------------

@@ -38,12 +38,14 @@ _PROBES = 4  # examples on which two networks are compared
 class Removal:
     """`smaller` computes what `zeroed` does, a copy of the network given; the latter has its shapes, so its state fits.
 
-    `removed`: how many filters went, by weight; `stays`: why filters that the masks empty are still there, by weight.
+    `removed`: which filters went, by weight; `gone`: all that went with them and is zero in `zeroed`, by parameter or
+    buffer, as a dimension and the indices in it; `stays`: why filters that the masks empty are still there, by weight.
     """
 
     smaller: nn.Module
     zeroed: nn.Module
-    removed: Mapping[str, int]
+    removed: Mapping[str, tuple[int, ...]]
+    gone: Mapping[str, tuple[int, tuple[int, ...]]]
     stays: Mapping[str, str]
 
 
@@ -193,19 +195,23 @@ def _removed(
     roots: Iterable[str] | None = None,
 ) -> Removal:
     """Remove the empty filters of the layers `roots` (all), with what they are coupled with."""
-    smaller, zeroed = copy.deepcopy(model), copy.deepcopy(model)
+    smaller, zeroed, parameters = copy.deepcopy(model), copy.deepcopy(model), dict(model.named_parameters())
     masks.apply_(smaller)
     masks.apply_(zeroed)
     surgery = _Surgery(smaller, empty, example)
     for name in empty if roots is None else roots:
         surgery.remove(name)
-    surgery.zero_(zeroed)
-    for name, parameter in model.named_parameters():
+    gone = surgery.gone(zeroed)
+    with torch.no_grad():
+        for name, (dim, indices) in gone.items():
+            tensor = zeroed.get_parameter(name) if name in parameters else zeroed.get_buffer(name)
+            tensor.index_fill_(dim, torch.tensor(indices, device=tensor.device), 0)
+    for name, parameter in parameters.items():
         smaller.get_parameter(name).requires_grad_(parameter.requires_grad).grad = None
     for name, module in model.named_modules():
         smaller.get_submodule(name).training = module.training
-    removed = {name: len(gone) for name in empty if (gone := surgery.gone.get(name.removesuffix(".weight")))}
-    return Removal(smaller, zeroed, removed, surgery.stays)
+    removed = {name: gone[name][1] for name in empty if name in gone}
+    return Removal(smaller, zeroed, removed, gone, surgery.stays)
 
 
 class _Surgery:
@@ -215,9 +221,9 @@ class _Surgery:
         from torch_pruning import DependencyGraph
 
         self.model = model
-        self.gone: dict[str, list[int]] = {}  # by name of a module or raw parameter
+        self._gone: dict[str, list[int]] = {}  # by name of a module or raw parameter
         self.stays: dict[str, str] = {}
-        self.dims: dict[str, int] = {}  # of raw parameters
+        self._dims: dict[str, int] = {}  # of raw parameters
         self._left: dict[str, list[int]] = {}  # original indices of the channels that are still there
         self._last = {name.removesuffix(".weight") for name in trace(model, example).last_layers()}
         self._empty = {name.removesuffix(".weight"): set(filters) for name, filters in empty.items()}
@@ -265,23 +271,25 @@ class _Surgery:
             if self._holds(item.dep):
                 path, gone = self._name(item.dep.target.module), set(item.idxs)
                 left = self._channels(path, item.dep.target.module)
-                self.gone[path] = sorted([*self.gone.get(path, []), *(left[i] for i in gone)])
+                self._gone[path] = sorted([*self._gone.get(path, []), *(left[i] for i in gone)])
                 self._left[path] = [channel for i, channel in enumerate(left) if i not in gone]
         group.prune()
 
-    def zero_(self, whole: nn.Module) -> None:
-        """Zero in the whole network what has been removed: filters, biases, γ, β, raw parameters."""
-        modules, parameters = dict(whole.named_modules()), dict(whole.named_parameters())
-        for path, gone in self.gone.items():
-            if path in parameters:
-                _fill(parameters[path], self.dims[path], gone)
+    def gone(self, whole: nn.Module) -> dict[str, tuple[int, tuple[int, ...]]]:
+        """What has been removed of the whole network: filters, biases, γ, β, entries of raw parameters."""
+        modules, found = dict(whole.named_modules()), {}
+        for path, channels in self._gone.items():
+            indices = tuple(channels)
+            if path in self._dims:
+                found[path] = (self._dims[path], indices)
                 continue
             module = modules[path]
-            transposed = isinstance(module, _ConvNd) and module.transposed and module.groups == 1
-            _fill(module.weight, int(transposed), gone)
-            _fill(module.bias, 0, gone) if hasattr(module, "bias") else None
-            if isinstance(module, _NormBase) and not module.affine:  # then only a mean of 0 leaves a channel at 0
-                _fill(module.running_mean, 0, gone)
+            for key, _ in module.named_parameters(recurse=False):
+                outputs_second = key == "weight" and isinstance(module, _ConvNd) and module.transposed
+                found[f"{path}.{key}"] = (int(outputs_second and module.groups == 1), indices)
+            if isinstance(module, _NormBase) and not module.affine and module.running_mean is not None:
+                found[f"{path}.running_mean"] = (0, indices)  # only a mean of 0 leaves such a channel at 0
+        return found
 
     def _stay(self, name: str, count: int, why: str) -> None:
         filters = "filter stays" if count == 1 else "filters stay"
@@ -301,7 +309,7 @@ class _Surgery:
     def _channels(self, path: str, target: Any) -> list[int]:
         if path not in self._left:
             if isinstance(target, nn.Parameter):
-                self.dims[path] = dim = self.graph.module2node[target].pruning_dim
+                self._dims[path] = dim = self.graph.module2node[target].pruning_dim
                 count = target.shape[dim]
             else:
                 count = self.graph.get_out_channels(target)
@@ -361,9 +369,3 @@ def _uneven(indices: list[int], groups: int, count: int, alike: bool) -> list[in
         return [i for i in indices if i % count not in common]
     least = min(min(map(len, gone)), count - 1)
     return [group * count + i for group, inside in enumerate(gone) for i in inside[least:]]
-
-
-@torch.no_grad()
-def _fill(tensor: Tensor | None, dim: int, indices: list[int]) -> None:
-    if tensor is not None:
-        tensor.index_fill_(dim, torch.tensor(indices, device=tensor.device), 0)

@@ -503,6 +503,7 @@ def _export(config: ExportConfig) -> None:
     from autosparse.files import read_json, sha256, write_json
     from autosparse.masks.mask import Masks
     from autosparse.trainability.export import export, write_table
+    from autosparse.trainability.shrink import shrink
     from autosparse.trainability.stored import NetworkSettings, load_weights
     from autosparse.training.data import load_data
     from autosparse.training.loop import fabric_for
@@ -515,9 +516,10 @@ def _export(config: ExportConfig) -> None:
         data = load_data(config.data)
         network = NetworkSettings(config.model, data.channels, data.classes, data.image_size)
     model = network.build(config.seed)
-    if config.weights is not None:
-        load_weights(config.weights, model)
     masks.check(model)
+    smaller = shrink(model, masks, network.example()) if config.smaller else None
+    if config.weights is not None:
+        load_weights(config.weights, model if smaller is None else smaller)
     directory = claim_directory(config)
     sources = {file: sha256(Path(file)) for file in (config.masks, config.weights) if file is not None}
     done = directory / "export.json"
@@ -533,6 +535,7 @@ def _export(config: ExportConfig) -> None:
             config.export,
             example_input=network.example(),
             network=network,
+            smaller=smaller,
             device=device,
             on_form=lambda text: bars.update(task, description=f"export {config.model.label()}: {text}"),
         )

@@ -150,7 +150,8 @@ class ExportConfig:
 
     `weights`: model.safetensors of `autosparse train`; `null` is the fresh initialization of `seed`. `masks`: those of
     `autosparse prune`. Instead of `data`, which gives the shape of the images and the classes, `input_size` (channels,
-    height, width) and `classes` do, so that no data is needed.
+    height, width) and `classes` do, so that no data is needed. With `smaller` the weights are those of the physically smaller
+    network that the masks leave, trained as such; without, the masks apply to them.
     """
 
     output: str = "runs/export"
@@ -160,6 +161,7 @@ class ExportConfig:
     classes: int | None = None
     weights: str | None = None
     masks: str = "runs/prune/masks.safetensors"
+    smaller: bool = False
     seed: int = 0
     export: ExportSettings = ExportSettings()
     device: str = "auto"

@@ -37,6 +37,7 @@ from autosparse.trainability.export import (
     semi_structured,
     write_table,
 )
+from autosparse.trainability.shrink import shrink
 from autosparse.trainability.stored import NetworkSettings, load_network, load_weights, save_network
 from autosparse.training.models import ModelSettings
 
@@ -264,7 +265,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Masks, Pa
     """A small network in all forms of one file, once for all tests: exporters take seconds."""
     model, masks = pruned()
     directory = tmp_path_factory.mktemp("export")
-    options = ExportSettings(batch_sizes=(1, 2), rounds=5, threads=1, seconds=1)
+    options = ExportSettings(batch_sizes=())
     found = export(model, masks, directory, options, example_input=NETWORK.example(), network=NETWORK)
     masks.apply_(model)
     return model, masks, directory, found
@@ -287,26 +288,36 @@ def test_programs_compute_what_the_masked_network_does_for_any_batch(made: Any, 
     assert torch.equal(outputs(again, images), expected)
 
 
-def test_the_table_tells_what_is_stored_and_that_masks_alone_are_not_faster(made: Any, tmp_path: Path) -> None:
+def test_the_table_tells_what_is_stored(made: Any) -> None:
     model, masks, directory, found = made
     rows = {(r.network, r.form): r for r in found.rows}
-    assert set(rows) == {(n, f) for n in ("dense", "masked") for f in ("safetensors", "onnx", "torch_export")} or (
-        found.notes  # without ONNX Runtime nothing of onnx is timed, so no dense one is made
-    )
+    assert set(rows) == {("dense", "safetensors"), *(("masked", f) for f in ("safetensors", "onnx", "torch_export"))}
     total = sum(p.numel() for p in model.parameters())
     small, dense, program = rows["masked", "safetensors"], rows["dense", "safetensors"], rows["masked", "torch_export"]
     assert small.stored == small.cost.nonzero == total - masks.total + masks.kept
     assert dense.stored == dense.cost.nonzero == program.stored == total
     assert small.cost.flops == dense.cost.flops == dense.cost.effective_flops > small.cost.effective_flops
     assert small.size == (directory / small.file).stat().st_size
-    for row in (small, program):
-        assert set(row.latency) == {1, 2} and all(v.milliseconds > 0 for v in row.latency.values())
+    assert sorted(p.name for p in directory.iterdir()) == ["masked.onnx", "masked.pt2", "masked.safetensors"]
+
+
+def test_a_program_is_timed_against_dense_in_the_same_runtime(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 2))
+    masks = Masks({"1.weight": torch.tensor([[True] * 8 + [False] * 8] * 2)})
+    options = ExportSettings(("torch_export",), batch_sizes=(1, 2), rounds=5, threads=1, seconds=1)
+    found = export(model, masks, tmp_path / "out", options, example_input=torch.zeros(1, 1, 4, 4))
+    assert [(r.network, r.runtime) for r in found.rows] == [
+        ("dense", "PyTorch"),
+        ("dense", "torch.export"),
+        ("masked", "torch.export"),
+    ]
+    assert found.rows[0].latency == {} and all(set(r.latency) == {1, 2} for r in found.rows[1:])
+    assert all(v.milliseconds > 0 and v.lower <= v.speedup <= v.upper for v in found.rows[2].latency.values())
+    assert {v.speedup for v in found.rows[1].latency.values()} == {1.0}
     write_table(tmp_path / "t.csv", found.rows)
     lines = list(csv.DictReader((tmp_path / "t.csv").read_text().splitlines()))
-    assert len(lines) == len(found.rows) and {"network", "runtime", "bytes", "ms_1", "speedup_2", "verdict"} <= set(
-        lines[0]
-    )
-    assert sorted(p.name for p in directory.iterdir()) == ["masked.onnx", "masked.pt2", "masked.safetensors"]
+    assert len(lines) == 3 and {"network", "runtime", "bytes", "ms_1", "speedup_2", "verdict"} <= set(lines[0])
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["masked.pt2"], "the dense program was for timing only"
 
 
 @pytest.mark.parametrize(
@@ -373,6 +384,19 @@ def test_a_smaller_network_is_written_and_comes_back(
     masks.apply_(model)
     assert whole == masks and sum(p.numel() for p in again.parameters()) == small.stored
     assert difference(outputs(model, NETWORK.example(5)), outputs(again, NETWORK.example(5))) < 1e-5
+
+
+def test_a_smaller_network_that_was_trained_is_written_as_it_is(tmp_path: Path) -> None:
+    model, masks = pruned(sparsity=0.5, granularity="channel")
+    smaller = shrink(model, masks, NETWORK.example())
+    with torch.no_grad():
+        for parameter in smaller.parameters():
+            parameter.add_(0.1)
+    options = ExportSettings(("safetensors",), batch_sizes=())
+    found = export(model, masks, tmp_path, options, example_input=NETWORK.example(), network=NETWORK, smaller=smaller)
+    assert not found.failures and [r.network for r in found.rows] == ["dense", "channels"]
+    again, _ = load_network(tmp_path / "channels.safetensors")
+    assert torch.equal(outputs(again, NETWORK.example()), outputs(smaller, NETWORK.example()))
 
 
 def test_channels_that_still_pass_something_on_are_told(tmp_path: Path) -> None:

@@ -168,6 +168,7 @@ def export(
     *,
     example_input: Tensor,
     network: NetworkSettings | None = None,
+    smaller: nn.Module | None = None,
     device: torch.device | str = "cpu",
     on_form: Callable[[str], None] | None = None,
 ) -> Export:
@@ -180,6 +181,8 @@ def export(
     Args:
         example_input: images as the model takes them; only their shape counts.
         network: how to build the model anew, for `load_network`.
+        smaller: what `shrink` made of the model by these masks, trained since then. It is written in place of the masked
+            network, and checked against itself; the dense network is the model.
         device: where latencies are measured.
         on_form: is called with what is being done.
 
@@ -194,7 +197,7 @@ def export(
     images = _images(example_input, 3)
     expected = _outputs(masked, images)
     job = _Job("masked", masked, dense, masks.to("cpu"), directory, options, network, images, device)
-    jobs = [job]
+    jobs = [job if smaller is None else job.of("channels", copy.deepcopy(smaller).cpu().eval().requires_grad_(False))]
     costs = {"dense": cost(dense, None, images[:1]), "masked": cost(masked, job.masks, images[:1])}
     costs["semi_structured"] = costs["masked"]
     failures: dict[str, str] = {}
@@ -207,31 +210,33 @@ def export(
         except (AutoSparseError, AutoSparseFailure) as error:
             failures[form] = str(error)
 
-    if "channels" in options.forms:
+    if "channels" in options.forms and smaller is None:
         with attempt("channels"):
-            smaller = shrink(masked, job.masks, images).eval().requires_grad_(False)
-            _check("channels", "channels", expected, _outputs(smaller, images), _FOLDED)
-            jobs.append(replace(job, name="channels", module=smaller))
-            left = {n: p != 0 for n, p in smaller.named_parameters() if n in masks}
-            costs["channels"] = cost(smaller, left, images[:1])
+            found = shrink(masked, job.masks, images).eval().requires_grad_(False)
+            _check("channels", "channels", expected, _outputs(found, images), _FOLDED)
+            jobs.append(job.of("channels", found))
+    for one in jobs:
+        if one.name == "channels":
+            left = {n: p != 0 for n, p in one.module.named_parameters() if n in masks}
+            costs["channels"] = cost(one.module, left, images[:1])
     with tempfile.TemporaryDirectory() as folder:
-        of_dense = replace(job, name="dense", module=dense, directory=Path(folder))
+        of_dense = replace(job.of("dense", dense), directory=Path(folder))
         made = [_in_pytorch(of_dense)]
-        for form in [f for f in options.forms if f in _WRITERS] or ["safetensors"] * (len(jobs) - 1):
+        for form in [f for f in options.forms if f in _WRITERS] or ["safetensors"] * ("channels" in costs):
             if form == "onnx" and not _has_onnx():
                 failures[form] = "onnx and onnxscript are not installed: pip install 'autosparse[onnx]'"
                 continue
             for one in jobs:
-                with attempt(form if one is job else f"{one.name}, {form}"):
+                with attempt(form if one is jobs[0] else f"{one.name}, {form}"):
                     made.append(_WRITERS[form](one))
             if form != "safetensors" and options.batch_sizes and any(m.form == form and m.run for m in made):
                 with attempt(f"dense, {form}"):
                     made.append(replace(_WRITERS[form](of_dense), file=""))
-    if len(jobs) > 1 and not any(m.network == "channels" and m.form == "safetensors" for m in made):
-        made.append(_in_pytorch(jobs[1]))
+    if "channels" in costs and not any(m.network == "channels" and m.form == "safetensors" for m in made):
+        made.append(_in_pytorch(jobs[-1]))
     if "semi_structured" in options.forms:
         with attempt("semi_structured"):
-            made += _semi_structured(replace(job, name="semi_structured"))
+            made += _semi_structured(job.of("semi_structured", masked))
     rows = []
     for group in _groups(made):
         say(f"latency, {group[0].form}")
@@ -266,6 +271,10 @@ class _Job:
     network: NetworkSettings | None
     images: Tensor
     device: torch.device
+
+    def of(self, name: str, module: nn.Module) -> _Job:
+        """The same for another network."""
+        return replace(self, name=name, module=module)
 
     def path(self, end: str) -> Path:
         return self.directory / f"{self.name}.{end}"

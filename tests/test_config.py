@@ -13,10 +13,12 @@ from autosparse import config as configs
 from autosparse.config import (
     BenchmarkConfig,
     CheckConfig,
+    ExportConfig,
     FitConfig,
     GenerateConfig,
     PruneConfig,
     QuickstartConfig,
+    ShrinkConfig,
     TrainConfig,
     TuneConfig,
     claim_directory,
@@ -40,7 +42,9 @@ SCHEMAS: dict[str, type] = {
     "benchmark": BenchmarkConfig,
     "check": CheckConfig,
     "prune": PruneConfig,
+    "shrink": ShrinkConfig,
     "train": TrainConfig,
+    "export": ExportConfig,
     "quickstart": QuickstartConfig,
 }
 

@@ -63,6 +63,17 @@ def test_options(depth: int) -> None:
     assert len(prunable_layers(model)) == depth + 1
 
 
+def test_a_deep_plain_network() -> None:
+    """50 layers with weights, nothing between them but tanh and two poolings."""
+    options = {"depth": 49, "norm": False, "activation": "tanh"}
+    model = create_model(ModelSettings("convnet", 16, options), image_size=16)
+    assert len(prunable_layers(model)) == 50
+    kinds = [type(m) for m in model.features]
+    assert kinds.count(nn.Tanh) == 49 and kinds.count(nn.MaxPool2d) == 2 and len(kinds) == 2 * 49 + 2
+    with pytest.raises(AutoSparseError, match="activation is 'tan': known: relu, tanh"):
+        create_model(ModelSettings("convnet", options={"activation": "tan"}))
+
+
 def test_initialization() -> None:
     model = create_model("resnet20", in_channels=3)
     conv = model.get_submodule("stages.2.1.conv1")

@@ -10,6 +10,7 @@ from torch import nn
 
 from autosparse.errors import AutoSparseError, require, suggest
 from autosparse.masks.mask import Masks
+from autosparse.trainability.orthogonal import eoi, isometry
 from autosparse.trainability.preparation import Preparation
 from autosparse.trainability.repair import rei, repair
 
@@ -17,6 +18,8 @@ from autosparse.trainability.repair import rei, repair
 PREPARATIONS: dict[str, Callable[..., Preparation]] = {
     "rei": rei,
     "repair": repair,
+    "eoi": eoi,
+    "isometry": isometry,
 }
 
 
@@ -35,9 +38,10 @@ def prepare(
 
     Args:
         masks: as `prune` gives them, not applied yet; `None` for the dense network.
-        how: `"rei"`, `"repair"`, ….
+        how: `"rei"`, `"repair"`, `"eoi"`, `"isometry"`.
         example_input: as the model takes it, for the trace.
-        options: of that preparation: `mode` of ReI and RePaIR (`"weights"`, `"gamma"`, `"both"`).
+        options: of that preparation: `mode` of ReI and RePaIR (`"weights"`, `"gamma"`, `"both"`); `gain` of EOI and
+            isometry, and `steps` of the latter.
 
     Returns:
         What was done to each layer, and the masks to train under.

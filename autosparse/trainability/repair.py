@@ -72,7 +72,7 @@ def lipschitz(model: nn.Module, example_input: Any, masks: Masks | None = None) 
     for name, layer in found.layers.items():
         weight = found.weight(name) * found.kept(name)
         sigma = spectral_norm(weight, layer)
-        constants[name] = _estimate(weight, sigma, layer, found.pairs[name], found.gamma(name))
+        constants[name] = estimate(weight, sigma, layer, found.pairs[name], found.gamma(name))
     return constants
 
 
@@ -160,7 +160,8 @@ def _constant(weight: Tensor, sigma: float, layer: Layer) -> float:
     return sigma / deviation if deviation > 0 else math.inf
 
 
-def _estimate(weight: Tensor, sigma: float, layer: Layer, pair: Pair, gamma: Tensor | None) -> float:
+def estimate(weight: Tensor, sigma: float, layer: Layer, pair: Pair, gamma: Tensor | None) -> float:
+    """Lipschitz constant of a layer with its norm: `L·max|γ|`, and σ without a norm."""
     if pair.norm is None or sigma == 0:
         return sigma
     return _constant(weight, sigma, layer) * (1.0 if gamma is None else float(gamma.abs().max()))
@@ -237,7 +238,7 @@ def _rescale(found: _Network, name: str, how: str, mode: str) -> PreparedLayer:
     if sigma == 0:
         why = "all its weights are zero" if bool(kept.any()) else "no weight is left"
         return PreparedLayer(name, pair.norm, 0.0, 0.0, f"{why}: left as it is")
-    before = _estimate(weight * kept, sigma, layer, pair, gamma)
+    before = estimate(weight * kept, sigma, layer, pair, gamma)
     whole = how == "rei" and not bool(kept.all())  # then what counts is not what trains
     counted = torch.ones_like(kept) if whole else kept
     notes = [pair.note] if pair.note else []
@@ -263,7 +264,7 @@ def _rescale(found: _Network, name: str, how: str, mode: str) -> PreparedLayer:
             gamma = found.remembered(pair.gamma).setdefault("initial", gamma) / constant
             _set(found.parameters[pair.gamma], gamma)
     trained = weight * kept
-    after = _estimate(trained, spectral_norm(trained, layer) if whole else sigma, layer, pair, gamma)
+    after = estimate(trained, spectral_norm(trained, layer) if whole else sigma, layer, pair, gamma)
     return PreparedLayer(name, pair.norm, before, after, "; ".join(notes))
 
 

@@ -57,21 +57,33 @@ def conv_bn(in_channels: int, out_channels: int, kernel: int, stride: int = 1) -
     return [conv, nn.BatchNorm2d(out_channels)]
 
 
+ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh}
+
+
 class ConvNet(nn.Module):
-    """`depth` 3×3 convolutions with BatchNorm (`norm=False`: biases) and ReLU, a pooling after the first two, global
-    pooling, one Linear.
+    """`depth` 3×3 convolutions with BatchNorm (`norm=False`: biases) and ReLU (or `activation="tanh"`), a pooling after
+    the first two, global pooling, one Linear.
 
     Width 16, depth 3 on one-channel images: 14,288 prunable weights.
     """
 
-    def __init__(self, in_channels: int, classes: int, width: int = 16, depth: int = 3, norm: bool = True) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        classes: int,
+        width: int = 16,
+        depth: int = 3,
+        norm: bool = True,
+        activation: str = "relu",
+    ) -> None:
         super().__init__()
+        require(activation in ACTIVATIONS, "activation", activation, f"known: {', '.join(ACTIVATIONS)}")
         blocks: list[nn.Module] = []
         channels = in_channels
         for index in range(depth):
             out = width if index == 0 else 2 * width
             blocks += conv_bn(channels, out, 3) if norm else [nn.Conv2d(channels, out, 3, padding=1)]
-            blocks.append(nn.ReLU())
+            blocks.append(ACTIVATIONS[activation]())
             if index < 2:
                 blocks.append(nn.MaxPool2d(2))
             channels = out

@@ -14,7 +14,15 @@ import typer
 from autosparse.errors import AutoSparseError, AutoSparseFailure
 
 if TYPE_CHECKING:
-    from autosparse.config import BenchmarkConfig, CheckConfig, FitConfig, GenerateConfig, TuneConfig
+    from autosparse.config import (
+        BenchmarkConfig,
+        CheckConfig,
+        ExportConfig,
+        FitConfig,
+        GenerateConfig,
+        ShrinkConfig,
+        TuneConfig,
+    )
     from autosparse.experiment.executor import Event
 
 app = typer.Typer(
@@ -224,6 +232,18 @@ def train(config: Config, overrides: Overrides = None, profile: Profile = False)
     )
 
 
+@app.command(epilog="Example: autosparse export configs/export.yaml export.forms=[safetensors,onnx,channels]")
+def export(config: Config, overrides: Overrides = None) -> None:
+    """Write a pruned network as safetensors, ONNX, torch.export, 2:4 or physically smaller, and measure each.
+
+    Every file is checked against the masked network. The table tells parameters, FLOPs, bytes and latency beside the dense
+    network's, and plainly where a form is not faster.
+    """
+    from autosparse.config import ExportConfig, load_config
+
+    _export(load_config(ExportConfig, config, overrides or []))
+
+
 @app.command(epilog="Example: autosparse benchmark configs/benchmark/digits.yaml seeds=[0,1,2]")
 def benchmark(config: Config, overrides: Overrides = None, profile: Profile = False) -> None:
     """Prune and train every model × criterion × sparsity × seed under one recipe; results.csv and report.html."""
@@ -256,7 +276,8 @@ def diagnose(config: Config, overrides: Overrides = None) -> None:
     from autosparse.experiment.benchmark import build_model
     from autosparse.experiment.report import build
     from autosparse.experiment.results import diagnosis_table
-    from autosparse.experiment.states import load_weights, run_states, states
+    from autosparse.experiment.states import run_states, states
+    from autosparse.trainability.stored import load_weights
     from autosparse.training.data import load_data
     from autosparse.training.loop import check_fits, fabric_for
 
@@ -267,7 +288,7 @@ def diagnose(config: Config, overrides: Overrides = None) -> None:
     data = load_data(chosen.data, place)
     model = build_model(chosen.model, data, chosen.seed)
     if weights is not None:
-        load_weights(model, weights)
+        load_weights(weights, model)
     model = model.to(place)
     check_fits(model, data)
     directory = claim_directory(chosen)
@@ -295,6 +316,18 @@ def diagnose(config: Config, overrides: Overrides = None) -> None:
     _table(f"{chosen.model.label()} on {chosen.data.name}", headers, lines)
     _say(f"results: {directory / 'diagnosis.csv'}, {directory / 'summary.csv'}")
     _say(f"report: {build(directory)}")
+
+
+@app.command(epilog="Example: autosparse shrink configs/shrink/resnet20-cpu.yaml methods=[tpp,l1,snip] ratios=[0.7]")
+def shrink(config: Config, overrides: Overrides = None) -> None:
+    """Make trained networks physically smaller: TPP (filters are pushed out before they go) beside removal at once.
+
+    Trains densely, chooses filters, trains on with or without the penalty, removes the filters, fine-tunes what is left.
+    Stopped, it goes on from its last checkpoint.
+    """
+    from autosparse.config import ShrinkConfig, load_config
+
+    _shrink(load_config(ShrinkConfig, config, overrides or []))
 
 
 @app.command(epilog="Example: autosparse status runs/irp")
@@ -532,6 +565,76 @@ def _fit(config: FitConfig, tracking: Path | None = None) -> Path:
     return path
 
 
+def _export(config: ExportConfig) -> None:
+    from autosparse.config import claim_directory
+    from autosparse.files import read_json, sha256, write_json
+    from autosparse.masks.mask import Masks
+    from autosparse.trainability.export import export, write_table
+    from autosparse.trainability.shrink import shrink
+    from autosparse.trainability.stored import NetworkSettings, load_weights
+    from autosparse.training.data import load_data
+    from autosparse.training.loop import fabric_for
+
+    masks = Masks.load(config.masks)
+    device = fabric_for(config.device).device
+    if config.input_size is not None and config.classes is not None:
+        network = NetworkSettings(config.model, config.input_size[0], config.classes, config.input_size[1])
+    else:
+        data = load_data(config.data)
+        network = NetworkSettings(config.model, data.channels, data.classes, data.image_size)
+    model = network.build(config.seed)
+    masks.check(model)
+    smaller = shrink(model, masks, network.example()) if config.smaller else None
+    if config.weights is not None:
+        load_weights(config.weights, model if smaller is None else smaller)
+    directory = claim_directory(config)
+    sources = {file: sha256(Path(file)) for file in (config.masks, config.weights) if file is not None}
+    done = directory / "export.json"
+    if done.exists() and read_json(done, "export")["sources"] == sources:
+        _say(f"complete: {directory / 'table.csv'} is there already")
+        return
+    with _quiet_warnings(), _bars() as bars:
+        task = bars.add_task(f"export {config.model.label()}", total=None)
+        made = export(
+            model,
+            masks,
+            directory,
+            config.export,
+            example_input=network.example(),
+            network=network,
+            smaller=smaller,
+            device=device,
+            on_form=lambda text: bars.update(task, description=f"export {config.model.label()}: {text}"),
+        )
+    write_table(directory / "table.csv", made.rows)
+    sizes = config.export.batch_sizes
+    headers = ["network", "runs in", "parameters", "stored", "MFLOPs", "effective", "MB"]
+    headers += [text for n in sizes for text in (f"ms, batch {n}", "dense / this (quartiles)")]
+    rows = []
+    for row in made.rows:
+        line = [row.network, row.runtime, f"{row.cost.nonzero:,}", f"{row.stored:,}", f"{row.cost.flops / 1e6:,.2f}"]
+        line += [f"{row.cost.effective_flops / 1e6:,.2f}", f"{row.size / 1e6:,.3f}"]
+        for n in sizes:
+            found = row.latency.get(n)
+            line += ["", ""] if found is None else [f"{found.milliseconds:.3g}", ""]
+            if found is not None and row.network != "dense":
+                line[-1] = f"{found.speedup:.2f} ({found.lower:.2f} – {found.upper:.2f})"
+        rows.append(line)
+    _table(f"{config.model.label()} under {config.masks}", headers, rows)
+    for row in made.rows:
+        if row.verdict:
+            _say(f"{row.network}, {row.runtime}: {row.verdict}{f'; {directory / row.file}' if row.file else ''}")
+    for note in made.notes:
+        _say(f"note: {note}")
+    for form, reason in made.failures.items():
+        print(f"failed: {form}: {reason}", file=sys.stderr)
+    if made.failures:
+        count = "1 form" if len(made.failures) == 1 else f"{len(made.failures)} forms"
+        raise AutoSparseFailure(f"{count} could not be made; the others are in {directory}")
+    write_json(done, {"sources": sources})
+    _say(f"table: {directory / 'table.csv'}")
+
+
 def _tune(config: TuneConfig) -> None:
     from autosparse.config import claim_directory
     from autosparse.experiment.executor import Job, run_jobs
@@ -688,6 +791,53 @@ def _benchmark(
         print(f"failed: {line}", file=sys.stderr)
     if failed:
         raise AutoSparseFailure(f"{len(failed)} of {len(cells)} cells failed; start again to try them again")
+
+
+def _shrink(config: ShrinkConfig) -> None:
+    from autosparse.config import claim_directory, plain
+    from autosparse.experiment.structured import result_path, run_thinnings, summary, thinnings
+    from autosparse.experiment.tracking import track
+    from autosparse.training.data import load_data
+    from autosparse.training.loop import fabric_for
+
+    todo = thinnings(
+        config.model,
+        config.data,
+        config.recipe,
+        config.tpp,
+        config.finetune,
+        config.methods,
+        config.ratios,
+        config.seeds,
+    )
+    place = fabric_for(config.device).device if config.executor.kind == "inline" else "cpu"
+    data = load_data(config.data, place)
+    directory = claim_directory(config)
+    done = sum(result_path(directory, thinning).exists() for thinning in todo)
+    enabled = config.tracking and done < len(todo)
+    with track(directory, "shrink", plain(config), enabled=enabled) as tracker, _bars() as bars:
+        live = _Live(bars, "shrink", len(todo), done)
+
+        def on_event(event: Event) -> None:
+            live.show(event)
+            value = event.values.get("value") if event.kind == "done" else None
+            if value is not None:
+                tracker.log({f"{value['method']}/{value['ratio']}/accuracy": value["accuracy"]}, value["seed"])
+                tracker.flush()
+
+        results = run_thinnings(
+            todo, directory, data, device=config.device, executor=config.executor, on_event=on_event
+        )
+        live.end(f"shrink: {len(todo)} networks")
+        tracker.artifact(directory / "results.csv")
+    title, headers, rows = summary(results)
+    _table(title, headers, rows)
+    _say(f"results: {directory / 'results.csv'}, networks: {directory / 'networks'}")
+    failed = [result for result in results if result.get("error")]
+    for result in failed:
+        print(f"failed: {result['method']} {result['ratio']} seed {result['seed']}: {result['error']}", file=sys.stderr)
+    if failed:
+        raise AutoSparseFailure(f"{len(failed)} of {len(todo)} networks failed; start again to try them again")
 
 
 # -- what a person sees -------------------------------------------------------------------------------------------------

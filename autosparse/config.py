@@ -16,6 +16,7 @@ from autosparse.errors import AutoSparseError, require, settings, suggest
 from autosparse.experiment.candidates import Candidate
 from autosparse.experiment.checks import CHECKS, expand
 from autosparse.experiment.executor import ExecutorSettings
+from autosparse.experiment.structured import thinnings
 from autosparse.files import replace_file
 from autosparse.masks.schedule import check_sparsity
 from autosparse.network.diagnostics import DiagnosticSettings
@@ -23,7 +24,9 @@ from autosparse.network.signals import SignalSettings
 from autosparse.pruning.irp import IRPSettings
 from autosparse.scorers.fitting import FitSettings
 from autosparse.scorers.outcome import OutcomeSettings
+from autosparse.trainability.export import ExportSettings
 from autosparse.trainability.prepare import check_preparation
+from autosparse.trainability.tpp import TPPSettings
 from autosparse.training.data import DataSettings
 from autosparse.training.loop import Recipe
 from autosparse.training.models import ModelSettings
@@ -151,6 +154,38 @@ class TrainConfig:
 
 
 @settings
+class ExportConfig:
+    """`autosparse export`: a pruned network in the forms that others run, and their table, into `output`.
+
+    `weights`: model.safetensors of `autosparse train`; `null` is the fresh initialization of `seed`. `masks`: those of
+    `autosparse prune`. Instead of `data`, which gives the shape of the images and the classes, `input_size` (channels,
+    height, width) and `classes` do, so that no data is needed. With `smaller` the weights are those of the physically smaller
+    network that the masks leave, trained as such; without, the masks apply to them.
+    """
+
+    output: str = "runs/export"
+    model: ModelSettings = ModelSettings("resnet20")
+    data: DataSettings = DataSettings("cifar10")
+    input_size: tuple[int, int, int] | None = None
+    classes: int | None = None
+    weights: str | None = None
+    masks: str = "runs/prune/masks.safetensors"
+    smaller: bool = False
+    seed: int = 0
+    export: ExportSettings = ExportSettings()
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        both = (self.input_size is None) == (self.classes is None)
+        require(both, "input_size", self.input_size, "give input_size and classes together, or neither, and data")
+        if self.input_size is not None and self.classes is not None:
+            channels, height, width = self.input_size
+            good = channels >= 1 and height == width >= 1
+            require(good, "input_size", list(self.input_size), "give channels and the two equal sides: [3, 32, 32]")
+            require(self.classes >= 1, "classes", self.classes, "give at least 1")
+
+
+@settings
 class BenchmarkConfig:
     """`autosparse benchmark`: the grid models × criteria × sparsities × seeds, into `output/results.csv`."""
 
@@ -239,6 +274,35 @@ class DiagnoseConfig:
 
 
 @settings
+class ShrinkConfig:
+    """`autosparse shrink`: networks trained densely, thinned by each method at each ratio, and made smaller, into
+    `output/results.csv` and `output/networks`.
+
+    `recipe` of the dense training, which methods and ratios share; `tpp` of the steps after it, which every method takes,
+    with or without the penalty, with the batches and optimizer of `finetune`; `finetune` of the smaller network. `methods`:
+    `l1` removes the filters of the lowest mean |w|, `tpp` pushes them out first; another criterion or scorer (`snip`,
+    `tpp:snip`) chooses others. `ratios` of filters that go: a share, of each convolution whose filters can go alone, or shares
+    by patterns on weight names.
+    """
+
+    output: str = "runs/shrink"
+    model: ModelSettings = ModelSettings("resnet20")
+    data: DataSettings = DataSettings("cifar10")
+    recipe: Recipe = Recipe()
+    tpp: TPPSettings = TPPSettings()
+    finetune: Recipe = Recipe(epochs=120, lr=0.01)
+    methods: tuple[str, ...] = ("tpp", "l1")
+    ratios: tuple[float | Mapping[str, float], ...] = (0.5,)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    device: str = "auto"
+    executor: ExecutorSettings = ExecutorSettings()
+    tracking: bool = True
+
+    def __post_init__(self) -> None:
+        thinnings(self.model, self.data, self.recipe, self.tpp, self.finetune, self.methods, self.ratios, self.seeds)
+
+
+@settings
 class QuickstartConfig:
     """`autosparse quickstart`: generate, fit and benchmark on the digits, into one directory."""
 
@@ -271,6 +335,7 @@ _AXES = {
     BenchmarkConfig: _GRID,
     CheckConfig: _GRID | {"checks"},
     DiagnoseConfig: {"criteria", "prepare"},
+    ShrinkConfig: {"methods", "ratios", "seeds"},
 }
 
 

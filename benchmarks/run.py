@@ -1,6 +1,6 @@
 """What AutoSparse costs beside the plain thing, measured side by side in one process.
 
-    python benchmarks/run.py [step loop usual runs stacked record scoring snip] [--threads N] [--csv benchmarks/results/NAME.csv]
+    python benchmarks/run.py [step loop usual runs stacked record scoring snip latency] [--threads N] [--csv benchmarks/results/NAME.csv]
 
 Other work on the machine slows both sides of a comparison, so each round times them one right after the other, in turns
 of order; a ratio is the median over rounds, beside its quartiles. The file is written as figures come, and what it holds is
@@ -48,6 +48,7 @@ from autosparse.scorers.features import DEFAULT
 from autosparse.scorers.image import FEATURES, ImageScorer
 from autosparse.scorers.records import Record, read_record, write_record
 from autosparse.scorers.scorer import Scorer, build_network
+from autosparse.trainability.shrink import remove
 from autosparse.training.data import ImageData, Split
 from autosparse.training.loop import Recipe, build_optimizer, train
 from autosparse.training.models import ModelSettings, create_model
@@ -73,7 +74,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Ask:
-    """What to measure, and how long; `steps` and `rounds` are of `usual`, `runs` and `stacked`, each has its own."""
+    """What to measure, and how long; `steps` and `rounds` are of `usual`, `runs`, `stacked` and `latency`, each has its own."""
 
     devices: tuple[str, ...]
     steps: int | None = None
@@ -99,15 +100,17 @@ def clock_of(device: str) -> Callable[[], float]:
     return time.process_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
 
 
-def alternate(rounds: int, sides: Mapping[str, Callable[[], object]]) -> dict[str, np.ndarray]:
+def alternate(
+    rounds: int, sides: Mapping[str, Callable[[], object]], clock: Callable[[], float] = time.perf_counter
+) -> dict[str, np.ndarray]:
     """Seconds of each side in each round; which goes first changes from round to round."""
     times: dict[str, list[float]] = {name: [] for name in sides}
     for index in range(rounds):
         names = list(sides)
         for name in names[index % len(names) :] + names[: index % len(names)]:
-            start = time.perf_counter()
+            start = clock()
             sides[name]()
-            times[name].append(time.perf_counter() - start)
+            times[name].append(clock() - start)
     return {name: np.array(values) for name, values in times.items()}
 
 
@@ -766,6 +769,52 @@ def snip(ask: Ask) -> Iterator[Row]:
         yield row("snip", device, "forward and backward, 32 images of 224", times["bare"], "s")
 
 
+# -- latency: half of the channels removed, against dense ---------------------------------------------------------------
+
+
+def halved(model: nn.Module, images: Tensor) -> autosparse.Masks:
+    """Half of the filters of every layer but the classifier, which stays whole."""
+    layers = prunable_layers(model)
+    whole = sum(layers[name].numel for name in trace(model, images).last_layers())
+    sparsity = 0.5 * (1 - whole / sum(layer.numel for layer in layers.values()))
+    return autosparse.prune(model, sparsity, "magnitude", example_input=images, granularity="channel", scope="uniform")
+
+
+def latency(ask: Ask) -> Iterator[Row]:
+    """A forward pass of the dense, the masked and the physically smaller network, on the same images."""
+    networks = {("torchvision:resnet18", 224): 1000, ("resnet18", 32): CLASSES}
+    for device, ((name, side), classes), batch in itertools.product(ask.devices, networks.items(), (1, 32)):
+        case = f"{name} at {side}x{side}, batch {batch}"
+        if not ask.wants("latency", device, case):
+            continue
+        generator = torch.Generator().manual_seed(0)
+        images = torch.randn(batch, 3, side, side, generator=generator)
+        model = create_model(name, classes=classes, image_size=side)
+        with torch.no_grad():
+            for _ in range(3):  # statistics of the norms that are not those of the initialization
+                model.train()(torch.randn(8, 3, side, side, generator=generator))
+        model.eval()
+        found = remove(model, halved(model, images[:1]), images[:1])
+        networks_here = {"dense": model, "masked": found.zeroed, "channels": found.smaller}
+        with torch.inference_mode():
+            expected, smaller = found.zeroed(images), found.smaller(images)
+            worst = float((smaller - expected).abs().max() / expected.abs().max())
+            batches = images.to(device)
+
+            def run(network: nn.Module, batches: Tensor = batches, device: str = device) -> None:
+                network(batches)
+                wait(device)
+
+            sides = {key: functools.partial(run, net.to(device)) for key, net in networks_here.items()}
+            alternate(3, sides)
+            times = alternate(ask.rounds or (60 if batch == 1 else 12), sides, clock_of(device))
+        goal = ">= 2"
+        yield row("latency", device, f"channels, difference of outputs, {case}", worst, "of the largest", "<= 1e-5")
+        yield row("latency", device, f"dense / channels, {case}", times["dense"] / times["channels"], goal=goal)
+        yield row("latency", device, f"dense / masked, {case}", times["dense"] / times["masked"])
+        yield row("latency", device, f"dense, {case}", 1e3 * times["dense"], "ms")
+
+
 BENCHMARKS: dict[str, Callable[[Ask], Iterator[Row]]] = {
     "step": step,
     "loop": loop,
@@ -775,6 +824,7 @@ BENCHMARKS: dict[str, Callable[[Ask], Iterator[Row]]] = {
     "record": record,
     "scoring": scoring,
     "snip": snip,
+    "latency": latency,
 }
 
 
@@ -822,8 +872,12 @@ def main() -> None:
     parser.add_argument(
         "--steps", type=int, help="of usual, runs, stacked: training steps a round (of a training in runs)"
     )
-    parser.add_argument("--rounds", type=int, help="of usual, runs, stacked: rounds in which the sides take turns")
-    parser.add_argument("--only", default="", help="of usual, runs, stacked: cases with this text, such as resnet20")
+    parser.add_argument(
+        "--rounds", type=int, help="of usual, runs, stacked, latency: rounds in which the sides take turns"
+    )
+    parser.add_argument(
+        "--only", default="", help="of usual, runs, stacked, latency: cases with this text, such as resnet20"
+    )
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no case after so many")
     parser.add_argument("--note", help="a line for the head of the file, such as what else ran")
     parser.add_argument("--child", choices=["scoring"], help=argparse.SUPPRESS)

@@ -16,8 +16,8 @@ import torch
 
 from autosparse.errors import AutoSparseError
 from autosparse.masks.layers import prunable_layers
-from autosparse.network.graph import trace
 from autosparse.network.signals import SignalSettings
+from autosparse.network.size import size
 from autosparse.pruning.irp import IRPSettings
 from autosparse.training.cells import CellNet
 from autosparse.training.data import ImageData, shared_data
@@ -28,7 +28,6 @@ from data_gen.runs import Run
 
 _WIDTHS = (4, 5, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64)
 _ATTEMPTS = 200
-_TRACED = 2  # images
 _GOLDEN = (math.sqrt(5) - 1) / 2
 
 
@@ -108,17 +107,9 @@ def _empty(model: ModelSettings, images: ImageData) -> torch.nn.Module:
 
 
 def macs(model: ModelSettings, images: ImageData) -> int:
-    """Multiply-accumulates of one image in the layers with weights, from the traced graph: `Σ numel · positions`."""
-    network = _empty(model, images)
+    """Multiply-accumulates of one image in the layers with weights."""
     side = images.image_size
-    graph = trace(network, torch.zeros(_TRACED, images.channels, side, side))
-    layers = prunable_layers(network, operands=graph.operands)
-    total = 0
-    for op in graph.operations:
-        for name in op.weights:
-            outputs = op.shape[2:] if layers[name].kind == "conv" else op.shape[:-1]  # a product may fold the batch
-            total += layers[name].numel * math.prod(outputs) // (1 if layers[name].kind == "conv" else _TRACED)
-    return total
+    return size(_empty(model, images), torch.zeros(2, images.channels, side, side)).macs
 
 
 def _options(rng: Random, cell: str, image_size: int) -> dict[str, Any]:

@@ -14,10 +14,12 @@ from autosparse.config import (
     BenchmarkConfig,
     CheckConfig,
     DiagnoseConfig,
+    ExportConfig,
     FitConfig,
     GenerateConfig,
     PruneConfig,
     QuickstartConfig,
+    ShrinkConfig,
     TrainConfig,
     TuneConfig,
     claim_directory,
@@ -42,7 +44,9 @@ SCHEMAS: dict[str, type] = {
     "check": CheckConfig,
     "diagnose": DiagnoseConfig,
     "prune": PruneConfig,
+    "shrink": ShrinkConfig,
     "train": TrainConfig,
+    "export": ExportConfig,
     "quickstart": QuickstartConfig,
 }
 

@@ -53,12 +53,26 @@ def test_the_published_form() -> None:
 
 
 def test_a_table_by_hand() -> None:
-    """On [0, 1] × [0, 2] with values at the corners 0, 1, 2, 5: exact there, bilinear between, its border beyond."""
+    """On [0, 1] × [0, 2] with values at the corners 0, 1, 2, 5: exact there, bilinear between, its border beyond. Of a
+    scale so wide that asinh is linear."""
     table = TableScorer(1, 2)
+    table.scale.fill_(1e4)
     table.high.copy_(torch.tensor([1.0, 2.0]))
     table.values.copy_(torch.tensor([[[0.0], [1.0]], [[2.0], [5.0]]]))
     points = torch.tensor([[0.0, 0], [0, 2], [1, 0], [1, 2], [0.5, 1], [0, 1], [0.25, 2], [9, 9], [-9, 0]])
-    assert table(points)[:, 0].tolist() == [0.0, 1, 2, 5, 2, 0.5, 2, 5, 0]
+    torch.testing.assert_close(table(points)[:, 0], torch.tensor([0.0, 1, 2, 5, 2, 0.5, 2, 5, 0]))
+
+
+def test_points_of_a_table_are_dense_where_most_weights_are() -> None:
+    """`u = asinh(x)` from −asinh(8) to asinh(8) in 3 points: −8, 0, 8; in 5 the others are sinh(asinh(8) / 2)."""
+    table = TableScorer(1, 3)
+    table.low.fill_(-8.0)
+    table.high.fill_(8.0)
+    wanted = torch.cartesian_prod(torch.tensor([-8.0, 0.0, 8.0]), torch.tensor([-8.0, 0.0, 8.0]))
+    torch.testing.assert_close(table.points(), wanted)
+    table.values = torch.zeros(5, 5, 1)
+    half = ((65**0.5 - 1) / 2) ** 0.5  # sinh(u/2)² = (cosh(u) − 1) / 2, and cosh(asinh(8)) = √65
+    torch.testing.assert_close(table.points()[:5, 1], torch.tensor([-8.0, -half, 0.0, half, 8.0]))
 
 
 def test_a_table_of_one_value_only() -> None:

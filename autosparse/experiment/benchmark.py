@@ -405,12 +405,12 @@ def write_results(path: Path, results: Sequence[Mapping[str, Any]]) -> None:
     writer.writeheader()
     for result in results:
         row = {**result, "dense_accuracy": dense.get((result["model"], result["seed"]), "")}
-        writer.writerow({k: _rounded(v) for k, v in row.items()})
+        writer.writerow({k: rounded(v) for k, v in row.items()})
     with replace_file(path) as temporary:
         temporary.write_text(text.getvalue())
 
 
-def _rounded(value: Any) -> Any:
+def rounded(value: Any) -> Any:
     if isinstance(value, float):
         return "" if math.isnan(value) else float(f"{value:.6g}")
     return "" if value is None else value

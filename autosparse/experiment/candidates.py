@@ -245,6 +245,7 @@ def find_masks(
     device: str = "auto",
     state: Path | None = None,
     found: Found | None = None,
+    scope: Scope | None = None,
     on_epoch: Callable[[dict[str, float]], None] | None = None,
 ) -> Found:
     """Masks of `model` (at its initialization, left as it is) by a preset, a scorer or a method that trains.
@@ -254,8 +255,9 @@ def find_masks(
         recipe: of the trainings of a method.
         state: directory in which a method keeps its progress until it is done.
         found: what `candidate.plain()` found, if that is known: its variants begin with it.
+        scope: in place of the candidate's: layer densities.
     """
-    work = _Work(model, data, sparsity, candidate.scope, recipe, seed, device, state, on_epoch)
+    work = _Work(model, data, sparsity, scope or candidate.scope, recipe, seed, device, state, on_epoch)
     if found is None:
         found = _search(work, candidate)
     if candidate.variant == "densities":

@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import nn
 
-from autosparse.errors import AutoSparseError, first_line, require
+from autosparse.errors import AutoSparseError, require
 from autosparse.experiment.candidates import Candidate, Found, find_masks, identity, prepare_found
 from autosparse.files import read_json, replace_file, sha256, write_json
 from autosparse.masks.mask import Masks
@@ -73,26 +73,6 @@ def states(criteria: Sequence[Candidate], masks: Path | None, prepare: Sequence[
             names.count(name) == 1, "state", name, "it is there twice: give criteria a label, and preparations once"
         )
     return found
-
-
-def load_weights(model: nn.Module, path: Path) -> None:
-    """Parameters and buffers of `model` from a safetensors file, as `autosparse train` writes it.
-
-    Raises:
-        AutoSparseError: no such file, no safetensors, or of another model.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_model
-
-    if not path.is_file():
-        raise AutoSparseError(f"weights file {path} does not exist: check the path")
-    try:
-        load_model(model, str(path))
-    except (SafetensorError, OSError) as error:
-        raise AutoSparseError(f"weights {path} cannot be read: {first_line(error)}; give a safetensors file") from error
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise AutoSparseError(f"weights {path} are of another model: {reason[:160]}") from error
 
 
 def run_states(

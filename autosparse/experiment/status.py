@@ -124,7 +124,7 @@ def _clear(directory: Path, folders: set[Path]) -> None:
 
 def doing(values: Mapping[str, Any]) -> str:
     """Progress in words: the latest round and epoch, with the accuracy."""
-    words = []
+    words = [values["stage"]] if "stage" in values else []
     if "round" in values:
         words.append(f"round {values['round']}/{values['rounds']}")
     if "epoch" in values:

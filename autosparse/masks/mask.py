@@ -192,9 +192,8 @@ class Masks(Mapping[str, Tensor]):
         """Write a safetensors file: the boolean tensors, layers and report; atomically."""
         from autosparse.files import write_safetensors
 
-        layers = json.dumps({n: asdict(layer) for n, layer in self.layer_info.items()})
         tensors = {n: t.clone() for n, t in self._tensors.items()}  # masks may share memory, tensors of a file may not
-        write_safetensors(Path(path), tensors, SCHEMA, layers=layers, report=json.dumps(asdict(self.report)))
+        write_safetensors(Path(path), tensors, SCHEMA, **self.texts())
 
     @classmethod
     def load(cls, path: str | Path) -> Masks:
@@ -205,12 +204,20 @@ class Masks(Mapping[str, Tensor]):
         """
         from autosparse.files import read_safetensors
 
-        tensors, metadata = read_safetensors(Path(path), SCHEMA, "masks")
+        return cls.restore(*read_safetensors(Path(path), SCHEMA, "masks"))
+
+    def texts(self) -> dict[str, str]:
+        """What masks hold besides their bits, layers and report, as JSON texts for a file's metadata."""
+        layers = {n: asdict(layer) for n, layer in self.layer_info.items()}
+        return {"layers": json.dumps(layers), "report": json.dumps(asdict(self.report))}
+
+    @classmethod
+    def restore(cls, tensors: Mapping[str, Tensor], texts: Mapping[str, str]) -> Masks:
+        """Masks from their bits and what `texts` gave."""
         layers = {
-            n: Layer(**{**values, "shape": tuple(values["shape"])})
-            for n, values in json.loads(metadata["layers"]).items()
+            n: Layer(**{**values, "shape": tuple(values["shape"])}) for n, values in json.loads(texts["layers"]).items()
         }
-        report = json.loads(metadata["report"])
+        report = json.loads(texts["report"])
         for key in ("dead_layers", "dense_layers", "notes"):
             report[key] = tuple(report[key])
         order = list(layers) or list(tensors)  # safetensors sorts by name; the layers keep the network's order

@@ -50,7 +50,8 @@ def prune(
     to exactly `round((1 − sparsity)·N)` of the N prunable weights in the last.
 
     Args:
-        sparsity: share of the prunable weights removed, in [0, 1); with an N:M pattern `None`, or what the pattern sets.
+        sparsity: share of the prunable weights removed, in [0, 1); with an N:M pattern `None`, or what the pattern sets;
+            `None` too where the scope is layer densities that say it.
         criterion: a preset's name (`autosparse list criteria`), anything that is a `Criterion`, such as a scorer, or a
             `Preset` of your own.
         batches: `(inputs, targets)` pairs; the first `n_batches` are taken once and used in every step.
@@ -84,10 +85,10 @@ def prune(
     model, seed = unwrap(model), int(seed)
     preset = _preset(criterion)
     pattern = parse_granularity(granularity)
-    density = _density(sparsity, pattern)
+    given = sparsity is None and isinstance(scope, Mapping)  # then the layer densities say it
+    density = 1.0 if given else _density(sparsity, pattern)
     rule = preset.criterion
     steps = preset.steps if steps is None else steps
-    path = densities(density, steps, schedule or preset.schedule)
     wanted = n_batches if n_batches is not None else (preset.n_batches or rule.n_batches)
     fewest = 1 if set(FROM_BATCHES) & set(rule.signals) else 0
     require(
@@ -105,6 +106,10 @@ def prune(
     layers = prunable_layers(
         model, include=include, exclude=exclude, operands=None if graph is None else graph.operands
     )
+    if isinstance(scope, Mapping) and given:
+        density = sum(scope.get(n, 1.0) * layer.numel for n, layer in layers.items())
+        density /= sum(layer.numel for layer in layers.values())
+    path = densities(density, steps, schedule or preset.schedule)
     coupled: tuple[tuple[str, ...], ...] = ()
     dense: tuple[str, ...] = ()
     if isinstance(pattern, Channel) and graph is not None:

@@ -119,7 +119,7 @@ class FitSettings:
         return {"width": self.width, "rounds": self.rounds} if self.scorer == "gnn" else {"size": _TABLE}
 
 
-_TABLE = 64  # points of an image scorer's table along each of its two inputs
+_TABLE = 128  # points of an image scorer's table along each of its two inputs
 
 
 # -- rows of records ----------------------------------------------------------------------------------------------------

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import torch
 from torch import Tensor, nn
 
@@ -14,6 +12,7 @@ from autosparse.scorers.mlp import Outputs, Standard, by_rows
 NETWORKS = ("resnet18", "resnet50", "vgg19")
 FEATURES = ("raw_weight", "raw_gradient")
 MOST_ROWS = 20_000  # to fit on: 150 weights a second on two CPU cores
+_FINE = 0.1  # standard deviations around the mean within which a table's points are equally far apart
 
 
 class ImageScorer(nn.Module):
@@ -39,36 +38,52 @@ class ImageScorer(nn.Module):
     def table(self, size: int) -> TableScorer:
         """Its outputs on a grid of `size` × `size` points over the range of what it was fitted on."""
         self.eval()
-        low, high = self.inputs.low, self.inputs.high
-        axes = [torch.linspace(float(low[i]), float(high[i]), size) for i in range(2)]
-        points = torch.tensor(list(itertools.product(*[axis.tolist() for axis in axes])), device=low.device)
-        found = torch.cat([self(part) for part in points.split(64)])
-        table = TableScorer(found.shape[1], size)
-        table.low.copy_(low)
-        table.high.copy_(high)
-        table.values.copy_(found.view(size, size, -1))
+        table = TableScorer(1, size).to(self.inputs.low.device)
+        table.center.copy_(self.inputs.mean)
+        table.scale.copy_(_FINE * self.inputs.std)
+        table.low.copy_(self.inputs.low)
+        table.high.copy_(self.inputs.high)
+        table.values = torch.cat([self(part) for part in table.points().split(64)]).view(size, size, -1)
         return table
 
 
 class TableScorer(nn.Module):
     """A function of two numbers as a table `(size, size, outputs)` over their range, bilinear between its points.
 
-    In eval mode the image scorer is such a function, so this is the same scorer up to the grid's spacing.
+    In eval mode the image scorer is such a function, so this is the same scorer up to the grid's spacing. The points are
+    equally far apart on `u = asinh((x − center) / scale)`: raw weights and gradients of all layers differ by orders of
+    magnitude, and most lie close to zero.
     """
 
+    center: Tensor
+    scale: Tensor
     low: Tensor
     high: Tensor
     values: Tensor
 
-    def __init__(self, outputs: int, size: int = 64) -> None:
+    def __init__(self, outputs: int, size: int = 128) -> None:
         super().__init__()
+        self.register_buffer("center", torch.zeros(2))
+        self.register_buffer("scale", torch.ones(2))
         self.register_buffer("low", torch.zeros(2))
         self.register_buffer("high", torch.ones(2))
         self.register_buffer("values", torch.zeros(size, size, outputs))
 
+    def _axis(self, rows: Tensor) -> Tensor:
+        return torch.asinh((rows - self.center) / self.scale)
+
+    def points(self) -> Tensor:
+        """The pairs of numbers `(size², 2)` at which the values are those of the function."""
+        size = len(self.values)
+        low, high = self._axis(self.low), self._axis(self.high)
+        along = torch.linspace(0, 1, size, device=low.device)[:, None]
+        x, y = (torch.sinh(low + along * (high - low)) * self.scale + self.center).T
+        return torch.cartesian_prod(x, y)
+
     def forward(self, rows: Tensor) -> Tensor:
         size = len(self.values)
-        at = (rows.clamp(self.low, self.high) - self.low) / (self.high - self.low).clamp(min=1e-30) * (size - 1)
+        low, high = self._axis(self.low), self._axis(self.high)
+        at = (self._axis(rows.clamp(self.low, self.high)) - low) / (high - low).clamp(min=1e-30) * (size - 1)
         corner = at.floor().clamp(max=size - 2).long()
         x, y = (at - corner).T[..., None]
         i, j = corner.T

@@ -1,4 +1,4 @@
-"""Orthogonal weights for sparse networks: exact, on positions of their own choice, or approximate, under the given mask."""
+"""Orthogonal weights for sparse networks: exact, on positions of their own choice, or approximate, under a mask."""
 
 from __future__ import annotations
 
@@ -111,12 +111,12 @@ def isometry(
 
 
 def sparse_orthogonal(rows: int, columns: int, kept: int, generator: torch.Generator) -> Tensor:
-    """A `rows × columns` matrix of at most `kept` nonzeros with orthonormal rows or columns, whichever are fewer; float64.
+    """A matrix of at most `kept` nonzeros with orthonormal rows or columns, whichever are fewer; float64.
 
     Starts from the rectangular identity. Random disjoint pairs of its rows (of a wide matrix: columns) are turned by
-    random angles (Givens rotations): `WᵀW = I` holds, and both get the union of their supports. A pair that would go past
-    `kept` is left; it ends at `kept`, or where no pair that fits is found. With `kept` under `min(rows, columns)` only
-    the first `kept` ones of the identity stand.
+    random angles (Givens rotations): `WᵀW = I` holds, and both get the union of their supports. A pair that would go
+    past `kept` is left; it ends at `kept`, or where no pair that fits is found. With `kept` under `min(rows, columns)`
+    only the first `kept` ones of the identity stand.
     """
     long, short = max(rows, columns), min(rows, columns)
     w = torch.eye(long, short, dtype=torch.float64)
@@ -192,7 +192,7 @@ def nearest_isometry(matrices: Tensor, kept: Tensor, steps: int) -> Tensor:
 
 
 def isometry_error(matrices: Tensor) -> float:
-    """`√(Σ ‖WᵀW − I‖²_F / Σ n)` over `matrices` (blocks, rows, columns), n their smaller side; infinite if not finite."""
+    """`√(Σ ‖WᵀW − I‖²_F / Σ n)` of `matrices` (blocks, rows, columns), n their smaller side; infinite if not finite."""
     gram = _gram(matrices)
     identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     error = math.sqrt(float((gram - identity).square().sum()) / max(gram.shape[0] * gram.shape[-1], 1))
@@ -206,8 +206,8 @@ def _gram(matrices: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Target:
-    """A weight as matrices: `places` (blocks, rows, columns, taps) are positions in the flattened weight, rows its outputs
-    and columns its inputs; the taps of a convolution belong to the inputs, if `transposed` to the outputs."""
+    """A weight as matrices: `places` (blocks, rows, columns, taps) are positions in the flattened weight, rows its
+    outputs and columns its inputs; the taps of a convolution belong to the inputs, if `transposed` to the outputs."""
 
     layer: Layer
     weight: nn.Parameter

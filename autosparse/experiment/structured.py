@@ -1,0 +1,398 @@
+"""The comparison of ways to make a trained network physically smaller: TPP, and removal at once after equal steps."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import hashlib
+import io
+import json
+import re
+import shutil
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from autosparse.errors import AutoSparseError, AutoSparseFailure, AutoSparseStateError, require
+from autosparse.experiment.benchmark import build_model, rounded
+from autosparse.experiment.candidates import Candidate, find_masks, identity
+from autosparse.experiment.executor import INLINE, Event, ExecutorSettings, Job, run_jobs
+from autosparse.experiment.results import Table, in_percent, stat
+from autosparse.experiment.status import journal, kept_up
+from autosparse.files import read_json, read_safetensors, replace_file, write_json, write_safetensors
+from autosparse.masks.mask import Masks
+from autosparse.network.size import size
+from autosparse.trainability.shrink import remove
+from autosparse.trainability.tpp import Ratio, TPPSettings, filter_densities, push_out
+from autosparse.training.data import DataSettings, ImageData, shared_data
+from autosparse.training.loop import Recipe, check_fits, evaluate, fabric_for, full_state, put_back, train
+from autosparse.training.models import ModelSettings
+
+COLUMNS = (
+    "model",
+    "data",
+    "method",
+    "ratio",
+    "seed",
+    "dense_accuracy",
+    "ramp_accuracy",
+    "removed_accuracy",
+    "accuracy",
+    "parameters_before",
+    "parameters",
+    "macs_before",
+    "macs",
+    "seconds",
+    "error",
+)
+_SCHEMA = "autosparse.state/1"  # all parameters and buffers of a network
+
+
+def candidate(method: str) -> Candidate:
+    """How a method chooses its filters: `"tpp"` and `"l1"` by mean |w|, `"tpp:ANY"` and `"ANY"` by that criterion.
+
+    Raises:
+        AutoSparseError: an unknown criterion, or one that searches by training.
+    """
+    criterion = method.removeprefix("tpp:")
+    chosen = Candidate("magnitude" if criterion in ("tpp", "l1") else criterion)
+    require(not chosen.searches, "method", method, "it removes single weights; give a criterion or a scorer")
+    return dataclasses.replace(chosen, granularity="channel")
+
+
+@dataclass(frozen=True)
+class Thinning:
+    """One network made smaller: everything that its result depends on; the dense training has no `method` and the rest."""
+
+    model: ModelSettings
+    data: DataSettings
+    recipe: Recipe
+    seed: int
+    method: str | None = None
+    ratio: Ratio = 0.0
+    tpp: TPPSettings | None = None
+    finetune: Recipe | None = None
+
+    @property
+    def ratio_label(self) -> str:
+        """As it stands in tables; of the dense training nothing."""
+        if self.method is None:
+            return ""
+        if isinstance(self.ratio, Mapping):
+            return " ".join(f"{pattern}={value:g}" for pattern, value in self.ratio.items())
+        return f"{self.ratio:g}"
+
+    def dense(self) -> Thinning:
+        """The dense training that it begins with, which all methods and ratios share."""
+        return Thinning(self.model, self.data, self.recipe, self.seed)
+
+    def key(self) -> str:
+        """File name: readable, and unique through a hash of the settings."""
+        values = json.loads(json.dumps(dataclasses.asdict(self)))
+        values["data"].pop("root")
+        name = "dense"
+        if self.method is not None:
+            values["criterion"] = identity(candidate(self.method))
+            name = f"{self.method}_{self.ratio_label}"
+        digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:10]
+        return f"{self.model.label()}_{re.sub(r'[^A-Za-z0-9.-]+', '_', name)[:60]}_s{self.seed}_{digest}"
+
+
+def result_path(directory: Path, thinning: Thinning) -> Path:
+    """Where the result lies once it is done; beside it the network's weights (`.safetensors`) and masks
+    (`.masks.safetensors`)."""
+    return directory / "networks" / f"{thinning.key()}.json"
+
+
+def thinnings(
+    model: ModelSettings,
+    data: DataSettings,
+    recipe: Recipe,
+    tpp: TPPSettings,
+    finetune: Recipe,
+    methods: Sequence[str],
+    ratios: Sequence[Ratio],
+    seeds: Sequence[int],
+) -> list[Thinning]:
+    """All of a comparison, seed by seed, so that a stop leaves whole comparisons; each seed's dense training first.
+
+    Raises:
+        AutoSparseError: an empty axis, an unknown method or one that stands there twice, an unknown scorer file.
+    """
+    for what, axis in (("methods", methods), ("ratios", ratios), ("seeds", seeds)):
+        require(len(axis) > 0, what, list(axis), "give at least one")
+    for method in methods:
+        require(list(methods).count(method) == 1, "method", method, "give each once")
+        identity(candidate(method))
+    for ratio in ratios:
+        for value in ratio.values() if isinstance(ratio, Mapping) else (ratio,):
+            require(0 < value < 1, "ratio", value, "it is the share of filters that go, in (0, 1)")
+    found = []
+    for seed in seeds:
+        found.append(Thinning(model, data, recipe, seed))
+        found += [Thinning(model, data, recipe, seed, m, ratio, tpp, finetune) for ratio in ratios for m in methods]
+    return found
+
+
+def run_thinnings(
+    todo: Sequence[Thinning],
+    directory: Path,
+    data: ImageData,
+    *,
+    device: str = "auto",
+    executor: ExecutorSettings = INLINE,
+    on_event: Callable[[Event], None] | None = None,
+) -> list[dict[str, Any]]:
+    """Run what has no result in `directory/networks` yet, and keep `directory/results.csv` up to date.
+
+    There lie the smaller networks too, each beside its masks. One that fails is recorded with its reason, and
+    the others go on; the next start tries it again.
+
+    Raises:
+        AutoSparseError: the network cannot take the images, a ratio fits no layer, or another process works on the
+            directory.
+    """
+    paths = [result_path(directory, thinning) for thinning in todo]
+    results = {path: read_json(path, "result") for path in paths if path.exists()}
+    fresh = {path: thinning for path, thinning in zip(paths, todo, strict=True) if path not in results}
+    for ratio, thinning in {t.ratio_label: t for t in fresh.values()}.items():
+        model = build_model(thinning.model, data)  # wrong input is told before hours are spent
+        check_fits(model, data.to("cpu"))
+        if ratio:
+            filter_densities(model, data.normalise(data.train.images[:2]).cpu(), thinning.ratio)
+    at = {path.stem: path for path in paths}
+
+    def write() -> None:
+        write_results(directory / "results.csv", [results[path] for path in paths if path in results])
+
+    def heard(event: Event) -> None:
+        book.note(event)
+        if event.kind == "done":
+            results[at[event.key]] = event.values["value"]
+        elif event.kind == "failed":
+            results[at[event.key]] = {**_names(fresh[at[event.key]]), "error": event.values["error"]}
+        if on_event is not None:
+            on_event(event)
+        changed()
+
+    here = data if executor.kind == "inline" else None
+    jobs = [
+        Job(
+            path.stem,
+            do_thinning,
+            {"thinning": thinning, "directory": directory, "data": here},
+            after=None if thinning.method is None else result_path(directory, thinning.dense()).stem,
+        )
+        for path, thinning in fresh.items()
+    ]
+    with journal(directory, at) as book, kept_up(write) as changed:
+        run_jobs(jobs, executor, heard, device=device)
+    return [results[path] for path in paths]
+
+
+def do_thinning(
+    thinning: Thinning,
+    directory: Path,
+    data: ImageData | None,
+    *,
+    device: str,
+    progress: Callable[[Mapping[str, Any]], None],
+) -> dict[str, Any]:
+    """One thinning as a job: its result, which lies in its place then; `data` when the caller has it at hand."""
+    path = result_path(directory, thinning)
+    if path.exists():  # an earlier try was killed after its last line
+        return read_json(path, "result")
+    if data is None:
+        data = shared_data(thinning.data, str(fabric_for(device).device))
+    state = path.with_suffix(".state")
+    run = _train_dense if thinning.method is None else _make_smaller
+    try:
+        result = run(thinning, directory, data, device, state, progress)
+    except AutoSparseStateError as error:  # the settings are in the name: another version or other data wrote it
+        progress({"note": f"its state {state} is discarded, it starts anew ({error})"})
+        shutil.rmtree(state)
+        result = run(thinning, directory, data, device, state, progress)
+    write_json(path, result)
+    shutil.rmtree(state, ignore_errors=True)
+    return result
+
+
+Progress = Callable[[Mapping[str, Any]], None]
+
+
+def _train_dense(
+    thinning: Thinning, directory: Path, data: ImageData, device: str, state: Path, progress: Progress
+) -> dict[str, Any]:
+    model = build_model(thinning.model, data, thinning.seed)
+    trained = train(
+        model,
+        data,
+        thinning.recipe,
+        seed=thinning.seed,
+        device=device,
+        checkpoint=state / "dense.pt",
+        on_epoch=_staged("dense", progress),
+    )
+    write_safetensors(result_path(directory, thinning).with_suffix(".safetensors"), full_state(model), _SCHEMA)
+    before = size(model, data.normalise(data.train.images[:2]))
+    return {
+        **_names(thinning),
+        "dense_accuracy": trained.accuracy,
+        "accuracy": trained.accuracy,
+        "parameters_before": before.parameters,
+        "parameters": before.parameters,
+        "macs_before": before.macs,
+        "macs": before.macs,
+        "seconds": trained.seconds,
+        "history": trained.history,
+    }
+
+
+def _make_smaller(
+    thinning: Thinning, directory: Path, data: ImageData, device: str, state: Path, progress: Progress
+) -> dict[str, Any]:
+    """Choose filters, push them out, remove them, fine-tune; each stage asks first for what an earlier try left."""
+    assert thinning.method is not None and thinning.tpp is not None and thinning.finetune is not None
+    path, origin = result_path(directory, thinning), result_path(directory, thinning.dense())
+    if not origin.exists():
+        raise AutoSparseFailure(f"the dense network of seed {thinning.seed} is missing: see why its training failed")
+    dense = read_json(origin, "result")
+    model = build_model(thinning.model, data, thinning.seed).to(data.device)
+    put_back(model, read_safetensors(origin.with_suffix(".safetensors"), _SCHEMA, "weights")[0])
+    example = data.normalise(data.train.images[:2])
+    chosen = state / "masks.safetensors"
+    if not chosen.exists():
+        progress({"stage": "choosing filters"})
+        _choose(thinning, model, data, example, device).save(chosen)
+    masks = Masks.load(chosen).to(data.device)
+    removal = remove(model, masks, example)
+    if not removal.removed:
+        reasons = "; ".join(f"{name}: {why}" for name, why in removal.stays.items()) or "the ratios empty none"
+        raise AutoSparseError(f"ratio {thinning.ratio_label} removes no filter of {thinning.model.label()} ({reasons})")
+    ramped = state / "ramp.safetensors"
+    if ramped.exists():
+        weights, figures = read_safetensors(ramped, _SCHEMA, "state of a cell")
+        put_back(model, weights)
+    else:
+        trained = push_out(
+            model,
+            data,
+            removal,
+            thinning.tpp,
+            thinning.finetune,
+            penalise=thinning.method.split(":")[0] == "tpp",
+            seed=thinning.seed,
+            device=device,
+            checkpoint=state / "ramp.pt",
+            on_epoch=_staged("ramp", progress),
+        )
+        figures = {"accuracy": repr(trained.accuracy), "seconds": repr(trained.seconds)}
+        write_safetensors(ramped, full_state(model), _SCHEMA, **figures)
+    before = size(model, example)
+    removal = remove(model, masks, example)
+    smaller = removal.smaller
+    removed_accuracy, _ = evaluate(smaller, data, channels_last=thinning.finetune.channels_last)
+    trained = train(
+        smaller,
+        data,
+        thinning.finetune,
+        seed=thinning.seed,
+        device=device,
+        checkpoint=state / "finetune.pt",
+        on_epoch=_staged("fine-tuning", progress),
+    )
+    after = size(smaller, example)
+    masks.save(path.with_suffix(".masks.safetensors"))
+    _save_model(path.with_suffix(".safetensors"), smaller)
+    return {
+        **_names(thinning),
+        "dense_accuracy": dense["accuracy"],
+        "ramp_accuracy": float(figures["accuracy"]),
+        "removed_accuracy": removed_accuracy,
+        "accuracy": trained.accuracy,
+        "parameters_before": before.parameters,
+        "parameters": after.parameters,
+        "macs_before": before.macs,
+        "macs": after.macs,
+        "seconds": float(figures["seconds"]) + trained.seconds,
+        "filters": {name: len(filters) for name, filters in removal.removed.items()},
+        "stays": dict(removal.stays),
+        "history": trained.history,
+    }
+
+
+def _choose(thinning: Thinning, model: nn.Module, data: ImageData, example: Tensor, device: str) -> Masks:
+    """The masks of the filters that will go, chosen on the trained dense network."""
+    densities = filter_densities(model, example, thinning.ratio)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return find_masks(
+            model,
+            data,
+            candidate(thinning.method or ""),
+            None,
+            recipe=thinning.recipe,
+            seed=thinning.seed,
+            device=device,
+            scope=densities,
+        ).masks
+
+
+def _save_model(path: Path, model: nn.Module) -> None:
+    from safetensors.torch import save_model
+
+    with replace_file(path) as temporary:
+        save_model(model.cpu(), str(temporary))
+
+
+def _staged(stage: str, progress: Progress) -> Callable[[dict[str, float]], None]:
+    return lambda row: progress({"stage": stage, **row})
+
+
+def _names(thinning: Thinning) -> dict[str, Any]:
+    return {
+        "model": thinning.model.label(),
+        "data": thinning.data.label(),
+        "method": thinning.method or "dense",
+        "ratio": thinning.ratio_label,
+        "seed": thinning.seed,
+    }
+
+
+def write_results(path: Path, results: Sequence[Mapping[str, Any]]) -> None:
+    """`results.csv`: one row a network."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore", restval="", lineterminator="\n")
+    writer.writeheader()
+    for result in results:
+        writer.writerow({key: rounded(value) for key, value in result.items()})
+    with replace_file(path) as temporary:
+        temporary.write_text(text.getvalue())
+
+
+def summary(results: Sequence[Mapping[str, Any]]) -> Table:
+    """Accuracies in percent at each stage, mean ± std over seeds, and what is left of parameters and MACs."""
+    headers = [
+        "ratio",
+        "method",
+        "dense",
+        "after the ramp",
+        "after removal",
+        "fine-tuned",
+        "parameters",
+        "MACs",
+        "seeds",
+    ]
+    rows = []
+    done = [r for r in results if not r.get("error") and r["method"] != "dense"]
+    for ratio, method in dict.fromkeys((r["ratio"], r["method"]) for r in done):
+        group = [r for r in done if (r["ratio"], r["method"]) == (ratio, method)]
+        stages = ("dense_accuracy", "ramp_accuracy", "removed_accuracy", "accuracy")
+        accuracies = [in_percent(stat(r[stage] for r in group)) for stage in stages]
+        shares = [stat(r[key] / r[f"{key}_before"] for r in group)[0] for key in ("parameters", "macs")]
+        rows.append([ratio, method, *accuracies, *(f"{100 * s:.1f} %" for s in shares), str(len(group))])
+    return Table("accuracy at each stage, %, and what is left of the network", headers, rows)

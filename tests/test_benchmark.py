@@ -20,6 +20,7 @@ from autosparse.masks.mask import Masks
 from autosparse.pruning import irp as irp_module
 from autosparse.pruning.dissipating import DissipatingSettings
 from autosparse.pruning.kstarts import KStartsSettings
+from autosparse.pruning.prune import describe
 from autosparse.scorers.features import DEFAULT
 from autosparse.scorers.scorer import Scorer, build_network
 from autosparse.trainability.preparation import Preparation
@@ -483,7 +484,7 @@ def test_masks_of_a_preparation_count(
     def less(model: Any, masks: Masks, example_input: Any) -> Preparation:
         first = next(iter(masks))
         other = Masks({name: kept & (name != first) for name, kept in masks.items()})
-        return Preparation("less", other, ())
+        return Preparation("less", describe(model, other, example_input), ())
 
     monkeypatch.setitem(PREPARATIONS, "less", less)
     rows = run_grid(cells_of(SNIP, replace(SNIP, prepare="less")), tmp_path, data, device="cpu")

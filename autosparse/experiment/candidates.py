@@ -16,7 +16,7 @@ from autosparse.experiment.checks import CHECKS, split
 from autosparse.experiment.tracking import load_scorer
 from autosparse.files import read_json, sha256, write_json
 from autosparse.masks.layers import Layer, prunable_layers
-from autosparse.masks.mask import MaskReport, Masks
+from autosparse.masks.mask import Masks
 from autosparse.masks.schedule import SCHEDULES, check_sparsity
 from autosparse.masks.selection import SCOPES, Scope, parse_granularity
 from autosparse.network.graph import trace
@@ -275,18 +275,11 @@ def find_masks(
 
 
 def prepare_found(model: nn.Module, data: ImageData, how: str, found: Found, seed: int = 0) -> Found:
-    """Prepare `model` in place for the masks found; gives the masks to train under, and counts the seconds that it took.
-
-    Where the preparation chose masks of its own, they get a report of their own.
-    """
+    """Prepare `model` in place for the masks found; gives the masks to train under, and counts the seconds that it took."""
     clock = time.perf_counter()
     example = data.normalise(data.train.images[:2])
     masks = prepare(model, found.masks, how, example_input=example, seed=seed).masks
-    seconds = found.seconds + time.perf_counter() - clock
-    if masks != found.masks:
-        masks = Masks(masks, found.masks.layer_info or None, MaskReport(origin=found.masks.report.origin))
-        masks = describe(model, masks, example)
-    return replace(found, masks=masks, seconds=seconds)
+    return replace(found, masks=masks, seconds=found.seconds + time.perf_counter() - clock)
 
 
 @dataclass(frozen=True)

@@ -251,6 +251,7 @@ def own(name: str, width: int, **options: Any) -> Callable[[], nn.Module]:
     ("make", "share"),
     [
         (own("resnet20", 4), 0.3),
+        (own("resnet20", 4, residual=(0.7, 0.3)), 0.3),
         (own("resnet18", 4), 0.3),
         (own("resnet50", 4), 0.3),
         (own("vgg11", 4), 0.3),

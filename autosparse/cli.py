@@ -822,7 +822,8 @@ def _shrink(config: ShrinkConfig) -> None:
             live.show(event)
             value = event.values.get("value") if event.kind == "done" else None
             if value is not None:
-                tracker.log({f"{value['method']}/{value['ratio']}/accuracy": value["accuracy"]}, value["seed"])
+                name = "/".join(str(value[key]) for key in ("method", "ratio") if value[key])
+                tracker.log({f"{name}/accuracy": value["accuracy"]}, value["seed"])
                 tracker.flush()
 
         results = run_thinnings(

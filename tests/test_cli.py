@@ -533,3 +533,31 @@ def test_the_same_initialization_is_pruned_and_trained(run: Run) -> None:
     kept = torch.cat([model.get_parameter(n).detach()[m].abs() for n, m in masks.items()])
     pruned = torch.cat([model.get_parameter(n).detach()[~m].abs() for n, m in masks.items()])
     assert float(kept.min()) >= float(pruned.max())
+
+
+def test_networks_are_made_smaller(run: Run) -> None:
+    config: dict[str, Any] = {
+        **TINY,
+        "output": "small",
+        "model": CONVNET,
+        "tpp": {"ramp": 3, "stabilise": 1, "delta": 1, "tau": 3},
+        "finetune": TINY["recipe"],
+        "methods": ["tpp", "l1"],
+        "seeds": [0],
+    }
+    answer = run("shrink", config)
+    assert answer.code == 0 and answer.err == "", answer.err
+    assert "after removal" in answer.out and "networks: small/networks" in answer.out
+    with open("small/results.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(r["method"], r["ratio"]) for r in rows] == [("dense", ""), ("tpp", "0.5"), ("l1", "0.5")]
+    for row in rows[1:]:
+        assert 0 <= float(row["removed_accuracy"]) <= 1 and int(row["parameters"]) < int(row["parameters_before"])
+    before = {p.name: p.read_bytes() for p in Path("small/networks").iterdir()}
+    assert run("shrink", config, "ratios=[0.5,{features.4.weight: 0.25}]", "methods=[l1]").code == 0
+    assert before.items() < {p.name: p.read_bytes() for p in Path("small/networks").iterdir()}.items()
+    refused(run("shrink", config, "tpp.ramp=4"), "belongs to another config", "there tpp.ramp is 3, here 4")
+    refused(run("shrink", config, "methods=[tpq]"), "criterion is 'tpq'")
+    refused(run("shrink", config, "ratios=[2.0]"), "ratio is 2.0: it is the share of filters that go")
+    refused(run("shrink", config, "output=none", "model=mlp"), "MLP has no convolution whose filters can go alone")
+    assert "3 jobs: 3 done" in run("status", "small").out

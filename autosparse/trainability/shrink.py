@@ -85,7 +85,7 @@ def remove(model: nn.Module, masks: Masks, example_input: Any) -> Removal:
     model = unwrap(model)
     example = cast_like(model, first_of_batch(example_input, 2))
     layers = prunable_layers(model, operands=trace(model, example).operands)
-    masks._parameters(model)  # raises if they are another model's
+    masks.check(model)
     empty = {name: _empty_filters(name, mask, layers.get(name)) for name, mask in masks.items()}
     try:
         found = _removed(model, masks, empty, example)

@@ -23,15 +23,23 @@ class Size:
 
 
 def size(model: nn.Module, example_input: Any) -> Size:
-    """The size of `model`; its MACs are those of the layers with weights, `Σ numel · positions`, from the traced graph.
-
-    Products of two activations, norms and activations are not counted. The model stays as it is.
+    """The size of `model`; its MACs are the sum of `layer_macs`. The model stays as it is.
 
     Args:
-        example_input: as for `trace`, of two examples or more if it has a batch.
+        example_input: as for `trace`.
 
     Raises:
         AutoSparseError: the model does not take this input, or has no weights.
+    """
+    macs = layer_macs(model, example_input)
+    return Size(sum(p.numel() for p in unwrap(model).parameters()), sum(macs.values()))
+
+
+def layer_macs(model: nn.Module, example_input: Any) -> dict[str, int]:
+    """Multiply-accumulates of one example with each prunable weight, over all of its uses, from the traced graph.
+
+    `numel · positions`: output positions, of a transposed convolution input positions. Products of two activations, norms
+    and activations are not counted. Arguments and errors as of `size`.
     """
     model = unwrap(model)
     batch = max(
@@ -39,12 +47,12 @@ def size(model: nn.Module, example_input: Any) -> Size:
     )
     graph = trace(model, example_input)
     layers = prunable_layers(model, operands=graph.operands)
-    macs = 0
+    macs = dict.fromkeys(layers, 0)
     for op in graph.operations:
         for name in op.weights:
             convolves = op.kind == "conv"
             positions = op.shape[2:] if convolves else op.shape[:-1]  # a product may fold the batch
             if op.kind == "conv_transpose":  # each input is multiplied with the whole kernel
                 positions = graph.operations[op.inputs[0]].shape[2:]
-            macs += layers[name].numel * math.prod(positions) // (1 if op.kind.startswith("conv") else batch)
-    return Size(sum(p.numel() for p in model.parameters()), macs)
+            macs[name] += layers[name].numel * math.prod(positions) // (1 if op.kind.startswith("conv") else batch)
+    return macs

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from autosparse.masks.layers import Layer, prunable_layers, unwrap
-from autosparse.network.graph import Graph, Operation, trace, undisturbed
+from autosparse.masks.layers import unwrap
+from autosparse.network.graph import undisturbed
+from autosparse.network.size import layer_macs
 
 
 @dataclass(frozen=True)
@@ -42,29 +42,15 @@ def cost(model: nn.Module, masks: Mapping[str, Tensor] | None, example: Tensor) 
         AutoSparseError: the model does not take the example.
     """
     model, kept = unwrap(model), masks or {}
-    graph = trace(model, example)
-    layers = prunable_layers(model, operands=graph.operands)
+    macs = layer_macs(model, example)
     counter = FlopCounterMode(display=False)
     with undisturbed(model), torch.no_grad(), counter:
         model(example)
-    flops, saved = counter.get_total_flops(), 0.0
-    for op in graph.operations:
-        if op.weights and op.weights[0] in layers:
-            numel = sum(layers[n].numel for n in op.weights if n in layers)
-            left = sum(int(kept[n].sum()) if n in kept else layers[n].numel for n in op.weights if n in layers)
-            saved += 2 * (1 - left / numel) * _macs(op, graph, layers[op.weights[0]])
+    flops = counter.get_total_flops()
+    pruned = {name: mask.numel() - int(mask.sum()) for name, mask in kept.items()}
+    saved = sum(2 * macs[name] * count / kept[name].numel() for name, count in pruned.items() if name in macs)
     stored = sum(p.numel() for p in model.parameters())
-    pruned = sum(int((~mask).sum()) for mask in kept.values())
-    return Cost(stored, stored - pruned, flops, round(flops - saved))
-
-
-def _macs(op: Operation, graph: Graph, layer: Layer) -> int:
-    """Multiplications of one operation with all of its weights."""
-    if op.kind == "conv_transpose":
-        return math.prod(graph.operations[op.inputs[0]].shape) * layer.fan_out
-    if op.kind == "conv":
-        return math.prod(op.shape) * layer.fan_in
-    return math.prod(op.shape) * layer.shape[layer.in_dim]
+    return Cost(stored, stored - sum(pruned.values()), flops, round(flops - saved))
 
 
 @contextmanager

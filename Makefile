@@ -9,7 +9,7 @@ quickstart: $(VENV)/.installed
 	$(BIN)/autosparse quickstart
 
 test: $(VENV)/.installed lint
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests -n 2 --dist loadfile
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

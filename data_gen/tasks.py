@@ -16,6 +16,7 @@ import torch
 
 from autosparse.errors import AutoSparseError
 from autosparse.masks.layers import prunable_layers
+from autosparse.masks.random import make_python_generator
 from autosparse.network.signals import SignalSettings
 from autosparse.network.size import size
 from autosparse.pruning.irp import IRPSettings
@@ -42,11 +43,11 @@ def sample_tasks(settings: TaskSettings, recipe: Recipe, irp: IRPSettings, signa
     Raises:
         AutoSparseError: a data set cannot be read, or no network keeps the bounds.
     """
-    start = Random(f"{settings.seed}").random()
+    start = make_python_generator(settings.seed, "tasks").random()
     found: list[Run] = []
     known: set[str] = set()
     for index in range(settings.count):
-        rng = Random(f"{settings.seed}/{index}")
+        rng = make_python_generator(settings.seed, "task", index)
         data = settings.data[index % len(settings.data)]
         cell = _at_share(settings.cells, (start + index * _GOLDEN) % 1)
         model = _model(rng, cell, settings, shared_data(data, "cpu"), known)

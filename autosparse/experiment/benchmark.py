@@ -26,6 +26,7 @@ from autosparse.experiment.status import FOLDER, journal, kept_up
 from autosparse.files import read_json, replace_file, write_json
 from autosparse.masks.layers import prunable_layers
 from autosparse.masks.mask import Masks
+from autosparse.masks.random import derive
 from autosparse.masks.schedule import check_sparsity
 from autosparse.network.graph import trace
 from autosparse.training.data import DataSettings, ImageData, shared_data
@@ -154,7 +155,7 @@ def run_cell(
             warnings.simplefilter("ignore")  # what they say stands in the result: dead layers, ties
             found = _search(cell, model, data, device, state, store, on_epoch)
             if cell.candidate.variant == "reinit":
-                model = build_model(cell.model, data, _REDRAWN + cell.seed).to(data.device)
+                model = build_model(cell.model, data, derive(cell.seed, "redrawn weights")).to(data.device)
             if cell.candidate.prepare is not None:
                 found = prepare_found(model, data, cell.candidate.prepare, found, cell.seed)
         if found.weights is not None:
@@ -171,9 +172,6 @@ def run_cell(
         on_epoch=on_epoch,
     )
     return _result(cell, found, trained, cell.recipe.length(data) / steps_per_epoch(data, cell.recipe.batch_size))
-
-
-_REDRAWN = 1_000_000  # seeds of networks whose weights are drawn anew under a mask
 
 
 def _search(

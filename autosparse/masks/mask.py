@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from autosparse.errors import AutoSparseError
 from autosparse.masks.layers import Layer, unwrap
+from autosparse.masks.random import make_generator
 
 SCHEMA = "autosparse.masks/1"
 
@@ -124,7 +125,7 @@ class Masks(Mapping[str, Tensor]):
 
     def shuffle(self, seed: int = 0) -> Masks:
         """The layer-wise shuffle: the same number kept in each layer, at random positions."""
-        generator = torch.Generator().manual_seed(seed)
+        generator = make_generator(seed, "shuffle")
         shuffled = {}
         for name, tensor in self._tensors.items():
             order = torch.randperm(tensor.numel(), generator=generator)

@@ -14,6 +14,7 @@ from torch import Tensor
 from autosparse.errors import AutoSparseError, require
 from autosparse.masks.layers import Layer
 from autosparse.masks.mask import MaskReport, Masks
+from autosparse.masks.random import make_generator
 from autosparse.masks.schedule import check_density
 
 SCOPES = ("global", "uniform", "erk")
@@ -180,7 +181,7 @@ def select(
     room = {n: _held(keys[n] > -math.inf, u[1]) for n, u in units.items()}
     if total > sum(room.values()):
         raise AutoSparseError(f"{total} weights cannot be kept: earlier steps left only {sum(room.values())}")
-    generator = torch.Generator().manual_seed(seed)
+    generator = make_generator(seed, "ties")
     least = dict.fromkeys(sizes, 0)
     if floor > 0:
         keys, least = _raise_floor(keys, units, sizes, room, floor, generator)
@@ -450,7 +451,7 @@ def _select_nm(
     within: Mapping[str, Tensor] | None,
     seed: int,
 ) -> Masks:
-    generator = torch.Generator().manual_seed(seed)
+    generator = make_generator(seed, "ties")
     chosen, dense, tied, total = {}, [], 0, 0
     for name, score in scores.items():
         layer = layers[name]

@@ -16,9 +16,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 from autosparse.errors import AutoSparseError, require, settings
 from autosparse.masks.layers import prunable_layers, unwrap
 from autosparse.masks.mask import Masks
+from autosparse.masks.random import make_generator, seeded
 from autosparse.network.graph import FACTORS, base_name, first_of_batch, named_arguments, trace
 from autosparse.network.lipschitz import estimate, pairs, spectral_norm
-from autosparse.network.running import NORMS, Batch, Loss, batch_loss, batch_size, eval_mode, forward, seeded
+from autosparse.network.running import NORMS, Batch, Loss, batch_loss, batch_size, eval_mode, forward
 from autosparse.network.saliency import (
     Weights,
     batch_statistics,
@@ -256,7 +257,7 @@ def hessian_norms(
     Source: Lanczos 1950.
     """
     kept = masks or {}
-    walks = {n: _Walk(_unit(_masked(_random(w, seed + i), kept.get(n)))) for i, (n, w) in enumerate(weights.items())}
+    walks = {n: _Walk(_unit(_masked(_random(w, seed, n), kept.get(n)))) for n, w in weights.items()}
     active = dict(walks)
     way_out = "set iterations to 0, which leaves Hessians out"
     with eval_mode(model, but=NORMS), torch.enable_grad(), twice_differentiable(model, way_out):
@@ -304,7 +305,7 @@ def _hessian_products(
     total = {n: torch.zeros_like(v) for n, v in along.items()}
     for batch, share in zip(batches, shares(batches), strict=True):
         leaves, state = leaves_and_state(model, weights)
-        with seeded(seed, device_of(weights)):
+        with seeded(seed, "forward pass", device=device_of(weights)):
             value = batch_loss(model, state, batch, loss)
         wanted = [leaves[n] for n in along]
         grads = torch.autograd.grad(value, wanted, create_graph=True, allow_unused=True)
@@ -327,7 +328,7 @@ def jacobian_singular_values(
     Raises:
         AutoSparseError: more than 4096 outputs, or inputs that are not of floats.
     """
-    with seeded(seed, device_of(weights)):
+    with seeded(seed, "forward pass", device=device_of(weights)):
         statistics = batch_statistics(model, dict(weights), inputs)
         few = first_of_batch(inputs, samples)
         with eval_mode(model), torch.enable_grad():
@@ -399,7 +400,12 @@ def _signals(
     """The mean loss over all samples, and what was seen of the layers on the way."""
     seen, value = _Signals(weights), 0.0
     # Fused attention shows no single products.
-    with eval_mode(model, but=NORMS), seeded(seed, device_of(weights)), torch.no_grad(), twice_differentiable(model):
+    with (
+        eval_mode(model, but=NORMS),
+        seeded(seed, "forward pass", device=device_of(weights)),
+        torch.no_grad(),
+        twice_differentiable(model),
+    ):
         for (inputs, targets), share in zip(batches, shares(batches), strict=True):
             _, state = leaves_and_state(model, weights)
             with seen:
@@ -408,9 +414,9 @@ def _signals(
     return value, seen
 
 
-def _random(like: Tensor, seed: int) -> Tensor:
+def _random(like: Tensor, seed: int, name: str) -> Tensor:
     """Standard normal, the same on every device."""
-    return torch.randn(like.shape, generator=torch.Generator().manual_seed(seed), dtype=like.dtype).to(like.device)
+    return torch.randn(like.shape, generator=make_generator(seed, "Lanczos", name), dtype=like.dtype).to(like.device)
 
 
 def _unit(vector: Tensor) -> Tensor:

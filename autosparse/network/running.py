@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from autosparse.errors import AutoSparseError, first_line
+from autosparse.masks.random import seeded
 
 Batch = tuple[Any, Any]
 Loss = Callable[[Any, Any], Tensor]
@@ -23,7 +24,7 @@ def take_batches(batches: Iterable[Batch], n_batches: int, device: torch.device,
         AutoSparseError: there are none, or an item is not a pair.
     """
     taken: list[Batch] = []
-    with seeded(seed, device):
+    with seeded(seed, "batches", device=device):
         for item in batches:
             if not isinstance(item, (tuple, list)) or len(item) != 2:
                 raise AutoSparseError(
@@ -98,25 +99,6 @@ def eval_mode(model: nn.Module, but: tuple[type[nn.Module], ...] = ()) -> Iterat
     finally:
         for module, mode in modes:
             module.training = mode
-
-
-@contextmanager
-def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Draw from `seed` on `device` and on the CPU; the global RNG states come back."""
-    devices = [device.index or 0] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        seed_device(seed, device)
-        yield
-
-
-def seed_device(seed: int, device: torch.device) -> None:
-    """Seed the global RNG of `device` and of the CPU, and no other's, as `torch.manual_seed` would."""
-    if device.type == "cuda":
-        with torch.cuda.device(device):
-            torch.cuda.manual_seed(seed)
-    elif device.type != "cpu":
-        torch.manual_seed(seed)
-    torch.default_generator.manual_seed(seed)
 
 
 def _move(value: Any, device: torch.device) -> Any:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from autosparse.errors import AutoSparseError, suggest
 from autosparse.masks.layers import Layer
+from autosparse.masks.random import make_generator
 from autosparse.network.signals import Signals, parse_horizon
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ class Inverted:
 
 def random(signals: Signals, context: Context) -> Scores:
     """`s ~ U(0, 1)`, a function of the seed alone: the same on every device."""
-    generator = torch.Generator().manual_seed(context.seed)
+    generator = make_generator(context.seed, "random scores")
     return {name: torch.rand(layer.shape, generator=generator) for name, layer in context.layers.items()}
 
 
@@ -117,7 +118,7 @@ def spread(signals: Signals, context: Context) -> Scores:
 
     Uniform layer densities by itself; the preset of this name has ERK's. No signals.
     """
-    generator = torch.Generator().manual_seed(context.seed)
+    generator = make_generator(context.seed, "spread")
     return {name: 1 - spread_order(layer, generator) / layer.numel for name, layer in context.layers.items()}
 
 
@@ -128,7 +129,7 @@ def spread_small(signals: Signals, context: Context) -> Scores:
     `1/‖θ‖`, and so the step relative to the weight as `1/‖θ‖²`: small weights learn sooner, which tells in short
     trainings. Scaling the weights that a random mask keeps does the same.
     """
-    generator = torch.Generator().manual_seed(context.seed)
+    generator = make_generator(context.seed, "spread")
     weights = signals["weight"]
     return {
         name: 1 - spread_order(layer, generator, -weights[name].abs()) / layer.numel
@@ -145,7 +146,7 @@ def ranks_within(scores: Scores, positions: str, weights: Mapping[str, Tensor], 
     `positions`: `"scores"`, the highest first; or spread evenly over the channels, see `spread_order`, with any
     (`"spread"`), the highest (`"spread_scores"`) or the smallest weights (`"spread_small"`) of each kernel first.
     """
-    generator = torch.Generator().manual_seed(context.seed)
+    generator = make_generator(context.seed, "positions")
     found = {}
     for name, layer in context.layers.items():
         score = scores[name]

@@ -18,6 +18,7 @@ from autosparse.errors import AutoSparseFailure, AutoSparseStateError, require, 
 from autosparse.files import read_json, read_safetensors, write_json, write_safetensors
 from autosparse.masks.layers import Layer, unwrap
 from autosparse.masks.mask import MaskReport, Masks
+from autosparse.masks.random import derive, make_generator
 from autosparse.masks.schedule import check_density
 from autosparse.masks.selection import Scope, select
 from autosparse.training.data import ImageData
@@ -128,9 +129,9 @@ def kstarts(
         settings.fitness,
         "the data have no validation images; set data.validation to a share, such as 0.1",
     )
-    generator = torch.Generator().manual_seed(seed)
+    generator = make_generator(seed, "starts")
     noise = {n: torch.rand(layer.shape, generator=generator) for n, layer in layers.items()}
-    seeds = torch.randint(2**53, (settings.generations + 1, settings.k), generator=generator).tolist()
+    seeds = [[derive(seed, "start", g, i) for i in range(settings.k)] for g in range(settings.generations + 1)]
     template = select(noise, density, layers=layers, scope=scope or settings.scope, floor=floor, seed=seed)
     origin = {"criterion": "kstarts", **asdict(settings), "density": density, "floor": floor, "seed": seed}
     if settings.fitness == "random":
@@ -286,7 +287,7 @@ def mutate(mask: Tensor, share: float, generator: torch.Generator) -> Tensor:
 
 def child(parents: Sequence[Masks], mutation: float, seed: int) -> Masks:
     """A child of two random parents, by crossover then mutation of every layer; each layer keeps its count."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = make_generator(seed, "child")
     one, other = (parents[int(i)] for i in torch.randperm(len(parents), generator=generator)[:2])
     crossed = {n: crossover(m, other[n], generator) for n, m in one.items()}
     return Masks({n: mutate(m, mutation, generator) for n, m in crossed.items()}, one.layer_info or None)

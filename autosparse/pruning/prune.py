@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from autosparse.errors import AutoSparseError, require, warn
 from autosparse.masks.layers import prunable_layers, unwrap
 from autosparse.masks.mask import Masks
+from autosparse.masks.random import derive
 from autosparse.masks.schedule import check_sparsity, densities
 from autosparse.masks.selection import NM, Channel, Granularity, Scope, parse_granularity, select, whole_layers
 from autosparse.network.coupling import coupled_filters
@@ -137,7 +138,7 @@ def prune(
             example_input=example,
             masks=masks,
             loss=loss,
-            seed=seed + _STRIDE * (measured - 1),
+            seed=seed if measured == 1 else derive(seed, "step", measured),
         )
         scores = rule({**known, **fixed, **found}, Context(layers, target, graph, masks, seed))
         masks = select(
@@ -172,9 +173,6 @@ def prune(
         },
     )
     return describe(model, masks, example)
-
-
-_STRIDE = 1_000_003  # between the seeds of two steps, so that those of neighbouring runs do not meet
 
 
 def describe(model: nn.Module, masks: Masks, example: Any) -> Masks:

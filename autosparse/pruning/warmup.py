@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from autosparse.errors import AutoSparseError, AutoSparseFailure, require, settings, suggest
 from autosparse.masks.layers import Layer, unwrap
 from autosparse.masks.mask import Masks
+from autosparse.masks.random import derive
 from autosparse.network.signals import WARMUP_SIGNALS, Signals, parse_warmup
 from autosparse.training.data import ImageData
 from autosparse.training.loop import Recipe, fabric_for, put_back, rewound, steps_per_epoch, train
@@ -48,7 +49,7 @@ def order_seeds(seed: int, orders: int) -> list[int]:
 
     None is `seed` itself: the training that the mask is for draws from that, and signals are to hold for any data order.
     """
-    return torch.randint(2**53, (orders,), generator=torch.Generator().manual_seed(seed)).tolist()
+    return [derive(seed, "warm-up order", i) for i in range(orders)]
 
 
 def warmup(

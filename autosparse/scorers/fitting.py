@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from autosparse.errors import AutoSparseError, AutoSparseFailure, require, settings
 from autosparse.files import sha256
 from autosparse.masks.layers import Layer
+from autosparse.masks.random import make_generator, make_numpy_generator, seeded
 from autosparse.pruning.criteria import POSITIONS
 from autosparse.scorers import heads, image
 from autosparse.scorers.corpus import hash_of, tags_of
@@ -329,7 +330,7 @@ def folds_of(sources: Sequence[Source], how: str, seed: int) -> list[list[int]]:
         raise AutoSparseError(
             f"fit.validation is {how!r} but the records hold only one {how}: generate more, or set fit.validation=none"
         )
-    order = np.random.default_rng(seed).permutation(len(distinct))
+    order = make_numpy_generator(seed, "folds").permutation(len(distinct))
     return [[i for i, key in enumerate(keys) if key == distinct[j]] for j in order]
 
 
@@ -428,8 +429,7 @@ def fit_sources(
         group = fit_settings.records_per_step if fit_settings.scorer == "gnn" else max(len(which), 1)
         return Rows([sources[i] for i in which], columns, fit_settings, group)
 
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(fit_settings.seed)
+    with seeded(fit_settings.seed, "initialization of a scorer"):
         if fit_settings.scorer == "image":
             network: nn.Module = image.ImageScorer(heads.outputs(fit_settings.head), fit_settings.backbone)
         else:
@@ -480,7 +480,7 @@ def _train(
     device: torch.device,
     on_epoch: Callable[[dict[str, float]], None] | None,
 ) -> list[dict[str, float]]:
-    generator = torch.Generator().manual_seed(fit_settings.seed)
+    generator = make_generator(fit_settings.seed, "rows")
     held = train_rows.load() if train_rows.held() else None
     held_validation = held_rows.load() if held_rows.sources and held_rows.held() else None
     _standardise(network, train_rows, held, generator)
@@ -568,7 +568,7 @@ class _Task:
 def _validation_loss(network: nn.Module, part: Rows, held: Sequence[Table] | None, task: _Task) -> float:
     network.eval()
     total, count = 0.0, 0
-    for table in part.epoch(held, torch.Generator().manual_seed(0)):  # the same rows after every epoch
+    for table in part.epoch(held, make_generator(0, "rows of validation")):  # the same rows after every epoch
         total += float(task.loss(network, table)) * len(table.y)
         count += len(table.y)
     return total / max(count, 1)

@@ -21,6 +21,7 @@ import torch
 from autosparse.errors import AutoSparseError, AutoSparseFailure, require, settings, suggest
 from autosparse.files import read_json, write_json
 from autosparse.masks.layers import prunable_layers
+from autosparse.masks.random import make_generator
 from autosparse.masks.schedule import check_sparsity
 from autosparse.masks.selection import select
 from autosparse.network.graph import trace
@@ -220,7 +221,7 @@ def tune(
         return Trial(task, str(file), tuple({**scorer.rule, **moved}.items()), sparsity, chosen.floor)
 
     for generation in range(chosen.generations):
-        generator = torch.Generator().manual_seed(chosen.seed * 1_000_003 + generation)
+        generator = make_generator(chosen.seed, "directions", generation)
         directions = torch.randn(chosen.pairs, len(value), generator=generator, dtype=torch.float64)
         pairs = []
         for index, direction in enumerate(directions):

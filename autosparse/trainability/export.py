@@ -36,6 +36,7 @@ from autosparse.errors import AutoSparseError, AutoSparseFailure, first_line, re
 from autosparse.files import replace_file
 from autosparse.masks.layers import unwrap
 from autosparse.masks.mask import Masks
+from autosparse.masks.random import make_generator
 from autosparse.trainability.cost import Cost, cost, take_turns, threads
 from autosparse.trainability.shrink import shrink
 from autosparse.trainability.stored import NetworkSettings, load_network, save_network
@@ -571,7 +572,7 @@ def _timed(group: Sequence[_Made], job: _Job) -> dict[str, dict[int, Latency]]:
 
 def _images(example: Tensor, count: int) -> Tensor:
     """So many images of the example's shape from N(0, I), the same at each call."""
-    generator = torch.Generator().manual_seed(0)
+    generator = make_generator(0, "images of a latency")
     return torch.randn((count, *example.shape[1:]), generator=generator)
 
 

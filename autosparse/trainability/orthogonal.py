@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from autosparse.errors import require
 from autosparse.masks.layers import Layer, prunable_layers, unwrap
 from autosparse.masks.mask import MaskReport, Masks
+from autosparse.masks.random import make_generator
 from autosparse.network.graph import Operation, trace
 from autosparse.network.lipschitz import Pair, estimate, pairs, spectral_norm
 from autosparse.pruning.prune import describe
@@ -53,7 +54,7 @@ def eoi(model: nn.Module, masks: Masks | None, example_input: Any, *, seed: int 
     >>> masks.kept, torch.allclose(layer.weight @ layer.weight.T, torch.eye(4), atol=1e-6)
     (16, True)
     """
-    generator = torch.Generator().manual_seed(int(seed))
+    generator = make_generator(seed, "orthogonal")
     targets, tensors, done = _targets(model, masks, example_input, gain), {}, []
     for target in targets:
         blocks, rows, columns, taps = target.places.shape

@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_map
 from autosparse.errors import AutoSparseError, AutoSparseFailure, first_line, warn
 from autosparse.masks.layers import Layer, prunable_layers, unwrap
 from autosparse.masks.mask import Masks
+from autosparse.masks.random import make_generator
 from autosparse.network.graph import as_call, cast_like, first_of_batch, tensors_in, trace
 from autosparse.network.running import NORMS, eval_mode
 
@@ -129,7 +130,7 @@ def output_difference(a: nn.Module, b: nn.Module, example_input: Any) -> float:
 
 def _probe(model: nn.Module, example: Any) -> Any:
     """Random inputs like the example, the same at each call."""
-    generator = torch.Generator().manual_seed(0)
+    generator = make_generator(0, "probe")
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
 
     def draw(t: Any) -> Any:

@@ -16,6 +16,7 @@ from autosparse.errors import AutoSparseError, first_line, settings
 from autosparse.files import read_safetensors, write_safetensors
 from autosparse.masks.layers import unwrap
 from autosparse.masks.mask import Masks
+from autosparse.masks.random import make_generator
 from autosparse.training.models import MODELS, ModelSettings, create_model
 
 SCHEMA = "autosparse.network/1"
@@ -40,7 +41,7 @@ class NetworkSettings:
     def example(self, count: int = 2) -> Tensor:
         """Images of the shape that the network takes, drawn from N(0, I), the same at each call."""
         shape = (count, self.in_channels, self.image_size, self.image_size)
-        return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        return torch.randn(shape, generator=make_generator(0, "example"))
 
 
 def save_network(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from autosparse.errors import AutoSparseError, first_line, require, settings, suggest
+from autosparse.masks.random import derive, make_generator, make_numpy_generator
 
 AUGMENTATIONS = ("none", "crop", "crop+flip")
 
@@ -120,13 +121,13 @@ class ImageData:
 
     def sample(self, batch_size: int, n_batches: int, seed: int) -> list[tuple[Tensor, Tensor]]:
         """Fixed random training batches, not augmented: what criteria score on. Fewer when the data are fewer."""
-        generator = torch.Generator().manual_seed(seed)
+        generator = make_generator(seed, "sample")
         order = torch.randperm(len(self.train), generator=generator)[: batch_size * n_batches].to(self.device)
         return [(self.normalise(self.train.images[i]), self.train.labels[i]) for i in order.split(batch_size)]
 
     def sample_per_class(self, per_class: int, seed: int, batch_size: int) -> list[tuple[Tensor, Tensor]]:
         """Fixed random training batches of `per_class` images of every class (all where a class has fewer), not augmented."""
-        generator = torch.Generator().manual_seed(seed)
+        generator = make_generator(seed, "sample per class")
         order = torch.randperm(len(self.train), generator=generator)
         labels = self.train.labels.cpu()[order]
         chosen = torch.cat([order[labels == label][:per_class] for label in range(self.classes)])
@@ -139,7 +140,7 @@ class ImageData:
         A pure function of `seed`, wherever it runs; a training set smaller than a batch is one batch. Of each batch, the
         part of `rank` out of `world` equal ones.
         """
-        generator = torch.Generator().manual_seed(seed)
+        generator = make_generator(seed, "epoch")
         count, channels, side = len(self.train), self.channels, self.image_size
         size = min(batch_size, count)
         used, share = count // size * size, size // world
@@ -205,7 +206,7 @@ def load_data(data: DataSettings | str, device: torch.device | str = "cpu") -> I
         chosen.validation,
         f"of {len(train_labels)} training images it leaves none to train on; lower it",
     )
-    held = _stratified(train_labels, held_out, chosen.seed + 1)
+    held = _stratified(train_labels, held_out, derive(chosen.seed, "validation"))
     train = _split(train_images[~held], train_labels[~held], chosen.image_size)
     validation = _split(train_images[held], train_labels[held], chosen.image_size)
     test = _split(test_images, test_labels, chosen.image_size)
@@ -233,7 +234,7 @@ def _moments(images: Tensor) -> tuple[Tensor, Tensor]:
 
 def _stratified(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
     """Boolean choice of exactly `count` items, class by class in equal shares as far as whole numbers allow."""
-    rng = np.random.default_rng(seed)
+    rng = make_numpy_generator(seed, "subset")
     order = rng.permutation(len(labels))
     rank = np.empty(len(labels))  # position of each item within its class, as a share of the class
     for label in np.unique(labels):

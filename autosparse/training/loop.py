@@ -23,7 +23,8 @@ from autosparse.errors import AutoSparseError, AutoSparseFailure, AutoSparseStat
 from autosparse.files import replace_file
 from autosparse.masks.layers import unwrap
 from autosparse.masks.mask import Masks
-from autosparse.network.running import eval_mode, seed_device
+from autosparse.masks.random import derive, seed_global
+from autosparse.network.running import eval_mode
 from autosparse.training.data import ImageData
 from autosparse.training.devices import device_names
 from autosparse.training.profile import parts
@@ -374,7 +375,7 @@ def train(
             last = min(per_epoch, first + stop - result.steps)
             network.train()
             total = torch.zeros((), device=fabric.device)
-            batches = data.epoch(recipe.batch_size, _mix(seed, epoch, 0), rank, world)
+            batches = data.epoch(recipe.batch_size, derive(seed, "epoch", epoch), rank, world)
             begin("data")
             for images, labels in itertools.islice(batches, first, last):
                 begin("bookkeeping")
@@ -383,7 +384,7 @@ def train(
                 optimizer.zero_grad(set_to_none=True)
                 if graphs:  # the memory of the last step's logits and gradients is free for this one's
                     torch.compiler.cudagraph_mark_step_begin()
-                seed_device(_mix(seed, result.steps, 1 + rank), fabric.device)
+                seed_global(seed, "training step", result.steps, rank, device=fabric.device)
                 begin("forward")
                 logits = network(_layout(images, recipe.channels_last))
                 loss = F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
@@ -443,11 +444,6 @@ def train(
     if checkpoint is not None and rank == 0:
         checkpoint.unlink(missing_ok=True)
     return result
-
-
-def _mix(*numbers: int) -> int:
-    """One seed from several numbers, without collisions between neighbouring seeds and epochs."""
-    return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=7).digest(), "little")
 
 
 def _check_finite(total: Tensor | float, result: Trained, recipe: Recipe) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from autosparse.errors import AutoSparseError, first_line, require, settings, suggest
-from autosparse.network.running import seeded
+from autosparse.masks.random import seeded
 from autosparse.training.cells import CellNet, soften_branches
 
 M = TypeVar("M", bound=nn.Module)
@@ -272,7 +272,7 @@ def create_model(
         AutoSparseError: unknown name, a package that is not installed, or options that the factory refuses.
     """
     chosen = ModelSettings(model) if isinstance(model, str) else model
-    with seeded(seed, torch.device("cpu")):
+    with seeded(seed, "initialization"):
         try:
             return _build(chosen, in_channels, classes, image_size)
         except TypeError as error:

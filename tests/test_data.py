@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from autosparse.errors import AutoSparseError
+from autosparse.masks.random import make_generator
 from autosparse.training.data import DATA, DataSettings, ImageData, Split, _stratified, load_data
 
 
@@ -131,7 +132,7 @@ def test_a_sample_per_class_is_balanced() -> None:
 
 def slow_epoch(data: ImageData, batch_size: int, seed: int) -> list[tuple[Tensor, Tensor]]:
     """Pad, crop, flip, one image after the other, with the draws in the order that `epoch` states by its code."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = make_generator(seed, "epoch")
     size = min(batch_size, len(data.train))
     used = len(data.train) // size * size
     order = torch.randperm(len(data.train), generator=generator)[:used]

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from autosparse.errors import AutoSparseError
 from autosparse.masks.layers import prunable_layers
+from autosparse.masks.random import seeded
 from autosparse.network.saliency import INNER_RATE, NTK_DRAWS, NTK_NOISE
 from autosparse.network.signals import images_seen, measure
 
@@ -224,8 +225,7 @@ def test_ntk_sensitivity_of_one_linear_layer() -> None:
     mask = torch.tensor([[True, True, False], [True, True, True]])
     found = signal(model, "ntk_sensitivity", example_input=torch.zeros(4, 3).double(), masks={"weight": mask}, seed=7)
     expected = torch.zeros(2, 3).double()
-    with torch.random.fork_rng():
-        torch.manual_seed(7)
+    with seeded(7, "NTK draws"):
         for _ in range(NTK_DRAWS):
             _, z = torch.randn_like(expected), torch.randn_like(expected)
             x = torch.randn(4, 3, dtype=torch.float64)
@@ -242,8 +242,7 @@ def test_ntk_sensitivity_against_finite_differences(kind: str, unchanged: Guard)
         found = signal(model, "ntk_sensitivity", example_input=example, masks=masks, seed=2)
     weights = {n: model.get_parameter(n).detach() for n in found}
     draws = []
-    with torch.random.fork_rng():
-        torch.manual_seed(2)
+    with seeded(2, "NTK draws"):
         for _ in range(NTK_DRAWS):
             drawn = {n: w.mean() + w.std(correction=0) * torch.randn_like(w) for n, w in weights.items()}
             moved = {n: w + 0.01 * torch.randn_like(w) for n, w in drawn.items()}

@@ -221,7 +221,7 @@ def operator_norm(
     >>> round(operator_norm(lambda x: F.conv1d(x, kernel, padding=1), torch.zeros(1, 1, 2)), 3)
     1.732
     """
-    vector = _unit(_random(example, seed))
+    vector = _unit(_random(example, seed, "operator"))
     found = 0.0
     for _ in range(iterations):
         image, adjoint, *_ = torch.func.vjp(linear, vector)

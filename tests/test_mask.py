@@ -123,6 +123,25 @@ def test_enforce_holds_after_every_step(name: str, model: nn.Module, masks: Mask
     assert all((p != 0).all() for n, p in model.named_parameters() if n in masks)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.complex64, torch.complex128])
+def test_enforce_fills_pruned_weights_whatever_they_hold(dtype: torch.dtype) -> None:
+    """NaN, infinity and negative zero too, and what momentum makes of a NaN in it; kept weights keep their bits."""
+    weight = nn.Parameter(torch.tensor([[1.0, 2.0, 3.0, 4.0], [-5.0, -6.0, -7.0, -8.0]]).to(dtype).t())
+    model = nn.ParameterDict({"w": weight})
+    optimizer = torch.optim.SGD([weight], lr=1.0, momentum=0.9)
+    Masks({"w": torch.tensor([[1, 0, 0, 0], [1, 0, 0, 0]], dtype=torch.bool).t()}).enforce(model, optimizer)
+    for _ in range(2):
+        gradient = torch.tensor([[0.5, torch.nan, torch.inf, -torch.inf], [0.5, 1.0, 0.0, torch.nan]])
+        weight.grad = gradient.to(dtype).t()
+        optimizer.step()
+        weight.grad = torch.zeros_like(weight)
+        optimizer.step()
+    zeros = weight.detach()[1:].resolve_conj()
+    zeros = torch.view_as_real(zeros) if dtype.is_complex else zeros
+    assert (zeros == 0).all() and not zeros.signbit().any()
+    assert weight[0, 0].isfinite() and weight[0, 0] != 1 and weight[0, 1] != -5
+
+
 def test_enforce_through_wrappers(model: nn.Module, masks: Masks) -> None:
     fabric = Fabric(accelerator="cpu", devices=1)
     compiled = torch.compile(model, backend="eager")

@@ -34,6 +34,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from autosparse.errors import AutoSparseError, first_line
 from autosparse.masks.layers import Layer, unwrap
+from autosparse.masks.mask import masked
 from autosparse.network.graph import FACTORS, KIND, VIEWS, takes_no_values
 from autosparse.network.linearize import (
     MOVES,
@@ -124,7 +125,7 @@ def rescaled_flow(
     for name, layer in layers.items():
         weight = parameters[name].detach().double().abs()
         if masks is not None and name in masks:
-            weight = weight * (masks[name] != 0).to(weight.device)
+            weight = masked(weight, masks[name])
         matrix = weight.movedim(layer.out_dim, 0).flatten(1)
         small = matrix @ matrix.T if matrix.shape[0] <= matrix.shape[1] else matrix.T @ matrix
         norm = torch.linalg.eigvalsh(small)[-1].clamp(min=0).sqrt()  # far cheaper than the singular values
@@ -167,7 +168,7 @@ def _absolute(
         value = chosen.get(name, parameter).detach().to(parameter.device, dtype).abs()
         if name in layers and not value.any():
             value = torch.ones_like(value)
-        found[name] = value * (kept[name] != 0).to(parameter.device) if name in kept else value
+        found[name] = masked(value, kept[name]) if name in kept else value
     return found
 
 

@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from autosparse.errors import AutoSparseError, first_line
+from autosparse.masks.mask import masked
 from autosparse.masks.random import seeded
 from autosparse.network.running import NORMS, Batch, Loss, batch_loss, batch_size, eval_mode, forward
 
@@ -65,7 +66,7 @@ def hessian_gradient(
 
     along = gradient(model, weights, batches, cooled, seed)
     if masks is not None:
-        along = {n: g * masks[n].to(g.device) for n, g in along.items()}
+        along = {n: masked(g, masks[n]) for n, g in along.items()}
     leaves, state = leaves_and_state(model, weights)
     total = [torch.zeros_like(w) for w in leaves.values()]
     with (
@@ -123,7 +124,7 @@ def meta_gradient(
             grads = torch.autograd.grad(value, moving, create_graph=True, allow_unused=True) if moving else ()
             for name, g in zip(training, grads, strict=True):
                 if g is not None:
-                    state[name] = state[name] - INNER_RATE * (g * kept[name] if name in kept else g)
+                    state[name] = state[name] - INNER_RATE * (masked(g, kept[name]) if name in kept else g)
         value = batch_loss(model, {**state, **_buffers(model)}, batches[INNER_STEPS % len(batches)], loss)
         found = torch.autograd.grad(value, list(scales.values()), allow_unused=True)
     return {n: torch.zeros_like(w) if g is None else g for (n, w), g in zip(weights.items(), found, strict=True)}

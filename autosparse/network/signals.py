@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from autosparse.errors import AutoSparseError, require, settings, suggest
 from autosparse.masks.layers import Layer, unwrap
+from autosparse.masks.mask import masked
 from autosparse.network import saliency
 from autosparse.network.flow import rescaled_flow, synaptic_flow, without_flow
 from autosparse.network.running import Batch, Loss, batch_size
@@ -118,9 +119,7 @@ def measure(
     model = unwrap(model)
     own = dict(model.named_parameters())
     with torch.no_grad():
-        weights = {
-            n: own[n].detach() if masks is None else own[n].detach() * masks[n].to(own[n].device) for n in layers
-        }
+        weights = {n: own[n].detach() if masks is None else masked(own[n].detach(), masks[n]) for n in layers}
     signals: Signals = {}
     if "weight" in names:
         signals["weight"] = {n: w.clone() if masks is None else w for n, w in weights.items()}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from autosparse.errors import AutoSparseError, AutoSparseFailure, require, settings, suggest
 from autosparse.masks.layers import Layer, unwrap
-from autosparse.masks.mask import Masks
+from autosparse.masks.mask import Masks, masked
 from autosparse.masks.random import derive
 from autosparse.network.signals import WARMUP_SIGNALS, Signals, parse_warmup
 from autosparse.training.data import ImageData
@@ -110,7 +110,7 @@ def warmup(
             own = {n: p for n, p in model.named_parameters() if n in layers}
             start = {n: origin[n].to(place) for n in own}
             if masks is not None:
-                start = {n: w * masks[n].to(place) for n, w in start.items()}
+                start = {n: masked(w, masks[n]) for n, w in start.items()}
             sums = {name: {n: torch.zeros_like(w) for n, w in start.items()} for name in wanted}
             for order in order_seeds(seed, settings.orders):
                 put_back(model, origin)

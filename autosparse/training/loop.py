@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from autosparse.errors import AutoSparseError, AutoSparseFailure, AutoSparseStateError, first_line, require, settings
 from autosparse.files import replace_file
 from autosparse.masks.layers import unwrap
-from autosparse.masks.mask import Masks
+from autosparse.masks.mask import Masks, Zeroing
 from autosparse.masks.random import derive, seed_global
 from autosparse.network.running import eval_mode
 from autosparse.training.data import ImageData
@@ -352,7 +352,8 @@ def train(
         handles.append(masks.enforce(model, optimizer.optimizer))
     # Weights that are not there must not take part in the gradient's norm.
     own = dict(unwrap(model).named_parameters())
-    alive = [(own[n], m.to(fabric.device)) for n, m in (masks or {}).items() if own[n].requires_grad]
+    pruned = [own[n] for n in masks or {}]
+    zero = Zeroing((masks or {}).values())
     gpus = [fabric.device.index or 0] if fabric.device.type == "cuda" else []
 
     def look(split: str) -> tuple[float, float]:
@@ -394,9 +395,7 @@ def train(
                 if on_gradient is not None:
                     on_gradient(result.steps)
                 if recipe.clip_norm is not None:
-                    for parameter, mask in alive:
-                        if parameter.grad is not None:
-                            parameter.grad.mul_(mask)
+                    zero(parameter.grad for parameter in pruned)
                     # To raise on a norm that is not finite would wait for the device at every step.
                     fabric.clip_gradients(network, optimizer, max_norm=recipe.clip_norm, error_if_nonfinite=False)
                 optimizer.step()

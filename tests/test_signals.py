@@ -14,8 +14,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from autosparse.errors import AutoSparseError
 from autosparse.masks.layers import prunable_layers
+from autosparse.masks.random import derive, seed_global
 from autosparse.network.graph import trace
-from autosparse.network.running import NORMS, batch_size, eval_mode, seed_device, take_batches
+from autosparse.network.running import NORMS, batch_size, eval_mode, take_batches
 from autosparse.network.signals import SignalSettings, measure
 
 Guard = Callable[[nn.Module], AbstractContextManager[None]]
@@ -359,7 +360,7 @@ def test_seeding_the_cpu_leaves_other_devices_alone(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("a device was seeded"))
     monkeypatch.setattr(torch.cuda, "manual_seed", lambda seed: pytest.fail("a device was seeded"))
     with torch.random.fork_rng(devices=[]):
-        seed_device(5, CPU)
+        seed_global(5, "a test", device=CPU)
         drawn = torch.rand(3)
-        torch.default_generator.manual_seed(5)
+        torch.default_generator.manual_seed(derive(5, "a test"))
         assert torch.equal(drawn, torch.rand(3))

@@ -384,7 +384,7 @@ def list_(
             *(f"{v}:ANY_OF_THESE" for v in CHECKS),
         ],
         "preparations": [*PREPARATIONS],
-        "scorers": [f"{name}: {read_scorer(path).card.get('summary', '')}" for name, path in bundled().items()],
+        "scorers": [f"{name}: {read_scorer(path).card.summary}" for name, path in bundled().items()],
         "signals": [*SIGNALS, *(f"{name}@EPOCHS" for name in WARMUP_SIGNALS)],
         "features": [
             *(f"{name}: {feature.meaning}" for name, feature in FEATURES.items()),
@@ -522,6 +522,7 @@ def _fit(config: FitConfig, tracking: Path | None = None) -> Path:
     from autosparse.config import claim_directory, plain
     from autosparse.experiment.tracking import track
     from autosparse.files import read_json, sha256, write_json
+    from autosparse.scorers.card import OWN, PARTS, read_card
     from autosparse.scorers.fitting import fit as run
     from autosparse.scorers.records import find_records
     from autosparse.training.loop import fabric_for
@@ -532,8 +533,8 @@ def _fit(config: FitConfig, tracking: Path | None = None) -> Path:
     path, card = directory / f"{config.name}.safetensors", directory / "scorer.json"
     hashes = sorted(sha256(record) for record in records)
     if path.exists() and card.exists():
-        known = read_json(card, "scorer card")
-        if sorted(r["sha256"] for r in known["records"]) == hashes:
+        known = read_card(read_json(card, "scorer card"))
+        if sorted(r["sha256"] for r in known.records) == hashes:
             _say(f"complete: {path} is there already")
             return path
     with track(tracking or directory, "fit", plain(config), enabled=config.tracking) as tracker, _bars() as bars:
@@ -545,21 +546,32 @@ def _fit(config: FitConfig, tracking: Path | None = None) -> Path:
             tracker.log({k: v for k, v in row.items() if k != "epoch"}, int(row["epoch"]))
             tracker.flush()
 
+        def on_test(rows: list[dict[str, Any]]) -> None:
+            _write_ranks(directory / "test", config.fit.split, rows)
+
         if config.fit.folds:
             _cross_validate(config, records, hashes, directory, device)
-        scorer = run(records, config.fit, name=config.name, device=device, on_epoch=on_epoch)
+        scorer = run(records, config.fit, name=config.name, device=device, on_epoch=on_epoch, on_test=on_test)
         scorer.save(path)
-        write_json(card, scorer.card)
-        tracker.log({f"validation/{k}": v for k, v in scorer.card["validation"].items()}, config.fit.epochs)
+        write_json(card, scorer.card.plain())
+        own = scorer.card.test.get(OWN, {})
+        tracker.log({f"test/{key}": value for key, value in own.items()}, config.fit.epochs)
         tracker.artifact(card)
         tracker.register_scorer(path, config.name, config.alias)
-    figures = scorer.card["validation"]
-    if figures:
+    parts = [
+        f"{len(scorer.card.part(part))} {what}"
+        for part, what in zip(PARTS, ("learned from", "chose the epoch", "judge"), strict=True)
+    ]
+    _say(f"records: {', '.join(parts)}; epoch {scorer.card.epoch} of {config.fit.epochs} is kept")
+    for note in scorer.card.notes:
+        _say(f"note: {note}")
+    if own:
+        magnitude = scorer.card.test["magnitude"]
         _say(
-            f"held-out records: AUC {figures['auc']:.3f} (|θ₀| alone {figures['magnitude_auc']:.3f}), within layers "
-            f"{figures['auc_within_layers']:.3f} ({figures['magnitude_auc_within_layers']:.3f}), "
-            f"within bins of |θ₀| {figures['auc_within_magnitude_bins']:.3f} (0.5), overlap "
-            f"{figures['overlap']:.3f} ({figures['magnitude_overlap']:.3f})"
+            f"records that judge: AUC {own['auc']:.3f} (|θ₀| alone {magnitude['auc']:.3f}), within layers "
+            f"{own['auc_within_layers']:.3f} ({magnitude['auc_within_layers']:.3f}), "
+            f"within bins of |θ₀| {own['auc_within_magnitude_bins']:.3f} (0.5), overlap "
+            f"{own['overlap']:.3f} ({magnitude['overlap']:.3f}); {directory / 'test.csv'}"
         )
     _say(f"scorer: {path}")
     return path
@@ -683,10 +695,10 @@ def _tune(config: TuneConfig) -> None:
     with _quiet_warnings(), _bars() as bars:
         tuned = search(scorer, base, tasks, config.tune, run, on_generation)
     tuned.save(path)
-    write_json(directory / "scorer.json", tuned.card)
+    write_json(directory / "scorer.json", tuned.card.plain())
     for name, weight in tuned.rule.items():
         _say(f"  {name}: {weight:+.3f}")
-    held_out = tuned.card["outcome"]["held_out"]
+    held_out = tuned.card.outcome["held_out"]
     if held_out:
         gain = held_out["accuracy"]
         _say(
@@ -700,11 +712,7 @@ def _cross_validate(
     config: FitConfig, records: Sequence[Path], hashes: Sequence[str], directory: Path, device: str
 ) -> None:
     """Leave-architecture-out, fold by fold, into folds.csv; folds that are done are not done again."""
-    import csv
-
-    from autosparse.experiment.results import stat
-    from autosparse.files import read_json, replace_file, write_json
-    from autosparse.scorers.evaluation import FIGURES
+    from autosparse.files import read_json, write_json
     from autosparse.scorers.fitting import cross_validate
 
     path = directory / "folds.json"
@@ -717,17 +725,26 @@ def _cross_validate(
         _say(f"fold {fold + 1} of {config.fit.folds}: {len({r['record'] for r in rows})} records left out")
 
     rows = cross_validate(records, config.fit, device=device, known=known, on_fold=on_fold)
-    with replace_file(directory / "folds.csv") as temporary, temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    table = []
+    _write_ranks(directory / "folds", f"{config.fit.folds} folds", rows)
+
+
+def _write_ranks(stem: Path, split: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """STEM.csv: how each criterion ranks each record that judged; STEM-mean.csv and the terminal: mean and std over them."""
+    from autosparse.experiment.results import stat
+    from autosparse.files import write_csv
+    from autosparse.scorers.card import FIGURES
+
+    write_csv(stem.with_suffix(".csv"), rows)
+    lines, table = [], []
     for name in dict.fromkeys(row["criterion"] for row in rows):
-        found = [stat(row[key] for row in rows if row["criterion"] == name) for key in FIGURES]
-        table.append([name, *(f"{mean:.3f} ± {std:.3f}" for mean, std, _ in found)])
-    _table(
-        "architectures left out, mean ± std over records", ["criterion", *(k.replace("_", " ") for k in FIGURES)], table
-    )
+        own = [row for row in rows if row["criterion"] == name]
+        found = {key: stat(row[key] for row in own) for key in FIGURES}
+        figures = {k: round(v, 4) for key, s in found.items() for k, v in ((key, s.mean), (f"{key}_std", s.std))}
+        lines.append({"split": split, "criterion": name, "records": len(own), **figures})
+        table.append([name, *(f"{s.mean:.3f} ± {s.std:.3f}" for s in found.values())])
+    write_csv(stem.with_name(f"{stem.name}-mean.csv"), lines)
+    headers = ["criterion", *(key.replace("_", " ") for key in FIGURES)]
+    _table(f"ranks of records left out ({split}), mean ± std over records", headers, table)
 
 
 def _benchmark(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,6 +74,14 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], schema: str, **
 
     with replace_file(path) as temporary:
         save_file({n: t.cpu().contiguous() for n, t in tensors.items()}, temporary, {"schema": schema, **metadata})
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """A table whose columns are the keys of the first row, in one step."""
+    with replace_file(path) as temporary, temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def read_safetensors(path: Path, schema: str, what: str) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -56,6 +56,7 @@ def write(
         loss=np.zeros(len(densities) + 1),
         config={
             "model": {"name": model},
+            "data": {"name": "digits"},
             "seed": seed,
             "signals": {"n_batches": 3, "batch_size": 32, **(settings or {})},
         },

@@ -28,9 +28,9 @@ def test_there_is_one_and_they_are_small() -> None:
 @pytest.mark.parametrize("name", sorted(bundled()))
 def test_each_says_what_it_is_worth(name: str) -> None:
     scorer = autosparse.load_scorer(name)
-    assert scorer.name.startswith(name) and scorer.card["summary"]
-    assert "corpus" in scorer.card or "outcome" in scorer.card, "what it was learned from"
-    assert ("experimental" in scorer.name) == ("experimental" in scorer.card["summary"])
+    assert scorer.name.startswith(name) and scorer.card.summary
+    assert scorer.card.corpus or scorer.card.outcome, "what it was learned from"
+    assert ("experimental" in scorer.name) == ("experimental" in scorer.card.summary)
 
 
 def test_it_prunes_right_after_installing(unchanged) -> None:  # type: ignore[no-untyped-def]

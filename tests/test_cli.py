@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from planted import plant
 from safetensors.torch import load_file
 
 import autosparse
@@ -194,7 +195,7 @@ def test_from_records_to_a_report(run: Run) -> None:
     assert {p.name for p in Path("irp/records").glob("*.h5")} == {f"convnet-w4_digits_s{s}.h5" for s in (0, 1)}
     assert Path("irp/mlflow.db").is_file() and len(list(Path("irp/mlartifacts").rglob("*.h5"))) == 2
     card = json.loads(Path("scorer/scorer.json").read_text())
-    assert len(card["records"]) == 2 and len(card["held_out"]) == 1, "MLflow's copies are no runs of their own"
+    assert sorted(r["part"] for r in card["records"]) == ["fit", "test"], "MLflow's copies are no runs of their own"
     masks = autosparse.Masks.load("prune/masks.safetensors")
     assert masks.total == 64 * 8 + 8 * 8 + 8 * 10 and masks.kept == round(0.2 * masks.total)
     trained = load_file("train/model.safetensors")
@@ -218,7 +219,35 @@ def test_from_records_to_a_report(run: Run) -> None:
     assert "mlp-w8" in page and "3 benchmark runs, 2 IRP records, 1 fitted scorer" in page
 
     Path("irp/records/convnet-w4_digits_s1.h5").unlink()
-    refused(run("fit", fit_config()), "fit.validation is 'run' but the records hold only one run")
+    refused(run("fit", fit_config()), "fit.split is 'run' but the records hold only one run")
+
+
+def test_the_ranks_of_records_left_out_are_tables(run: Run) -> None:
+    """Two folds over four architectures, and a split by tag: a row for each record that judged and each criterion."""
+    for index in range(4):
+        depth = 2 + index
+        plant(Path(f"records/{index}.h5"), index, model=f"m{index}", sizes=((6, 6),) * (depth if index else 20))
+    fit_ = {"epochs": 1, "hidden": [4], "split": "tag:deeper", "validation": "model", "folds": 2}
+    answer = run("fit", {"output": "scorer", "records": ["records"], "fit": fit_, "tracking": False})
+    assert answer.code == 0, answer.err
+    assert "records: 2 learned from, 1 chose the epoch, 1 judge; epoch 1 of 1 is kept" in answer.out
+    names = ["scorer", "magnitude", "snip", "growth0"]
+    with open("scorer/test.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["record"], row["criterion"]) for row in rows] == [("0", name) for name in names]
+    with open("scorer/folds.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert sorted(row["record"] for row in rows if row["criterion"] == "scorer") == ["0", "1", "2", "3"]
+    means = rows_of("scorer/folds-mean.csv")
+    assert list(means) == names and means["magnitude"]["auc"] == "1.0" and means["snip"]["records"] == "4"
+    assert means["snip"]["split"] == "2 folds" and 0 < float(means["snip"]["auc_std"]) < 0.5
+    card = json.loads(Path("scorer/scorer.json").read_text())
+    assert float(card["test"]["snip"]["auc"]) == float(rows_of("scorer/test.csv")["snip"]["auc"])
+
+
+def rows_of(path: str) -> dict[str, dict[str, str]]:
+    with open(path, newline="") as file:
+        return {row["criterion"]: row for row in csv.DictReader(file)}
 
 
 def test_profiles(run: Run) -> None:
@@ -346,7 +375,7 @@ def test_wrong_files_are_one_line(run: Run) -> None:
         ("foreign", "holds no schema, not a whole autosparse.record/1"),
     ):
         refused(run("fit", fit_config(records=["irp", f"{name}.h5"])), f"{name}.h5", part)
-    quick = {"epochs": 1, "validation": "none"}
+    quick = {"epochs": 1, "split": "none"}
     assert run("fit", fit_config(fit=quick)).code == 0, "an output whose first config failed is free for the right one"
     Path("damaged.safetensors").write_bytes(Path("scorer/scorer.safetensors").read_bytes()[:500])
     assert run("prune", prune_config()).code == 0

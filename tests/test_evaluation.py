@@ -14,7 +14,8 @@ from torch import Tensor
 from autosparse.masks.layers import Layer
 from autosparse.network.signals import Signals
 from autosparse.pruning.criteria import CRITERIA, Context, Criterion, HandMade
-from autosparse.scorers.evaluation import FIGURES, RIVALS, compare, evaluate, figures
+from autosparse.scorers.card import FIGURES, OWN
+from autosparse.scorers.evaluation import RIVALS, compare, evaluate, figures, means
 from autosparse.scorers.records import read_record
 
 LAYERS = {"a": Layer("a", "linear", (1, 4)), "b": Layer("b", "linear", (1, 4))}
@@ -101,18 +102,20 @@ def test_the_criterion_is_asked_at_the_lowest_density_with_the_graph(tmp_path: P
 def test_the_mean_over_records_and_the_rivals_that_can_be_asked(tmp_path: Path) -> None:
     plain = plant(tmp_path / "a.h5", 0)
     more = plant(tmp_path / "b.h5", 1, rule="flow", extra=("flow",))
-    found = evaluate(CRITERIA["magnitude"], [plain, more])
+    rows = evaluate(CRITERIA["magnitude"], [plain, more])
+    found = means(rows)
     one, two = (judge(CRITERIA["magnitude"], p) for p in (plain, more))
     for key in FIGURES:
-        for prefix in ("", "magnitude_"):
+        for name in (OWN, "magnitude"):
             if not math.isnan(one[key] + two[key]):
-                assert found[prefix + key] == pytest.approx((one[key] + two[key]) / 2), key
-    assert one["auc"] == 1.0 and found["auc"] < 0.9
-    assert found["snip_auc"] == pytest.approx(sum(judge(CRITERIA["snip"], p)["auc"] for p in (plain, more)) / 2)
+                assert found[name][key] == pytest.approx((one[key] + two[key]) / 2), key
+    assert one["auc"] == 1.0 and found[OWN]["auc"] < 0.9
+    assert found["snip"]["auc"] == pytest.approx(sum(judge(CRITERIA["snip"], p)["auc"] for p in (plain, more)) / 2)
     flow = next(rival for rival in RIVALS if rival.name == "flow")
-    assert found["flow_auc"] == judge(flow, more)["auc"], "the mean is over the records that store it"
-    assert set(found) == {*FIGURES, *(f"{r.name}_{key}" for r in RIVALS for key in FIGURES)}
-    assert evaluate(CRITERIA["magnitude"], []) == {}
+    assert found["flow"]["auc"] == judge(flow, more)["auc"], "the mean is over the records that store it"
+    assert set(found) == {OWN, *(r.name for r in RIVALS)} and all(set(of) == set(FIGURES) for of in found.values())
+    assert [row["record"] for row in rows if row["criterion"] == OWN] == ["a", "b"]
+    assert evaluate(CRITERIA["magnitude"], []) == [] and means([]) == {}
 
 
 def test_rivals_stand_beside_where_their_signals_are_stored(path: Path) -> None:

@@ -15,18 +15,19 @@ from torch import Tensor, nn
 
 from autosparse.errors import AutoSparseError, AutoSparseFailure
 from autosparse.scorers import fitting
+from autosparse.scorers.card import OWN, read_card
 from autosparse.scorers.features import DEFAULT, of_weights
 from autosparse.scorers.fitting import (
     FitSettings,
     Rows,
     Source,
     fit,
-    fit_sources,
+    fit_parts,
     open_source,
-    split_records,
 )
 from autosparse.scorers.records import read_record, write_record
 from autosparse.scorers.scorer import Scorer
+from autosparse.scorers.splits import Parts, folds, split_records
 
 torch.set_num_threads(1)
 
@@ -107,27 +108,76 @@ def test_rows_per_record_bounds_what_each_record_gives(tmp_path: Path, held: boo
 # -- splits -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", range(10))
-@pytest.mark.parametrize("how", ["run", "model"])
-def test_splits_never_mix_runs_or_models(tmp_path: Path, how: str, seed: int) -> None:
-    paths = [plant(tmp_path / f"{m}{s}.h5", s, model=m) for m in ("a", "b", "c") for s in range(2)]
+def key_of(source: Source, unit: str) -> object:
+    return source.model if unit == "model" else (source.model, source.config["seed"])
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("split", ["run", "model"])
+@pytest.mark.parametrize("validation", ["run", "model"])
+def test_parts_never_share_runs_or_models(tmp_path: Path, split: str, validation: str, seed: int) -> None:
+    paths = [plant(tmp_path / f"{m}{s}.h5", s, model=m) for m in ("a", "b", "c", "d") for s in range(2)]
     paths.append(plant(tmp_path / "copy.h5", 0, model="a"))  # the same run under another name
     sources = [open_source(p, ("weight",)) for p in paths]
-    training, held = split_records(sources, how, 0.3, seed)
-    assert sorted(training + held) == list(range(7)) and training and held
-    keys = [(s.model, s.config["seed"]) if how == "run" else s.model for s in sources]
-    assert not {keys[i] for i in training} & {keys[i] for i in held}
-    assert len({keys[i] for i in held}) == (2 if how == "run" else 1)
-    assert (training, held) == split_records(sources, how, 0.3, seed)
+    chosen = replace(QUICK, split=split, validation=validation, test_share=0.3, seed=seed)
+    parts = split_records(sources, chosen)
+    assert sorted(parts.fit + parts.validation + parts.test) == list(range(9)) and parts == split_records(
+        sources, chosen
+    )
+    fit_, choose, judge = (set(part) for part in (parts.fit, parts.validation, parts.test))
+    assert fit_ and choose and judge and not parts.note
+
+    def keys(part: set[int], unit: str) -> set[object]:
+        return {key_of(sources[i], unit) for i in part}
+
+    assert not keys(judge, split) & keys(fit_ | choose, split), "what judges is new in every other respect"
+    assert not keys(choose, validation) & keys(fit_, validation)
+    assert len(keys(judge, split)) == (2 if split == "run" else 1)
 
 
-def test_a_split_needs_two(records: list[Path], tmp_path: Path) -> None:
+def test_a_split_needs_two_and_a_choice_of_the_epoch_three(records: list[Path], tmp_path: Path) -> None:
     sources = [open_source(p, ("weight",)) for p in records]
     with pytest.raises(AutoSparseError, match="'model' but the records hold only one model: generate more"):
-        split_records(sources, "model", 0.25, 0)
+        split_records(sources, replace(QUICK, split="model"))
     with pytest.raises(AutoSparseError, match="'run' but the records hold only one run"):
-        split_records(sources[:1] * 2, "run", 0.25, 0)
-    assert split_records(sources, "none", 0.25, 0) == ([0, 1, 2], [])
+        split_records(sources[:1] * 2, QUICK)
+    none = replace(QUICK, split="none", validation="none")
+    assert split_records(sources, none) == Parts((0, 1, 2))
+    two = split_records(sources[:2], replace(QUICK, test_share=0.9))
+    assert len(two.fit) == len(two.test) == 1 and two.validation == ()
+    assert "only one run is left to learn from: none can choose the epoch, so the last is kept" in two.note
+    assert not split_records(sources[:2], replace(QUICK, split="none", validation="none")).note
+    three = split_records(sources, QUICK)
+    assert [len(part) for part in (three.fit, three.validation, three.test)] == [1, 1, 1] and not three.note
+
+
+def test_each_fold_is_judged_by_architectures_that_did_nothing_else(tmp_path: Path) -> None:
+    paths = [plant(tmp_path / f"{m}{s}.h5", s, model=m) for m in "abcde" for s in range(2)]
+    sources = [open_source(p, ("weight",)) for p in paths]
+    found = folds(sources, replace(QUICK, folds=2, validation="model"))
+    assert sorted(i for parts in found for i in parts.test) == list(range(10)), "each is judged once"
+    for parts in found:
+        models = [{sources[i].model for i in part} for part in (parts.fit, parts.validation, parts.test)]
+        assert all(models) and sum(map(len, models)) == len(set.union(*models)) == 5
+    with pytest.raises(AutoSparseError, match=r"fit\.folds is 6: there are 5 architectures"):
+        folds(sources, replace(QUICK, folds=6))
+
+
+@pytest.mark.parametrize("scorer", ["mlp", "gnn"])
+def test_the_records_that_judge_change_nothing_but_the_figures(tmp_path: Path, scorer: str) -> None:
+    """Fitted twice, the second time with judges of other weights and another rule: the same network, epoch and losses."""
+    others = [plant(tmp_path / f"{i}.h5", i) for i in range(2)]
+    settings = replace(QUICK, scorer=scorer, width=4, rounds=1, features=("log_abs_weight", "layer_size"))
+    found = []
+    for rule in ("weight", "gradient"):
+        judges = [plant(tmp_path / f"{rule}{i}.h5", 5 + i, rule=rule, sizes=((9, 9),)) for i in range(2)]
+        sources = fitting.open_sources([*others, *judges], settings)
+        found.append(fit_parts(sources, Parts((0,), (1,), (2, 3)), settings)[0])
+    one, two = found
+    for key, tensor in one.network.state_dict().items():
+        assert torch.equal(tensor, two.network.state_dict()[key]), key
+    assert one.card.history == two.card.history and one.card.epoch == two.card.epoch
+    assert one.card.test[OWN] != two.card.test[OWN]
 
 
 # -- fitting ------------------------------------------------------------------------------------------------------------
@@ -141,16 +191,17 @@ MEDIUM = ((16, 8, 3, 3), (30, 40))
 @pytest.mark.parametrize("rule", ["weight", "gradient"])
 def test_a_planted_rule_is_learned(tmp_path: Path, head: str, rule: str) -> None:
     """Survival is the rank of |w| (or |g|): a held-out record is ranked almost without a mistake."""
-    paths = [plant(tmp_path / f"{i}.h5", i, rule=rule, sizes=MEDIUM) for i in range(3)]
+    paths = [plant(tmp_path / f"{i}.h5", i, rule=rule, sizes=MEDIUM) for i in range(4)]
     card = fit(paths, replace(QUICK, head=head, epochs=20, batch_size=128)).card
-    figures = card["validation"]
+    figures, magnitude = card.test[OWN], card.test["magnitude"]
     assert figures["auc"] > 0.98 and figures["auc_within_layers"] > 0.98
     if rule == "weight":
-        assert figures["magnitude_auc"] == 1.0
+        assert magnitude["auc"] == 1.0
     else:
-        assert 0.4 < figures["magnitude_auc"] < 0.6
+        assert 0.4 < magnitude["auc"] < 0.6
         assert figures["auc_within_magnitude_bins"] > 0.95
-    assert min(row["validation_loss"] for row in card["history"]) < card["history"][0]["validation_loss"]
+    losses = [row["validation_loss"] for row in card.history]
+    assert min(losses) == losses[card.epoch - 1] < losses[0]
 
 
 @pytest.mark.parametrize("head", ["hazard", "mse"])
@@ -159,14 +210,14 @@ def test_records_of_different_schedules_are_learned_together(tmp_path: Path, hea
     paths = [plant(tmp_path / f"{i}.h5", i, d, sizes=MEDIUM) for i, d in enumerate(schedules)]
     features = ("log_abs_weight", "log_abs_gradient", "weight_rank")
     card = fit(paths, replace(QUICK, head=head, epochs=20, batch_size=128, features=features)).card
-    assert card["validation"]["auc"] > 0.99
+    assert card.test[OWN]["auc"] > 0.99
 
 
 def test_streaming_learns_what_memory_learns(tmp_path: Path) -> None:
     paths = [plant(tmp_path / f"{i}.h5", i, sizes=MEDIUM) for i in range(3)]
     values = replace(QUICK, epochs=20, batch_size=128)
     held, streamed = (fit(paths, replace(values, memory_gib=gib)) for gib in (4.0, 1e-9))
-    assert held.card["validation"]["auc"] > 0.98 and streamed.card["validation"]["auc"] > 0.98
+    assert held.card.test[OWN]["auc"] > 0.98 and streamed.card.test[OWN]["auc"] > 0.98
     for key in ("mean", "std", "low", "high"):
         torch.testing.assert_close(
             held.network.get_buffer(f"inputs.{key}"), streamed.network.get_buffer(f"inputs.{key}"), msg=key
@@ -178,7 +229,9 @@ def test_features_are_standardised_over_all_rows(tmp_path: Path, gib: float, mon
     """A hundred layers, read in as many blocks: each counts, wherever the shuffle puts it."""
     paths = [plant(tmp_path / f"{i}.h5", i, sizes=[(3, 2 + k) for k in range(50)]) for i in range(2)]
     features = ("raw_weight", "layer_fan_in", "layer_last")
-    network = fit(paths, replace(QUICK, validation="none", epochs=1, features=features, memory_gib=gib)).network
+    network = fit(
+        paths, replace(QUICK, split="none", validation="none", epochs=1, features=features, memory_gib=gib)
+    ).network
     weight = np.concatenate([w.ravel() for p in paths for w in read_record(p).signals["weight"].values()])
     fan_in = np.concatenate([[np.log(2 + k)] * (3 * (2 + k)) for k in range(50)] * 2)
     wanted = np.stack([weight, fan_in, np.isclose(fan_in, np.log(51))], axis=1)
@@ -213,18 +266,24 @@ def test_a_fit_may_be_of_any_length(tmp_path: Path) -> None:
     """One step to thirty: the schedule of the learning rate has room in all."""
     path = plant(tmp_path / "r.h5", sizes=((5, 2),), densities=(0.5,))
     for epochs in range(1, 31):
-        card = fit([path], replace(QUICK, validation="none", epochs=epochs, features=("weight",))).card
-        assert len(card["history"]) == epochs
+        card = fit([path], replace(QUICK, split="none", validation="none", epochs=epochs, features=("weight",))).card
+        assert len(card.history) == epochs
 
 
 def test_the_card_tells_what_was_done(records: list[Path]) -> None:
     seen: list[dict[str, float]] = []
-    scorer = fit(records, QUICK, name="mine", on_epoch=seen.append)
-    card = json.loads(json.dumps(scorer.card))
-    assert card["name"] == scorer.name == "mine" and card["head"] == "hazard"
-    assert card["features"] == list(DEFAULT) and card["weights"] == 3 * 1088
-    assert [r["name"] for r in card["records"]] == ["0.h5", "1.h5", "2.h5"] and len(card["held_out"]) == 1
-    assert card["history"] == seen and [row["epoch"] for row in seen] == [1, 2, 3]
+    rows: list[dict[str, object]] = []
+    scorer = fit(records, QUICK, name="mine", on_epoch=seen.append, on_test=rows.extend)
+    card = read_card(json.loads(json.dumps(scorer.card.plain())))
+    assert card.name == scorer.name == "mine" and card.head == "hazard"
+    assert card.features == list(DEFAULT) and card.weights == 1088, "of the records that it learned from"
+    assert [r["name"] for r in card.records] == ["0.h5", "1.h5", "2.h5"]
+    assert sorted(r["part"] for r in card.records) == ["fit", "test", "validation"]
+    assert card.history == seen and [row["epoch"] for row in seen] == [1, 2, 3]
+    (judge,) = card.part("test")
+    assert {row["record"] for row in rows} == {judge.removesuffix(".h5")}
+    assert {row["criterion"]: row["auc"] for row in rows} == {name: of["auc"] for name, of in card.test.items()}
+    assert list(card.test) == [OWN, "magnitude", "snip", "growth0"]
     assert (scorer.n_batches, scorer.batch_size) == (3, 32), "it asks for the batches that its records were made with"
 
 
@@ -244,15 +303,15 @@ def test_the_best_epoch_is_kept(records: list[Path], monkeypatch: pytest.MonkeyP
 
 
 def test_without_validation_the_last_epoch_is_kept(records: list[Path]) -> None:
-    card = fit(records[:1], replace(QUICK, validation="none", epochs=1)).card
-    assert card["validation"] == {} and card["held_out"] == [] and "validation_loss" not in card["history"][0]
+    card = fit(records[:1], replace(QUICK, split="none", validation="none", epochs=1)).card
+    assert card.test == {} and card.part("fit") == ["0.h5"] and "validation_loss" not in card.history[0]
 
 
 def test_weight_features_need_no_gradients_recorded(tmp_path: Path) -> None:
     path = plant(tmp_path / "r.h5")
     record = read_record(path)
     write_record(path, replace(record, signals={"weight": record.signals["weight"]}))
-    quick = replace(QUICK, validation="none", epochs=1)
+    quick = replace(QUICK, split="none", validation="none", epochs=1)
     scorer = fit([path], replace(quick, features=("log_abs_weight",)))
     assert scorer.signals == ("weight",)
     with pytest.raises(AutoSparseError, match=r"no signal 'gradient' for 'l0.weight': it stores weight"):
@@ -282,8 +341,10 @@ def test_a_diverging_fit_fails_in_one_line(records: list[Path]) -> None:
         ({"epochs": 0}, "fit.epochs is 0"),
         ({"batch_size": 0}, "fit.batch_size is 0"),
         ({"lr": 0.0}, "fit.lr is 0.0"),
-        ({"validation": "weight"}, "fit.validation is 'weight': known: run, model, none, tag:NAME"),
+        ({"split": "weight"}, "fit.split is 'weight': known: run, model, none, tag:NAME"),
+        ({"validation": "tag:mlp"}, "fit.validation is 'tag:mlp': known: run, model, none"),
         ({"validation_share": 1.0}, "fit.validation_share is 1.0"),
+        ({"test_share": 0.0}, "fit.test_share is 0.0"),
         ({"rows_per_record": 0}, "fit.rows_per_record is 0"),
         ({"memory_gib": 0.0}, "fit.memory_gib is 0.0"),
         ({"scorer": "cnn"}, "fit.scorer is 'cnn': known: mlp, gnn, image"),
@@ -293,7 +354,7 @@ def test_a_diverging_fit_fails_in_one_line(records: list[Path]) -> None:
         ({"rounds": -1}, "fit.rounds is -1"),
         ({"records_per_step": 0}, "fit.records_per_step is 0"),
         ({"balance": 1.5}, "fit.balance is 1.5"),
-        ({"validation": "tag:"}, "fit.validation is 'tag:'"),
+        ({"split": "tag:"}, "fit.split is 'tag:'"),
         ({"features": ("early",)}, "feature is 'early': give its horizon"),
     ],
 )
@@ -349,7 +410,7 @@ def test_a_streamed_graph_network_learns_too(tmp_path: Path, monkeypatch: pytest
     values = replace(QUICK, scorer="gnn", width=8, rounds=1, records_per_step=2, memory_gib=1e-9, epochs=5)
     features = ("log_abs_weight_network", "weight_rank", "layer_size")
     scorer = fit(paths, replace(values, features=features))
-    assert scorer.card["validation"]["auc"] > 0.97 and len(of_weights(scorer.features)) == 2
+    assert scorer.card.test[OWN]["auc"] > 0.97 and len(of_weights(scorer.features)) == 2
 
 
 def tagged(path: Path, *tags: str) -> Source:
@@ -358,13 +419,15 @@ def tagged(path: Path, *tags: str) -> Source:
 
 def test_a_tag_holds_out_every_record_that_has_it(records: list[Path]) -> None:
     sources = [tagged(records[0], "deeper", "all"), tagged(records[1], "all"), tagged(records[2], "deeper", "all")]
-    assert split_records(sources, "tag:deeper", 0.25, 0) == ([1], [0, 2])
+    settings = replace(QUICK, epochs=1, features=("log_abs_weight",), split="tag:deeper")
+    parts = split_records(sources, settings)
+    assert (parts.fit, parts.validation, parts.test) == ((1,), (), (0, 2)) and "only one run is left" in parts.note
     with pytest.raises(AutoSparseError, match="'tag:wide': none of the records have this tag; there are all, deeper"):
-        split_records(sources, "tag:wide", 0.25, 0)
+        split_records(sources, replace(QUICK, split="tag:wide"))
     with pytest.raises(AutoSparseError, match="'tag:all': all of the records have this tag; there are all, deeper"):
-        split_records(sources, "tag:all", 0.25, 0)
+        split_records(sources, replace(QUICK, split="tag:all"))
     with pytest.raises(AutoSparseError, match="there are none"):
-        split_records([tagged(p) for p in records], "tag:wide", 0.25, 0)
-    settings = replace(QUICK, epochs=1, features=("log_abs_weight",), validation="tag:deeper")
-    card = fit_sources(sources, *split_records(sources, "tag:deeper", 0.25, 0), settings).card
-    assert card["held_out"] == ["0.h5", "2.h5"] and "validation_loss" in card["history"][0]
+        split_records([tagged(p) for p in records], replace(QUICK, split="tag:wide"))
+    card = fit_parts(sources, parts, settings)[0].card
+    assert card.part("test") == ["0.h5", "2.h5"] and card.notes == [parts.note]
+    assert card.epoch == 1 and "validation_loss" not in card.history[0]

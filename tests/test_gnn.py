@@ -16,6 +16,7 @@ from autosparse.masks.layers import Layer, prunable_layers
 from autosparse.network.graph import Graph, Operation, trace
 from autosparse.pruning.criteria import Context
 from autosparse.scorers import features as features_module
+from autosparse.scorers.card import OWN
 from autosparse.scorers.features import DEFAULT, View, channel_index, of_weights
 from autosparse.scorers.fitting import FitSettings, Rows, _Task, as_signals, fit, open_source
 from autosparse.scorers.gnn import BETWEEN, EDGE_INPUTS, KINDS, GNNScorer, batch, network_data, node_inputs
@@ -326,12 +327,12 @@ def test_batches_keep_networks_apart() -> None:
 
 WEIGHTS = ("weight", "gradient")
 QUICK = FitSettings(
-    epochs=20, batch_size=1024, lr=1e-2, features=WEIGHTS, validation="run", hidden=(32, 32), width=16, rounds=1
+    epochs=20, batch_size=1024, lr=1e-2, features=WEIGHTS, split="run", hidden=(32, 32), width=16, rounds=1
 )
 
 
 def auc(scorer: str, paths: list[Path], **values: object) -> float:
-    return fit(paths, replace(QUICK, scorer=scorer, **values)).card["validation"]["auc"]
+    return fit(paths, replace(QUICK, scorer=scorer, **values)).card.test[OWN]["auc"]
 
 
 def test_the_mean_of_a_channel_is_learned_by_the_graph_network_alone(tmp_path: Path) -> None:

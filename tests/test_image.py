@@ -19,7 +19,7 @@ from autosparse.scorers.image import ImageScorer, TableScorer
 
 torch.set_num_threads(1)
 
-QUICK = FitSettings(scorer="image", head="mse", epochs=1, batch_size=32, validation="none")
+QUICK = FitSettings(scorer="image", head="mse", epochs=1, batch_size=32, split="none", validation="none")
 
 
 class Tiny(nn.Module):
@@ -117,7 +117,7 @@ def test_it_is_fitted_on_few_weights(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert part.per_epoch == 130
     scorer = fit(paths, QUICK)
     assert isinstance(scorer.network, TableScorer) and scorer.features == image.FEATURES
-    assert scorer.signals == ("weight", "gradient") and scorer.card["validation"] == {}
+    assert scorer.signals == ("weight", "gradient") and scorer.card.test == {}
 
 
 @pytest.mark.usefixtures("tiny")

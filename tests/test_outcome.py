@@ -90,7 +90,7 @@ def test_a_planted_optimum_is_found(tmp_path: Path) -> None:
     assert value == pytest.approx([1, -2], abs=0.3)
     assert [row["generation"] for row in rows] == list(range(1, 31))
     assert rows[-1]["loss"] < rows[0]["loss"]
-    outcome = tuned.card["outcome"]
+    outcome = tuned.card.outcome
     assert outcome["held_out"]["accuracy"]["mean"] > 4 and outcome["tasks"] == 3
     assert start.rule == {} and tuned.network is start.network
     again = tune(start, tmp_path / "base.safetensors", TASKS, SEARCH, planted)
@@ -255,7 +255,7 @@ device: cpu
     said = capsys.readouterr().out
     assert "generation 2 of 2" in said and "on 2 held-out trainings" in said
     tuned = read_scorer(tmp_path / "out" / "tuned.safetensors")
-    assert tuned.rule and tuned.name == "tuned" and tuned.card["outcome"]["tasks"] == 2
+    assert tuned.rule and tuned.name == "tuned" and tuned.card.outcome["tasks"] == 2
     trials = sorted((tmp_path / "out" / "trials").glob("*.json"))
     assert len(trials) >= 2 * 4 + 2, "and two more on the held-out task, if the rule has moved"
     (tmp_path / "out" / "tuned.safetensors").unlink()

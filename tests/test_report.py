@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import csv
+import functools
 import json
 import math
 import re
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from planted import plant
 
 from autosparse.errors import AutoSparseError
 from autosparse.experiment import figures, report, results
 from autosparse.experiment.results import Result
+from autosparse.files import write_json
+from autosparse.scorers.card import Card
+from autosparse.scorers.fitting import FitSettings, fit
 
 COLUMNS = [
     *("model", "data", "criterion", "sparsity", "sparsity_got", "effective_sparsity", "seed", "accuracy", "loss"),
@@ -127,16 +133,16 @@ def write_record(path: Path, model: str, seed: int = 0, rounds: int = 10, done: 
         file["rounds/loss"] = np.ones(done + 1)
 
 
-def write_scorer(folder: Path, name: str = "gnn-small") -> None:
-    folder.mkdir(parents=True)
-    card = {
-        "name": name, "head": "hazard", "features": ["|weight|", "growth", "fan-in"], "weights": 1234567,
-        "validation": {"loss": 0.31, "auc": 0.92, "auc_within_layers": 0.91, "auc_magnitude": 0.9,
-                       "auc_magnitude_within_layers": 0.91, "auc_within_magnitude_bins": 0.56},
-        "records": [{"name": "a", "sha256": "0"}, {"name": "b", "sha256": "1"}],
-        "history": [{"epoch": e, "train_loss": 1 / e, "validation_loss": 0.3 + 0.8 / e} for e in range(1, 9)],
-    }  # fmt: skip
-    (folder / "scorer.json").write_text(json.dumps(card))
+@functools.cache
+def fitted_card() -> Card:
+    """The card that `fit` writes, of planted records of three runs."""
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [plant(Path(folder) / f"{seed}.h5", seed, rule="gradient") for seed in range(3)]
+        return fit(paths, FitSettings(epochs=2, hidden=(4,)), name="gnn-small").card
+
+
+def write_scorer(folder: Path) -> None:
+    write_json(folder / "scorer.json", fitted_card().plain())
 
 
 def write_everything(folder: Path) -> None:
@@ -426,6 +432,34 @@ def test_only_failures_still_make_a_report(tmp_path: Path) -> None:
     html = report.build(tmp_path).read_text()
     assert "No pruned network has a result yet" in html and "boom" in html
     assert results.summary(tmp_path)[0].rows == [["resnet8", "dense", "0", "0", "1", "0"]]
+
+
+def test_the_scorer_table_is_what_fit_wrote(tmp_path: Path) -> None:
+    """No column is blank: each shows the figure of the card that it is named after."""
+    write_scorer(tmp_path)
+    html = report.build(tmp_path).read_text()
+    table = html[html.index("Fitted scorers") :]
+    headers = re.findall("<th>(.*?)</th>", table)
+    shown = dict(zip(headers, re.findall("<td>(.*?)</td>", table)[: len(headers)], strict=True))
+    test = fitted_card().test
+    assert shown["AUC"] == f"{test['scorer']['auc']:.3f}" != shown["AUC of |θ₀|"] == f"{test['magnitude']['auc']:.3f}"
+    assert shown["within layers"] == f"{test['scorer']['auc_within_layers']:.3f}"
+    assert shown["overlap of |θ₀|"] == f"{test['magnitude']['overlap']:.3f}"
+    assert shown["records that fit, choose, judge"] == "1 + 1 + 1" and shown["weights"] == "1,088"
+    assert "–" not in shown.values()
+
+
+def test_a_card_of_another_version_is_a_note(tmp_path: Path) -> None:
+    write_scorer(tmp_path)
+    for name, values, said in (
+        ("old", {"validation": {"auc": 0.9}}, "unknown field &#x27;validation&#x27;"),
+        ("torn", {"name": 3}, "its name is 3"),
+    ):
+        write_json(tmp_path / name / "scorer.json", values)
+        assert (
+            f"<li>{name}/scorer.json ignored: scorer card" in (html := report.build(tmp_path).read_text())
+            and said in html
+        )
 
 
 def test_a_card_may_be_empty(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from autosparse.experiment.results import (
     stat,
     unique,
 )
+from autosparse.scorers.card import Card
 
 # Okabe and Ito's colours without the yellow, which is too light on white; the line style changes when they run out.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A4F9E", "#555555")
@@ -583,15 +584,14 @@ def _spectra(ax: Any, spectra: Mapping[str, np.ndarray], look: Mapping[str, Look
     ax.set_ylabel("singular value\nof ∂f/∂x")
 
 
-def loss_history(card: Mapping[str, Any]) -> list[tuple[float, float, float]]:
+def loss_history(card: Card) -> list[tuple[float, float, float]]:
     """(epoch, training loss, validation loss) of a scorer's card."""
-    history = card.get("history")
-    entries = [entry for entry in history if isinstance(entry, Mapping)] if isinstance(history, list) else []
-    return [tuple(number(e.get(k)) for k in ("epoch", "train_loss", "validation_loss")) for e in entries]  # type: ignore[misc]
+    keys = ("epoch", "train_loss", "validation_loss")
+    return [tuple(row.get(k, math.nan) for k in keys) for row in card.history]  # type: ignore[misc]
 
 
-def plot_fitting(scorers: Sequence[tuple[str, dict[str, Any]]]) -> Any:
-    """Loss against epoch of each scorer, on the records it learns from and on those held out."""
+def plot_fitting(scorers: Sequence[tuple[str, Card]]) -> Any:
+    """Loss against epoch of each scorer, on the records that it learns from and on those that choose its epoch."""
     shown = [(scorer_name(path, card), loss_history(card)) for path, card in scorers if loss_history(card)][:12]
     from matplotlib.lines import Line2D
 

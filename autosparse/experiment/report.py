@@ -46,7 +46,6 @@ from autosparse.experiment.results import (
     diagnosis_table,
     groups,
     in_percent,
-    number,
     paired_differences,
     plural,
     scorer_name,
@@ -55,6 +54,7 @@ from autosparse.experiment.results import (
     unique,
 )
 from autosparse.files import replace_file
+from autosparse.scorers.card import OWN, PARTS
 
 CSS = """
 body { font: 15px/1.5 system-ui, "Segoe UI", Roboto, Helvetica, Arial, sans-serif; color: #1c1c1c; background: #fff;
@@ -373,35 +373,34 @@ def scorer_sections(found: Found, figure: Figure) -> list[str]:
     if not found.scorers:
         return []
     columns = {
-        "loss": "loss",
-        "AUC": "auc",
-        "AUC of |θ₀|": "auc_magnitude",
-        "within layers": "auc_within_layers",
-        "|θ₀| within layers": "auc_magnitude_within_layers",
-        "within |θ₀| bins": "auc_within_magnitude_bins",
+        "AUC": (OWN, "auc"),
+        "AUC of |θ₀|": ("magnitude", "auc"),
+        "within layers": (OWN, "auc_within_layers"),
+        "|θ₀| within layers": ("magnitude", "auc_within_layers"),
+        "within |θ₀| bins": (OWN, "auc_within_magnitude_bins"),
+        "overlap": (OWN, "overlap"),
+        "overlap of |θ₀|": ("magnitude", "overlap"),
     }
-    head = "".join(f"<th>{name}</th>" for name in ("scorer", "head", "features", "records", "weights", *columns))
-    lines, features = [f"<tr>{head}</tr>"], []
+    names = ("scorer", "head", "features", "records that fit, choose, judge", "weights", *columns)
+    lines, features = [f"<tr>{''.join(f'<th>{name}</th>' for name in names)}</tr>"], []
     for path, card in found.scorers:
-        measured = card.get("validation")
-        measured = measured if isinstance(measured, Mapping) else {}
-        values = [number(measured.get(key)) for key in columns.values()]
-        known = listed(card.get("features"))
+        values = [card.test.get(whose, {}).get(figure, math.nan) for whose, figure in columns.values()]
         cells = [
-            escape(str(card.get("head", "–"))),
-            str(len(known)) if known else "–",
-            str(len(listed(card.get("records"))) or "–"),
-            f"{number(card.get('weights')):,.0f}" if math.isfinite(number(card.get("weights"))) else "–",
+            escape(card.head or "–"),
+            str(len(card.features)) if card.features else "–",
+            " + ".join(str(len(card.part(name))) for name in PARTS) if card.records else "–",
+            f"{card.weights:,}" if card.weights else "–",
             *(f"{v:.3f}" if math.isfinite(v) else "–" for v in values),
         ]
         name = escape(scorer_name(path, card))
         lines.append(f"<tr><td>{name}</td>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
-        if known:
-            features.append(f"<li>{name}: {escape(', '.join(map(str, known)))}</li>")
+        if card.features:
+            features.append(f"<li>{name}: {escape(', '.join(card.features))}</li>")
     parts = [
         "<h2>Fitted scorers</h2>",
-        "<p>AUC is not worth: it says how well a scorer foretells survival on the validation records, most of which is "
-        "initial magnitude; the accuracy after training decides.</p>",
+        "<p>AUC is not worth: it says how well a scorer foretells survival on the records that judge it, which it has not "
+        "seen before and which did not choose its epoch. Most of survival is initial magnitude; the accuracy after training "
+        "decides.</p>",
         f'<div class="wide"><table class="cards">{"".join(lines)}</table></div>',
     ]
     if features:
@@ -412,10 +411,6 @@ def scorer_sections(found: Found, figure: Figure) -> list[str]:
     return parts
 
 
-def listed(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else []
-
-
 def notes_section(found: Found) -> str:
     """Everything that a reader must know to trust the rest."""
     notes = [*floor_notes(found.results), *failure_notes(found.results), *mask_notes(found.results)]
@@ -424,6 +419,7 @@ def notes_section(found: Found) -> str:
         for r in found.records
         if not r.complete
     ]
+    notes += [f"Scorer {scorer_name(path, card)}: {note}." for path, card in found.scorers for note in card.notes]
     items = "".join(f"<li>{escape(note)}</li>" for note in notes + found.notes) or "<li>Nothing unusual.</li>"
     return f"<h2>Notes</h2><ul>{items}</ul>"
 

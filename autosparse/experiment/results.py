@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from autosparse.errors import AutoSparseError, first_line
+from autosparse.scorers.card import Card, read_card
 
 SCHEMA = "autosparse.record/1"
 REQUIRED = ("model", "data", "criterion", "sparsity", "seed", "accuracy")
@@ -416,7 +417,7 @@ class Found:
     results: list[Result] = field(default_factory=list)
     densities: dict[tuple[str, str], dict[CellKey, list[dict[str, float]]]] = field(default_factory=dict)
     records: list[Record] = field(default_factory=list)
-    scorers: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    scorers: list[tuple[str, Card]] = field(default_factory=list)
     diagnoses: list[tuple[str, list[dict[str, Any]]]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     newest: float = 0.0
@@ -447,7 +448,7 @@ def collect(directory: Path) -> Found:
         found.records.append(load_record(path, name))
 
     def read_scorer(path: Path, name: str) -> None:
-        found.scorers.append((name, read_json(path)))
+        found.scorers.append((name, read_card(read_json(path))))
 
     def read_diagnosis(path: Path, name: str) -> None:
         found.diagnoses.append((name, load_diagnosis(path)))
@@ -568,6 +569,6 @@ def plural(n: int, noun: str) -> str:
     return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
 
 
-def scorer_name(path: str, card: Mapping[str, Any]) -> str:
+def scorer_name(path: str, card: Card) -> str:
     """The name on a scorer's card, else the folder it lies in."""
-    return str(card.get("name") or path.rpartition("/")[0] or path)
+    return card.name or path.rpartition("/")[0] or path

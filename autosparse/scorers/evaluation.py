@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ import torch
 from autosparse.masks.selection import select
 from autosparse.network.signals import Signals
 from autosparse.pruning.criteria import CRITERIA, Context, Criterion, HandMade
+from autosparse.scorers.card import FIGURES, OWN
 from autosparse.scorers.records import Record, read_record
 
 # Hand-made criteria beside a scorer, where the record stores their signals; the last is SynFlow's score in one step.
@@ -19,29 +21,26 @@ RIVALS: tuple[Criterion, ...] = (
     *(CRITERIA[name] for name in ("magnitude", "snip", "growth0")),
     HandMade("flow", lambda signals, context: signals["flow"], ("flow",)),
 )
-FIGURES = {
-    "auc": "AUC for 'in the last ticket', over the whole network",
-    "auc_within_layers": "the same within layers, mean over pairs",
-    "auc_within_magnitude_bins": "the same within bins of equal layer and nearly equal |θ₀|, where 0.5 is chance",
-    "overlap": "share of the ticket's weights that a mask of the same size keeps",
-    "overlap_within_layers": "the same with the ticket's own layer densities",
-    "density_error": "share of the kept weights that lie in the wrong layer: ½·Σ_l |k_l − k_l*| / k",
-}
 
 
-def evaluate(criterion: Criterion, paths: Sequence[Path]) -> dict[str, float]:
-    """The `FIGURES` at the lowest density of each record, mean over records; none of them is accuracy after training.
+def evaluate(criterion: Criterion, paths: Sequence[Path]) -> list[dict[str, Any]]:
+    """The `FIGURES` at the lowest density of each record; none of them is accuracy after training.
 
-    With a prefix (`magnitude_auc`, …) those of the rivals whose signals the records store.
+    A row for each record and criterion: `criterion`, under the name `card.OWN`, and the rivals whose signals the record
+    stores.
     """
     rows = []
     for path in paths:
         record = read_record(path)
-        rivals = compare([], record).items()
-        of_rivals = {f"{name}_{key}": value for name, found in rivals for key, value in found.items()}
-        rows.append({**figures(criterion, record), **of_rivals})
-    keys = dict.fromkeys(key for row in rows for key in row)
-    return {key: _mean([row[key] for row in rows if key in row]) for key in keys}
+        found = {OWN: figures(criterion, record), **compare([], record)}
+        rows += [{"record": path.stem, "criterion": name, **values} for name, values in found.items()]
+    return rows
+
+
+def means(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """The mean of each of the `FIGURES` over the records of the rows of `evaluate`, for each criterion."""
+    names = dict.fromkeys(row["criterion"] for row in rows)
+    return {n: {key: _mean([row[key] for row in rows if row["criterion"] == n]) for key in FIGURES} for n in names}
 
 
 def compare(criteria: Sequence[Criterion], record: Record) -> dict[str, dict[str, float]]:

@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from autosparse.errors import AutoSparseError, AutoSparseFailure, require, settings
 from autosparse.files import sha256
 from autosparse.masks.layers import Layer
-from autosparse.masks.random import make_generator, make_numpy_generator, seeded
+from autosparse.masks.random import make_generator, seeded
 from autosparse.pruning.criteria import POSITIONS
 from autosparse.scorers import heads, image
+from autosparse.scorers.card import Card
 from autosparse.scorers.corpus import hash_of, tags_of
-from autosparse.scorers.evaluation import compare, evaluate
+from autosparse.scorers.evaluation import evaluate, means
 from autosparse.scorers.features import (
     DEFAULT,
     LayerContext,
@@ -38,8 +39,8 @@ from autosparse.scorers.features import (
 from autosparse.scorers.mlp import Moments
 from autosparse.scorers.records import Record, open_record, read_record
 from autosparse.scorers.scorer import FITTED, Scorer, build_network
+from autosparse.scorers.splits import UNITS, Parts, folds, split_records
 
-VALIDATIONS = ("run", "model", "none")
 _BLOCK = 1 << 16  # rows that are read at a time
 
 
@@ -51,9 +52,11 @@ class FitSettings:
     its features are the raw weight and gradient, and it sees 20,000 weights in all). `head`: `"hazard"`,
     `"cumulative"` or `"mse"`. `features`: names of features or groups (`autosparse list features`), `None` for the default
     ones. `hidden`: widths of the MLP. `width`, `rounds`: of the graph network, states and rounds of message passing.
-    `backbone`: of the image scorer. `validation`: `"run"` holds out whole IRP runs, `"model"` whole architectures (what
-    tells whether it transfers), `"tag:NAME"` every record with that tag (`deeper`, `no_norm`, …: see `corpus.py`),
-    `"none"`; never single weights. `validation_share`: of the runs or architectures, at least one.
+    `backbone`: of the image scorer. `split`: the records that judge the scorer, and do nothing else: `"run"`, whole IRP
+    runs; `"model"`, whole architectures (what tells whether it transfers); `"tag:NAME"`, every record with that tag
+    (`deeper`, `no_norm`, …: see `corpus.py`); `"none"`. `test_share`: of the runs or architectures, at least one.
+    `validation`: of the others, those that choose the epoch: `"run"`, `"model"`, or `"none"` (the last epoch is kept, as
+    where only one is left). `validation_share`: of the runs or architectures left, at least one; never single weights.
     `rows_per_record`: at most so many weights of each record in an epoch, so that large networks do not drown small ones.
     `records_per_step`: networks that one step of the graph network sees. `balance`: exponent b of the weight `ρ^−b` that
     what happens at density ρ has in the loss; 0 counts every weight alike, 1 every density.
@@ -76,6 +79,8 @@ class FitSettings:
     lr: float = 2e-3
     weight_decay: float = 1e-4
     balance: float = 0.0
+    split: str = "run"
+    test_share: float = 0.25
     validation: str = "run"
     validation_share: float = 0.25
     rows_per_record: int | None = 200_000
@@ -99,10 +104,12 @@ class FitSettings:
         require(self.records_per_step >= 1, "fit.records_per_step", self.records_per_step, "give at least 1")
         require(self.lr > 0, "fit.lr", self.lr, "give a positive number")
         require(0 <= self.balance <= 1, "fit.balance", self.balance, "it must be in [0, 1]")
-        tagged = self.validation.startswith("tag:") and len(self.validation) > 4
-        known = f"known: {', '.join(VALIDATIONS)}, tag:NAME"
-        require(self.validation in VALIDATIONS or tagged, "fit.validation", self.validation, known)
-        require(0 < self.validation_share < 1, "fit.validation_share", self.validation_share, "it must be in (0, 1)")
+        units = (*UNITS, "none")
+        tagged = self.split.startswith("tag:") and len(self.split) > 4
+        require(self.split in units or tagged, "fit.split", self.split, f"known: {', '.join(units)}, tag:NAME")
+        require(self.validation in units, "fit.validation", self.validation, f"known: {', '.join(units)}")
+        for key in ("test_share", "validation_share"):
+            require(0 < getattr(self, key) < 1, f"fit.{key}", getattr(self, key), "it must be in (0, 1)")
         require(
             self.rows_per_record is None or self.rows_per_record >= 1,
             "fit.rows_per_record",
@@ -294,46 +301,6 @@ class Rows:
 # -- fitting ------------------------------------------------------------------------------------------------------------
 
 
-def split_records(sources: Sequence[Source], how: str, share: float, seed: int) -> tuple[list[int], list[int]]:
-    """Indices for training and validation, by whole run (of which there may be copies), whole architecture, or tag.
-
-    Raises:
-        AutoSparseError: there is only one run or architecture, or the tag is that of none or of all.
-    """
-    everything = list(range(len(sources)))
-    if how == "none":
-        return everything, []
-    if how.startswith("tag:"):
-        held_out = [i for i in everything if how[4:] in sources[i].tags]
-        if len(held_out) in (0, len(sources)):
-            known = sorted({tag for s in sources for tag in s.tags})
-            whose = "none" if not held_out else "all"
-            raise AutoSparseError(
-                f"fit.validation is {how!r}: {whose} of the records have this tag; there are {', '.join(known) or 'none'}"
-            )
-        return [i for i in everything if i not in set(held_out)], held_out
-    folds = folds_of(sources, how, seed)
-    count = max(1, round(share * len(folds)))
-    held = [i for fold in folds[:count] for i in fold]
-    return [i for i in everything if i not in set(held)], sorted(held)
-
-
-def folds_of(sources: Sequence[Source], how: str, seed: int) -> list[list[int]]:
-    """The records of each run or architecture, in random order.
-
-    Raises:
-        AutoSparseError: there is only one.
-    """
-    keys = [s.model if how == "model" else json.dumps(s.config, sort_keys=True) for s in sources]
-    distinct = sorted(set(keys))
-    if len(distinct) < 2:
-        raise AutoSparseError(
-            f"fit.validation is {how!r} but the records hold only one {how}: generate more, or set fit.validation=none"
-        )
-    order = make_numpy_generator(seed, "folds").permutation(len(distinct))
-    return [[i for i, key in enumerate(keys) if key == distinct[j]] for j in order]
-
-
 def fit(
     records: Sequence[Path],
     fit_settings: FitSettings,
@@ -341,21 +308,28 @@ def fit(
     name: str = "scorer",
     device: str = "cpu",
     on_epoch: Callable[[dict[str, float]], None] | None = None,
+    on_test: Callable[[list[dict[str, Any]]], None] | None = None,
 ) -> Scorer:
     """Train a scorer to predict survival from the signals at initialization.
 
-    The network of the epoch with the best validation loss is kept (the last one without validation); its card tells how
-    it ranks held-out runs, beside the hand-made criteria (see `evaluation.py`).
+    Some records are learned from, others choose the epoch (that of the lowest validation loss is kept, else the last), and
+    others judge: they are looked at once, after all else. The card tells which did what, and how the scorer ranks the
+    judges, beside the hand-made criteria (see `evaluation.py`).
+
+    Args:
+        on_epoch: called after each epoch with its losses.
+        on_test: called with the rows of `evaluation.evaluate` on the judges, if there are any.
 
     Raises:
         AutoSparseError: records missing, damaged, without rounds or without the signals that the features need.
         AutoSparseFailure: the loss is no longer finite.
     """
     sources = open_sources(records, fit_settings)
-    training, held_out = split_records(
-        sources, fit_settings.validation, fit_settings.validation_share, fit_settings.seed
-    )
-    return fit_sources(sources, training, held_out, fit_settings, name=name, device=device, on_epoch=on_epoch)
+    parts = split_records(sources, fit_settings)
+    scorer, rows = fit_parts(sources, parts, fit_settings, name=name, device=device, on_epoch=on_epoch)
+    if rows and on_test is not None:
+        on_test(rows)
+    return scorer
 
 
 def cross_validate(
@@ -373,25 +347,18 @@ def cross_validate(
         on_fold: called with each fold and its rows.
 
     Returns:
-        For each record a row for the scorer and for each hand-made rival: fold, record, criterion and the figures of
-        `evaluation.py`.
+        The rows of `evaluation.evaluate` on each record, with its fold.
 
     Raises:
         AutoSparseError: as `fit`, or there are fewer architectures than folds.
     """
     sources = open_sources(records, fit_settings)
-    each = folds_of(sources, "model", fit_settings.seed)
-    require(len(each) >= fit_settings.folds, "fit.folds", fit_settings.folds, f"there are {len(each)} architectures")
     done = []
-    for fold in range(fit_settings.folds):
+    for fold, parts in enumerate(folds(sources, fit_settings)):
         rows = list((known or {}).get(fold, ()))
         if not rows:
-            held_out = sorted(i for part in each[fold :: fit_settings.folds] for i in part)
-            training = sorted(set(range(len(sources))) - set(held_out))
-            scorer = fit_sources(sources, training, held_out, fit_settings, device=device)
-            for i in held_out:
-                for name, figures in compare([scorer], read_record(sources[i].path)).items():
-                    rows.append({"fold": fold, "record": sources[i].path.stem, "criterion": name, **figures})
+            _, found = fit_parts(sources, parts, fit_settings, device=device)
+            rows = [{"fold": fold, **row} for row in found]
             if on_fold is not None:
                 on_fold(fold, rows)
         done += rows
@@ -406,21 +373,20 @@ def features_of(fit_settings: FitSettings) -> tuple[str, ...]:
 
 def open_sources(records: Sequence[Path], fit_settings: FitSettings) -> list[Source]:
     features, graph = features_of(fit_settings), fit_settings.scorer == "gnn"
-    tags = fit_settings.validation.startswith("tag:")
+    tags = fit_settings.split.startswith("tag:")
     return [open_source(path, features, graph=graph, tags=tags) for path in records]
 
 
-def fit_sources(
+def fit_parts(
     sources: Sequence[Source],
-    training: Sequence[int],
-    held_out: Sequence[int],
+    parts: Parts,
     fit_settings: FitSettings,
     *,
     name: str = "scorer",
     device: str = "cpu",
     on_epoch: Callable[[dict[str, float]], None] | None = None,
-) -> Scorer:
-    """`fit` of records that are open already: those at the indices `training`, judged by those at `held_out`."""
+) -> tuple[Scorer, list[dict[str, Any]]]:
+    """`fit` of records that are open already and split; also the rows of `evaluation.evaluate` on those that judge."""
     clock = time.perf_counter()
     features = features_of(fit_settings)
     columns = of_weights(features) if fit_settings.scorer == "gnn" else features
@@ -436,7 +402,9 @@ def fit_sources(
             network = build_network(
                 fit_settings.scorer, features, heads.outputs(fit_settings.head), fit_settings.options()
             )
-        history = _train(network, part(training), part(held_out), fit_settings, torch.device(device), on_epoch)
+        history, kept = _train(
+            network, part(parts.fit), part(parts.validation), fit_settings, torch.device(device), on_epoch
+        )
         if isinstance(network, image.ImageScorer):
             network = network.table(_TABLE)
     network.cpu().eval()
@@ -453,23 +421,27 @@ def fit_sources(
         warmup={"orders": first["warmup_orders"], "lr": first["warmup_lr"]} if "warmup_orders" in first else {},
         name=name,
     )
-    hashes = [{"name": s.path.name, "sha256": sha256(s.path)} for s in sources]
-    card = {
-        "name": name,
-        "scorer": fit_settings.scorer,
-        "head": fit_settings.head,
-        "features": list(features),
-        "settings": dataclasses.asdict(fit_settings),
-        "corpus": hash_of(row["sha256"] for row in hashes),
-        "records": hashes,
-        "held_out": [sources[i].path.name for i in held_out],
-        "weights": sum(s.total for s in sources),
-        "parameters": sum(p.numel() for p in network.parameters()),
-        "seconds": time.perf_counter() - clock,
-        "history": history,
-        "validation": evaluate(scorer, [sources[i].path for i in held_out]),
-    }
-    return dataclasses.replace(scorer, card=card)
+    rows = evaluate(scorer, [sources[i].path for i in parts.test])
+    hashes = [
+        {"name": s.path.name, "sha256": sha256(s.path), "part": parts.of(index)} for index, s in enumerate(sources)
+    ]
+    card = Card(
+        name=name,
+        scorer=fit_settings.scorer,
+        head=fit_settings.head,
+        features=list(features),
+        settings=dataclasses.asdict(fit_settings),
+        corpus=hash_of(row["sha256"] for row in hashes),
+        records=hashes,
+        notes=[parts.note] if parts.note else [],
+        weights=sum(sources[i].total for i in parts.fit),
+        parameters=sum(p.numel() for p in network.parameters()),
+        seconds=time.perf_counter() - clock,
+        epoch=kept,
+        history=history,
+        test=means(rows),
+    )
+    return dataclasses.replace(scorer, card=card), rows
 
 
 def _train(
@@ -479,7 +451,8 @@ def _train(
     fit_settings: FitSettings,
     device: torch.device,
     on_epoch: Callable[[dict[str, float]], None] | None,
-) -> list[dict[str, float]]:
+) -> tuple[list[dict[str, float]], int]:
+    """Train on `train_rows` and keep the epoch that does best on `held_rows`, if there are any: losses, and the epoch kept."""
     generator = make_generator(fit_settings.seed, "rows")
     held = train_rows.load() if train_rows.held() else None
     held_validation = held_rows.load() if held_rows.sources and held_rows.held() else None
@@ -495,7 +468,7 @@ def _train(
         optimizer, fit_settings.lr, total_steps=steps + 1, pct_start=(rise + 1) / (steps + 1)
     )
     history: list[dict[str, float]] = []
-    best, best_state = math.inf, None
+    best, best_state, kept = math.inf, None, fit_settings.epochs
     done = 0
     for epoch in range(1, fit_settings.epochs + 1):
         network.train()
@@ -518,14 +491,14 @@ def _train(
         if held_rows.sources:
             row["validation_loss"] = _validation_loss(network, held_rows, held_validation, validation_task)
             if row["validation_loss"] < best:
-                best = row["validation_loss"]
+                best, kept = row["validation_loss"], epoch
                 best_state = {n: t.detach().clone() for n, t in network.state_dict().items()}
         history.append(row)
         if on_epoch is not None:
             on_epoch(row)
     if best_state is not None:
         network.load_state_dict(best_state)
-    return history
+    return history, kept
 
 
 class _Task:

@@ -257,7 +257,7 @@ def tune(
         },
         "seconds": time.perf_counter() - clock,
     }
-    return replace(scorer, rule={**scorer.rule, **rule}, card={**scorer.card, "outcome": outcome})
+    return replace(scorer, rule={**scorer.rule, **rule}, card=replace(scorer.card, outcome=outcome))
 
 
 def feature_scales(tasks: Sequence[Task], names: Sequence[str]) -> dict[str, float]:

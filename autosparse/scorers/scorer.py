@@ -16,6 +16,7 @@ from autosparse.files import read_safetensors, replace_file
 from autosparse.network.signals import Signals
 from autosparse.pruning.criteria import Context, Scores, ranks_within, rearranged
 from autosparse.scorers import heads
+from autosparse.scorers.card import Card, read_card
 from autosparse.scorers.features import VERSION, View, check_features, of_weights, signals_of
 from autosparse.scorers.image import TableScorer
 from autosparse.scorers.mlp import MLPScorer, NoNetwork
@@ -54,7 +55,7 @@ class Scorer:
     densities: str = "scores"
     positions: str = "scores"
     warmup: Mapping[str, Any] = field(default_factory=dict)
-    card: Mapping[str, Any] = field(default_factory=dict)
+    card: Card = field(default_factory=Card)
     name: str = "scorer"
 
     @property
@@ -107,7 +108,7 @@ class Scorer:
             "warmup": self.warmup,
             "name": self.name,
         }
-        metadata = {"schema": SCHEMA, "config": json.dumps(config), "card": json.dumps(self.card)}
+        metadata = {"schema": SCHEMA, "config": json.dumps(config), "card": json.dumps(self.card.plain())}
         with replace_file(Path(path)) as temporary:
             save_file(
                 {n: t.cpu().contiguous() for n, t in self.network.state_dict().items()}, temporary, metadata=metadata
@@ -140,13 +141,13 @@ def read_scorer(path: str | Path) -> Scorer:
     """
     tensors, metadata = read_safetensors(Path(path), SCHEMA, "scorer")
     try:
-        config, card = json.loads(metadata["config"]), json.loads(metadata["card"])
+        config, card = json.loads(metadata["config"]), read_card(json.loads(metadata["card"]))
         return _build(Path(path), tensors, config, card)
     except (KeyError, TypeError, RuntimeError, json.JSONDecodeError) as error:
         raise AutoSparseError(f"scorer {path} is damaged: its weights do not fit its own configuration") from error
 
 
-def _build(path: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any], card: Mapping[str, Any]) -> Scorer:
+def _build(path: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any], card: Card) -> Scorer:
     try:
         version = config["feature_version"]
         require(version == VERSION, "feature version", version, f"this one has {VERSION}")

@@ -327,7 +327,7 @@ def test_batches_keep_networks_apart() -> None:
 
 WEIGHTS = ("weight", "gradient")
 QUICK = FitSettings(
-    epochs=20, batch_size=1024, lr=1e-2, features=WEIGHTS, split="run", hidden=(32, 32), width=16, rounds=1
+    epochs=20, batch_size=1024, lr=1e-2, features=WEIGHTS, validation="none", hidden=(32, 32), width=16, rounds=1
 )
 
 
@@ -372,7 +372,7 @@ def test_what_the_neighbour_is_like_is_learned_by_the_graph_network_alone(tmp_pa
         )
     features = ("weight", "log_abs_weight")
     assert auc("gnn", paths, features=features) > 0.9
-    assert auc("mlp", paths, features=features) < 0.65
+    assert auc("mlp", paths, features=features) < 0.75
     assert auc("gnn", paths, features=features, rounds=0) < 0.75, "without messages it cannot know either"
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from autosparse.errors import AutoSparseError, AutoSparseFailure
+from autosparse.processes import let_threads_sleep
 
 if TYPE_CHECKING:
     from autosparse.config import (
@@ -48,6 +49,7 @@ Profile = Annotated[
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line. Exit codes: 0 done, 1 failed, 2 wrong input, 130 stopped."""
+    let_threads_sleep()
     try:
         app(args=arguments, standalone_mode=True)
     except AutoSparseError as error:
@@ -110,6 +112,7 @@ def prune(config: Config, overrides: Overrides = None) -> None:
     from autosparse.masks.mask import Masks
     from autosparse.training.data import load_data
     from autosparse.training.loop import check_fits, fabric_for
+    from autosparse.training.threads import threads_for
 
     chosen = load_config(PruneConfig, config, overrides or [])
     place = fabric_for(chosen.device).device
@@ -121,7 +124,7 @@ def prune(config: Config, overrides: Overrides = None) -> None:
     if path.exists() and Masks.load(path).report.origin.get("identity") == identity(chosen.criterion):
         _say(f"complete: {path} is there already")
         return
-    with _quiet_warnings(), _bars() as bars:
+    with threads_for(model, data, chosen.recipe.batch_size), _quiet_warnings(), _bars() as bars:
         task = bars.add_task(f"{chosen.criterion.name} on {chosen.model.label()}", total=None)
         found = find_masks(
             model,
@@ -164,6 +167,7 @@ def train(config: Config, overrides: Overrides = None, profile: Profile = False)
     from autosparse.training.data import load_data
     from autosparse.training.loop import fabric_for
     from autosparse.training.loop import train as run
+    from autosparse.training.threads import threads_for
 
     chosen = load_config(TrainConfig, config, overrides or [])
     masks = None if chosen.masks is None else Masks.load(chosen.masks)
@@ -195,7 +199,8 @@ def train(config: Config, overrides: Overrides = None, profile: Profile = False)
     history: list[dict[str, float]] = []
     total = max(1, round(chosen.recipe.length(data) / max(1, len(data.train) // chosen.recipe.batch_size)))
     tracked = track(directory, "train", plain(chosen), enabled=chosen.tracking)
-    with _profiled(directory, profile), tracked as tracker, _bars() as bars:
+    threads = threads_for(model, data, chosen.recipe.batch_size)
+    with threads, _profiled(directory, profile), tracked as tracker, _bars() as bars:
         task = bars.add_task(f"train {chosen.model.label()}", total=total)
 
         def on_epoch(row: dict[str, float]) -> None:
@@ -280,6 +285,7 @@ def diagnose(config: Config, overrides: Overrides = None) -> None:
     from autosparse.trainability.stored import load_weights
     from autosparse.training.data import load_data
     from autosparse.training.loop import check_fits, fabric_for
+    from autosparse.training.threads import threads_for
 
     chosen = load_config(DiagnoseConfig, config, overrides or [])
     masks, weights = (None if path is None else Path(path) for path in (chosen.masks, chosen.weights))
@@ -292,7 +298,7 @@ def diagnose(config: Config, overrides: Overrides = None) -> None:
     model = model.to(place)
     check_fits(model, data)
     directory = claim_directory(chosen)
-    with _quiet_warnings(), _bars() as bars:
+    with threads_for(model, data, chosen.recipe.batch_size), _quiet_warnings(), _bars() as bars:
         task = bars.add_task(f"diagnose: {todo[0].name}", total=len(todo))
 
         def on_state(number: int, result: Mapping[str, Any]) -> None:

@@ -27,6 +27,7 @@ from autosparse.scorers.records import Record, read_record, write_record
 from autosparse.training.data import DataSettings, ImageData, load_data
 from autosparse.training.loop import Recipe, fabric_for
 from autosparse.training.models import ModelSettings, create_model
+from autosparse.training.threads import threads_for
 
 _STATE = "autosparse.state/1"
 
@@ -156,44 +157,45 @@ def _continue(
         image_size=images.image_size,
         seed=run.seed,
     ).to(place)
-    state = _state_of(path)
-    rewind: dict[str, Tensor] | None = None
-    if done is None:
-        record = _begin(run, model, images, device)
-        masks, start = None, 0
-        _claim_state(state, run)
-        if (state / "rewind.safetensors").exists():
-            rewind = _load_state(state / "rewind.safetensors", path)
-    else:
-        record, start = done, len(done.density)
-        masks = masks_of_round(done.survival, done.layers, done.rounds_done)
-        for index in range(start):
+    with threads_for(model, images, run.recipe.batch_size):
+        state = _state_of(path)
+        rewind: dict[str, Tensor] | None = None
+        if done is None:
+            record = _begin(run, model, images, device)
+            masks, start = None, 0
+            _claim_state(state, run)
+            if (state / "rewind.safetensors").exists():
+                rewind = _load_state(state / "rewind.safetensors", path)
+        else:
+            record, start = done, len(done.density)
+            masks = masks_of_round(done.survival, done.layers, done.rounds_done)
+            for index in range(start):
+                if on_round is not None:
+                    on_round(index, run.irp.rounds, None)
+            if run.irp.rewind_step:
+                rewind = _load_state(state / "rewind.safetensors", path)
+        rounds = irp(
+            model,
+            record.layers,
+            images,
+            run.recipe,
+            run.irp,
+            seed=run.seed,
+            device=device,
+            start=start,
+            masks=masks,
+            rewind=rewind,
+            checkpoint=state / "training.pt",
+            on_rewind_state=lambda tensors: write_safetensors(state / "rewind.safetensors", tensors, _STATE),
+            on_epoch=on_epoch,
+        )
+        for outcome in rounds:
+            record = _add_round(record, outcome, run.irp.rounds)
+            write_record(path, record)
             if on_round is not None:
-                on_round(index, run.irp.rounds, None)
-        if run.irp.rewind_step:
-            rewind = _load_state(state / "rewind.safetensors", path)
-    rounds = irp(
-        model,
-        record.layers,
-        images,
-        run.recipe,
-        run.irp,
-        seed=run.seed,
-        device=device,
-        start=start,
-        masks=masks,
-        rewind=rewind,
-        checkpoint=state / "training.pt",
-        on_rewind_state=lambda tensors: write_safetensors(state / "rewind.safetensors", tensors, _STATE),
-        on_epoch=on_epoch,
-    )
-    for outcome in rounds:
-        record = _add_round(record, outcome, run.irp.rounds)
-        write_record(path, record)
-        if on_round is not None:
-            on_round(outcome.index, run.irp.rounds, outcome)
-    shutil.rmtree(state, ignore_errors=True)
-    return record
+                on_round(outcome.index, run.irp.rounds, outcome)
+        shutil.rmtree(state, ignore_errors=True)
+        return record
 
 
 def _claim_state(state: Path, run: Run) -> None:

@@ -6,6 +6,7 @@ import csv
 import errno
 import importlib.util
 import json
+import multiprocessing
 import os
 import resource
 import signal
@@ -64,11 +65,11 @@ def jobs_of(place: Path, **how: str) -> list[Job]:
     ("given", "match"),
     [
         ({"kind": "locl"}, "did you mean 'local'"),
-        ({"workers": 2}, "executor.workers is 2: set executor.kind"),
+        ({"kind": "inline", "workers": 2}, "executor.workers is 2: set executor.kind"),
         ({"kind": "local", "workers": 0}, "executor.workers is 0"),
         ({"kind": "local", "retries": -1}, "executor.retries is -1"),
         ({"kind": "local", "devices": ()}, "give at least one"),
-        ({"timeout": 5.0}, "executor.timeout is 5.0: set executor.kind: local or ray"),
+        ({"kind": "inline", "timeout": 5.0}, "executor.timeout is 5.0: set executor.kind: local or ray"),
         ({"kind": "ray", "timeout": 0.0}, "executor.timeout is 0.0: give seconds"),
         ({"kind": "ray", "devices": ("cuda:0",)}, "only kind local takes devices"),
         ({"kind": "local", "address": "auto"}, "only kind ray takes an address"),
@@ -214,7 +215,7 @@ def serial(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 def at_work() -> list[int]:
-    """Processes under this one that do a job: those of Ray say so, the spawned ones are its children."""
+    """Processes under this one that do a job: those of Ray say so."""
     parents, names = {}, {}
     for folder in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
@@ -224,7 +225,8 @@ def at_work() -> list[int]:
     def mine(pid: int) -> bool:
         return pid == os.getpid() or (pid in parents and mine(parents[pid]))
 
-    return [pid for pid, name in names.items() if ("spawn_main" in name or "ray::_ray_job" in name) and mine(pid)]
+    own = [process.pid for process in multiprocessing.active_children() if process.pid is not None]
+    return own + [pid for pid, name in names.items() if "ray::_ray_job" in name and mine(pid)]
 
 
 @pytest.mark.parametrize("executor", BOTH)

@@ -32,6 +32,7 @@ from autosparse.network.graph import trace
 from autosparse.training.data import DataSettings, ImageData, shared_data
 from autosparse.training.loop import Recipe, Trained, check_fits, fabric_for, put_back, steps_per_epoch, train
 from autosparse.training.models import ModelSettings, create_model
+from autosparse.training.threads import threads_for
 
 COLUMNS = (
     "model",
@@ -149,29 +150,30 @@ def run_cell(
             them.
     """
     model = build_model(cell.model, data, cell.seed).to(data.device)
-    found = None
-    if cell.candidate is not None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what they say stands in the result: dead layers, ties
-            found = _search(cell, model, data, device, state, store, on_epoch)
-            if cell.candidate.variant == "reinit":
-                model = build_model(cell.model, data, derive(cell.seed, "redrawn weights")).to(data.device)
-            if cell.candidate.prepare is not None:
-                found = prepare_found(model, data, cell.candidate.prepare, found, cell.seed)
-        if found.weights is not None:
-            put_back(model, found.weights)
-    trained = train(
-        model,
-        data,
-        cell.recipe,
-        masks=None if found is None else found.masks,
-        seed=cell.seed,
-        device=device,
-        start_step=0 if found is None else found.steps,
-        checkpoint=None if state is None else state / "final.pt",
-        on_epoch=on_epoch,
-    )
-    return _result(cell, found, trained, cell.recipe.length(data) / steps_per_epoch(data, cell.recipe.batch_size))
+    with threads_for(model, data, cell.recipe.batch_size):
+        found = None
+        if cell.candidate is not None:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # what they say stands in the result: dead layers, ties
+                found = _search(cell, model, data, device, state, store, on_epoch)
+                if cell.candidate.variant == "reinit":
+                    model = build_model(cell.model, data, derive(cell.seed, "redrawn weights")).to(data.device)
+                if cell.candidate.prepare is not None:
+                    found = prepare_found(model, data, cell.candidate.prepare, found, cell.seed)
+            if found.weights is not None:
+                put_back(model, found.weights)
+        trained = train(
+            model,
+            data,
+            cell.recipe,
+            masks=None if found is None else found.masks,
+            seed=cell.seed,
+            device=device,
+            start_step=0 if found is None else found.steps,
+            checkpoint=None if state is None else state / "final.pt",
+            on_epoch=on_epoch,
+        )
+        return _result(cell, found, trained, cell.recipe.length(data) / steps_per_epoch(data, cell.recipe.batch_size))
 
 
 def _search(
@@ -341,7 +343,7 @@ def run_grid(
         for path, cell in zip(paths, cells, strict=True):
             if path not in fresh:
                 tell(path, cell, True)
-        run_jobs(jobs, executor, heard, device=device, profile=profile)
+        run_jobs(jobs, executor, heard, device=device, planned=len(cells), profile=profile)
     return [results[path] for path in paths]
 
 

@@ -1,4 +1,4 @@
-"""Many independent jobs: one after another here, in spawned processes, or on a Ray cluster."""
+"""Many independent jobs: one after another here, in processes of their own, or on a Ray cluster."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import itertools
 import os
 import queue
 import signal
-import sys
 import threading
 import time
 import traceback
@@ -17,7 +16,16 @@ from pathlib import Path
 from typing import Any
 
 from autosparse.errors import AutoSparseError, AutoSparseFailure, first_line, require, settings, suggest
-from autosparse.processes import heed_the_end, how_it_ended, uninterrupted
+from autosparse.processes import (
+    cores,
+    heed_the_end,
+    how_it_ended,
+    memory_for,
+    set_threads,
+    start_context,
+    thread_limit,
+    uninterrupted,
+)
 from autosparse.training.devices import device_names
 
 KINDS = ("inline", "local", "ray")
@@ -27,17 +35,18 @@ KINDS = ("inline", "local", "ray")
 class ExecutorSettings:
     """Where jobs run, and how many at once; what comes out is the same, bit for bit on the same device and CPU threads.
 
-    `kind`: `"inline"` (one after another in this process), `"local"` (spawned processes) or `"ray"` (package `ray`).
-    `workers` jobs at once for each device; on a Ray cluster without GPUs, in the whole cluster. `devices` of `"local"`,
-    such as `["cuda:0", "cuda:1"]`, or `["cuda:0,1", "cuda:2,3"]` for trainings on two GPUs each: `None` takes all GPUs
+    `kind`: `"inline"` (one after another in this process), `"local"` (processes on this machine) or `"ray"` (package
+    `ray`). `workers` jobs at once for each device; on a Ray cluster without GPUs, in the whole cluster. `None`: one for
+    each GPU, or as many as there are CPU cores, jobs and memory for. `devices` of `"local"`, such as
+    `["cuda:0", "cuda:1"]`, or `["cuda:0,1", "cuda:2,3"]` for trainings on two GPUs each: `None` takes all GPUs
     where the command's device is `auto` or `cuda` and there are some, else that device. The CPU cores are shared out
-    evenly among the workers (sums of floats by another number of threads differ in the last bits; `OMP_NUM_THREADS` sets
-    an upper bound). `retries`: how many times a job is tried again after its worker died. `timeout`: after how many
+    evenly among the workers, or each takes `OMP_NUM_THREADS`; small networks take one thread whatever their share, and so
+    give the same bits by any number of workers (sums of floats by another number of threads differ in the last bits). `retries`: how many times a job is tried again after its worker died. `timeout`: after how many
     seconds at one job its worker is killed, a death too. `address` of an existing Ray cluster; `None` starts a local one.
     """
 
-    kind: str = "inline"
-    workers: int = 1
+    kind: str = "local"
+    workers: int | None = None
     devices: tuple[str, ...] | None = None
     retries: int = 1
     timeout: float | None = None
@@ -45,10 +54,13 @@ class ExecutorSettings:
 
     def __post_init__(self) -> None:
         require(self.kind in KINDS, "executor.kind", self.kind, suggest(self.kind, KINDS))
-        require(self.workers >= 1, "executor.workers", self.workers, "give at least 1")
+        none = self.workers is None
+        require(none or self.workers >= 1, "executor.workers", self.workers, "give at least 1, or leave it out")
         require(self.retries >= 0, "executor.retries", self.retries, "it must not be negative")
         inline = self.kind == "inline"
-        require(not inline or self.workers == 1, "executor.workers", self.workers, "set executor.kind: local or ray")
+        require(
+            not inline or self.workers in (None, 1), "executor.workers", self.workers, "set executor.kind: local or ray"
+        )
         given = self.timeout is not None
         require(not given or not inline, "executor.timeout", self.timeout, "set executor.kind: local or ray")
         require(
@@ -61,7 +73,7 @@ class ExecutorSettings:
         require(not given or self.kind == "ray", "executor.address", self.address, "only kind ray takes an address")
 
 
-INLINE = ExecutorSettings()
+INLINE = ExecutorSettings("inline")
 
 
 @dataclass(frozen=True)
@@ -108,6 +120,7 @@ def run_jobs(
     *,
     device: str = "auto",
     profile: Path | None = None,
+    planned: int | None = None,
 ) -> dict[str, Outcome]:
     """Run the jobs and give what came of each, by key; one that fails does not stop the rest.
 
@@ -117,6 +130,7 @@ def run_jobs(
 
     Args:
         profile: directory into which worker N profiles its first job, as `workerN`; see `training.profile`.
+        planned: how many jobs there are with those that are done already.
 
     Raises:
         AutoSparseError: the executor cannot start: a device that is not there, no `ray`, no cluster at the address.
@@ -125,7 +139,9 @@ def run_jobs(
     book = _Book(jobs, executor, on_event or (lambda event: None), profile)
     if jobs:
         with _terminable():
-            {"inline": _inline, "local": _local, "ray": _ray}[executor.kind](book, executor, device)
+            {"inline": _inline, "local": _local, "ray": _ray}[executor.kind](
+                book, executor, device, planned or len(jobs)
+            )
     return book.outcomes
 
 
@@ -209,15 +225,6 @@ def _bug(error: BaseException) -> dict[str, Any]:
     return {"error": f"{type(error).__name__}: {first_line(error)}", "traceback": text}
 
 
-def _set_threads(threads: int) -> None:
-    """Threads of torch and of the libraries under it, most of them not loaded yet; a smaller `OMP_NUM_THREADS` stays."""
-    given = os.environ.get("OMP_NUM_THREADS", "")
-    threads = min(threads, int(given)) if given.isdigit() else threads
-    os.environ["OMP_NUM_THREADS"] = str(max(1, threads))
-    if "torch" in sys.modules:
-        sys.modules["torch"].set_num_threads(max(1, threads))
-
-
 @contextmanager
 def _terminable() -> Iterator[None]:
     """SIGTERM is a KeyboardInterrupt inside."""
@@ -238,7 +245,7 @@ def _terminable() -> Iterator[None]:
 # -- inline -------------------------------------------------------------------------------------------------------------
 
 
-def _inline(book: _Book, executor: ExecutorSettings, device: str) -> None:
+def _inline(book: _Book, executor: ExecutorSettings, device: str, planned: int) -> None:
     while (job := book.take(0, device)) is not None:
 
         def progress(values: Mapping[str, Any], job: Job = job) -> None:
@@ -247,15 +254,15 @@ def _inline(book: _Book, executor: ExecutorSettings, device: str) -> None:
         book.heard(job, 0, device, *_perform(job, device, progress))
 
 
-# -- spawned processes --------------------------------------------------------------------------------------------------
+# -- processes --------------------------------------------------------------------------------------------------------
 
 
-def _local(book: _Book, executor: ExecutorSettings, device: str) -> None:
+def _local(book: _Book, executor: ExecutorSettings, device: str, planned: int) -> None:
     from multiprocessing.connection import wait
 
     devices = _devices(executor, device)
-    places = [place for _ in range(executor.workers) for place in devices]
-    threads = max(1, _cores() // len(places))
+    workers, threads = _shares(executor, devices, len(book.waiting), planned)
+    places = [place for _ in range(workers) for place in devices]
     team: dict[int, _Worker] = {}
     busy: dict[int, Job] = {}
     begun: dict[int, float] = {}
@@ -314,17 +321,25 @@ def _devices(executor: ExecutorSettings, device: str) -> tuple[str, ...]:
     return chosen
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def _shares(executor: ExecutorSettings, devices: Sequence[str], jobs: int, planned: int) -> tuple[int, int]:
+    """How many of `jobs` each device does at once, and the most CPU threads of each.
+
+    The threads follow from all `planned` jobs: those that a second start finds left have the threads they would have had.
+    """
+    if executor.workers is not None:
+        return executor.workers, thread_limit(executor.workers * len(devices))
+    if not all(name.startswith(("auto", "cpu")) for name in devices):  # `auto` stands here where there is no GPU
+        return 1, thread_limit(len(devices))
+    processes = sum(len(device_names(name)) for name in devices)
+    threads = thread_limit(len(devices) * max(1, min(planned, cores() // processes)))
+    return max(1, min(jobs, cores() // max(threads, processes), memory_for(processes))), threads
 
 
 class _Worker:
-    """A spawned process that does one job at a time."""
+    """A process that does one job at a time."""
 
     def __init__(self, device: str, threads: int) -> None:
-        import multiprocessing
-
-        context = multiprocessing.get_context("spawn")
+        context = start_context()
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, device, threads), daemon=True)
         with uninterrupted():
@@ -365,7 +380,7 @@ def _serve(connection: Any, device: str, threads: int) -> None:
 
     heed_the_end()
     multiprocessing.current_process().daemon = False  # to the driver it is one; but a daemon may not start ranks
-    _set_threads(threads)
+    set_threads(threads)
     while True:
         try:
             job, profile = connection.recv()
@@ -382,7 +397,7 @@ def _serve(connection: Any, device: str, threads: int) -> None:
 # -- Ray ----------------------------------------------------------------------------------------------------------------
 
 
-def _ray(book: _Book, executor: ExecutorSettings, device: str) -> None:
+def _ray(book: _Book, executor: ExecutorSettings, device: str, planned: int) -> None:
     require(
         len(device_names(device)) == 1, "device", device, "a job on Ray has one device; use cuda, or executor local"
     )
@@ -405,7 +420,7 @@ def _ray(book: _Book, executor: ExecutorSettings, device: str) -> None:
     begun: dict[Any, float] = {}  # not those that Ray lets wait
     killed: dict[Any, str] = {}
     try:
-        place, slots, options, threads = _shares(ray, executor, device)
+        place, slots, options, threads = _ray_shares(ray, executor, device, planned)
         task = ray.remote(_ray_job).options(num_returns="streaming", max_retries=0, **options)
         free = list(range(slots))[::-1]
         while book.waiting or running:
@@ -453,19 +468,23 @@ def _import_ray() -> Any:
     return ray
 
 
-def _shares(ray: Any, executor: ExecutorSettings, device: str) -> tuple[str, int, dict[str, float], int]:
+def _ray_shares(
+    ray: Any, executor: ExecutorSettings, device: str, planned: int
+) -> tuple[str, int, dict[str, float], int]:
     """Device, jobs at once, resources and threads of each job."""
     total = ray.cluster_resources()
     nodes = [int(node["Resources"].get("CPU", 1)) for node in ray.nodes() if node["Alive"]]
     kind = device.partition(":")[0]
     if kind == "cuda" or (kind == "auto" and total.get("GPU", 0) >= 1):
         require(total.get("GPU", 0) >= 1, "device", device, "the Ray cluster has no GPU; use cpu")
-        slots = int(total["GPU"]) * executor.workers
+        workers = executor.workers or 1
+        slots = int(total["GPU"]) * workers
         threads = max(1, min(int(total.get("CPU", 1)) // slots, *nodes))
-        return "cuda", slots, {"num_gpus": 1 / executor.workers, "num_cpus": threads}, threads
+        return "cuda", slots, {"num_gpus": 1 / workers, "num_cpus": threads}, threads
     cpus = int(total.get("CPU", 1))
-    threads = max(1, min(cpus // executor.workers, *nodes))
-    return device, min(executor.workers, cpus), {"num_cpus": threads}, threads
+    workers = min(executor.workers or min(cpus, planned), cpus)
+    threads = max(1, min(cpus // workers, *nodes))
+    return device, workers, {"num_cpus": threads}, threads
 
 
 def _ray_job(
@@ -480,7 +499,7 @@ def _ray_job(
         except OSError as error:
             said.put(("failed", {"error": f"folder {folder} is not on this node ({error}): use a shared one"}))
             return
-        _set_threads(threads)
+        set_threads(threads)
         try:
             said.put(_perform(job, device, lambda values: said.put(("progress", values)), profile))
         except BaseException as error:  # a SystemExit would end this thread without a word

@@ -31,6 +31,7 @@ from autosparse.trainability.tpp import Ratio, TPPSettings, filter_densities, pu
 from autosparse.training.data import DataSettings, ImageData, shared_data
 from autosparse.training.loop import Recipe, check_fits, evaluate, fabric_for, full_state, put_back, train
 from autosparse.training.models import ModelSettings
+from autosparse.training.threads import threads_for
 
 COLUMNS = (
     "model",
@@ -190,7 +191,7 @@ def run_thinnings(
         for path, thinning in fresh.items()
     ]
     with journal(directory, at) as book, kept_up(write) as changed:
-        run_jobs(jobs, executor, heard, device=device)
+        run_jobs(jobs, executor, heard, device=device, planned=len(todo))
     return [results[path] for path in paths]
 
 
@@ -210,12 +211,15 @@ def do_thinning(
         data = shared_data(thinning.data, str(fabric_for(device).device))
     state = path.with_suffix(".state")
     run = _train_dense if thinning.method is None else _make_smaller
-    try:
-        result = run(thinning, directory, data, device, state, progress)
-    except AutoSparseStateError as error:  # the settings are in the name: another version or other data wrote it
-        progress({"note": f"its state {state} is discarded, it starts anew ({error})"})
-        shutil.rmtree(state)
-        result = run(thinning, directory, data, device, state, progress)
+    model = build_model(thinning.model, data, thinning.seed).to(data.device)
+    with threads_for(model, data, thinning.recipe.batch_size):
+        try:
+            result = run(thinning, model, directory, data, device, state, progress)
+        except AutoSparseStateError as error:  # the settings are in the name: another version or other data wrote it
+            progress({"note": f"its state {state} is discarded, it starts anew ({error})"})
+            shutil.rmtree(state)
+            model = build_model(thinning.model, data, thinning.seed).to(data.device)
+            result = run(thinning, model, directory, data, device, state, progress)
     write_json(path, result)
     shutil.rmtree(state, ignore_errors=True)
     return result
@@ -225,9 +229,8 @@ Progress = Callable[[Mapping[str, Any]], None]
 
 
 def _train_dense(
-    thinning: Thinning, directory: Path, data: ImageData, device: str, state: Path, progress: Progress
+    thinning: Thinning, model: nn.Module, directory: Path, data: ImageData, device: str, state: Path, progress: Progress
 ) -> dict[str, Any]:
-    model = build_model(thinning.model, data, thinning.seed)
     trained = train(
         model,
         data,
@@ -253,7 +256,7 @@ def _train_dense(
 
 
 def _make_smaller(
-    thinning: Thinning, directory: Path, data: ImageData, device: str, state: Path, progress: Progress
+    thinning: Thinning, model: nn.Module, directory: Path, data: ImageData, device: str, state: Path, progress: Progress
 ) -> dict[str, Any]:
     """Choose filters, push them out, remove them, fine-tune; each stage asks first for what an earlier try left."""
     assert thinning.method is not None and thinning.tpp is not None and thinning.finetune is not None
@@ -261,7 +264,6 @@ def _make_smaller(
     if not origin.exists():
         raise AutoSparseFailure(f"the dense network of seed {thinning.seed} is missing: see why its training failed")
     dense = read_json(origin, "result")
-    model = build_model(thinning.model, data, thinning.seed).to(data.device)
     put_back(model, read_safetensors(origin.with_suffix(".safetensors"), _SCHEMA, "weights")[0])
     example = data.normalise(data.train.images[:2])
     chosen = state / "masks.safetensors"

@@ -34,6 +34,7 @@ from autosparse.scorers.scorer import DENSITIES, Scorer, read_scorer
 from autosparse.training.data import DataSettings, shared_data
 from autosparse.training.loop import Recipe, evaluate, fabric_for, train
 from autosparse.training.models import ModelSettings, create_model
+from autosparse.training.threads import threads_for
 
 # Those of a layer's features that its network's structure and initial weights give.
 STRUCTURE = (
@@ -152,28 +153,29 @@ def do_trial(
     model = create_model(
         task.model, in_channels=data.channels, classes=data.classes, image_size=data.image_size, seed=task.seed
     ).to(place)
-    scorer = replace(read_scorer(trial.scorer), rule=dict(trial.rule))
-    batches = data.sample(scorer.batch_size, max(scorer.n_batches, 1), task.seed)
-    graph = trace(model, batches[0][0][:2])
-    layers = prunable_layers(model, operands=graph.operands)
-    early = [name for name in scorer.signals if parse_warmup(name)]
-    signals: Signals = measure(
-        model,
-        layers,
-        [name for name in scorer.signals if name not in early],
-        batches=batches,
-        example_input=batches[0][0],
-        seed=task.seed,
-    )
-    if early:
-        short = WarmupSettings(**scorer.warmup)
-        signals |= warmup(model, layers, data, task.recipe, early, short, seed=task.seed, device=device).signals
-    scores = scorer(signals, Context(layers, 1 - trial.sparsity, graph, seed=task.seed))
-    masks = select(scores, 1 - trial.sparsity, layers=layers, floor=trial.floor, seed=task.seed)
-    masks.apply_(model)
-    recipe = task.recipe
-    train(model, data.without("test"), recipe, masks=masks, seed=task.seed, device=device, validate=False)
-    accuracy, loss = evaluate(model, data, "validation", recipe.channels_last)
+    with threads_for(model, data, task.recipe.batch_size):
+        scorer = replace(read_scorer(trial.scorer), rule=dict(trial.rule))
+        batches = data.sample(scorer.batch_size, max(scorer.n_batches, 1), task.seed)
+        graph = trace(model, batches[0][0][:2])
+        layers = prunable_layers(model, operands=graph.operands)
+        early = [name for name in scorer.signals if parse_warmup(name)]
+        signals: Signals = measure(
+            model,
+            layers,
+            [name for name in scorer.signals if name not in early],
+            batches=batches,
+            example_input=batches[0][0],
+            seed=task.seed,
+        )
+        if early:
+            short = WarmupSettings(**scorer.warmup)
+            signals |= warmup(model, layers, data, task.recipe, early, short, seed=task.seed, device=device).signals
+        scores = scorer(signals, Context(layers, 1 - trial.sparsity, graph, seed=task.seed))
+        masks = select(scores, 1 - trial.sparsity, layers=layers, floor=trial.floor, seed=task.seed)
+        masks.apply_(model)
+        recipe = task.recipe
+        train(model, data.without("test"), recipe, masks=masks, seed=task.seed, device=device, validate=False)
+        accuracy, loss = evaluate(model, data, "validation", recipe.channels_last)
     found = {"loss": loss, "accuracy": accuracy, "dead": sum(layer.kept == 0 for layer in masks.layers())}
     write_json(path, found)
     return found

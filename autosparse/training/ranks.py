@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import multiprocessing
 import os
 import signal
 import socket
@@ -23,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from autosparse.errors import AutoSparseError, AutoSparseFailure, first_line, require
 from autosparse.network.running import eval_mode
-from autosparse.processes import heed_the_end, how_it_ended, uninterrupted
+from autosparse.processes import heed_the_end, how_it_ended, start_context, uninterrupted
 from autosparse.training.data import ImageData
 from autosparse.training.loop import Recipe, Trained, fabric_for, full_state, put_back, train
 
@@ -140,7 +139,7 @@ class _Rank:
 
     def __init__(self, rank: int, devices: Sequence[str], store: Path) -> None:
         self.device = devices[rank]
-        context = multiprocessing.get_context("spawn")
+        context = start_context()
         self.connection, theirs = context.Pipe()
         threads = max(1, torch.get_num_threads() // len(devices))
         self.process = context.Process(

@@ -410,7 +410,7 @@ def quickstart(
     config: Annotated[Path | None, typer.Argument(help="YAML file; default: as in configs/quickstart.yaml.")] = None,
     overrides: Overrides = None,
 ) -> None:
-    """See the whole idea on small digits in under 4 minutes on 2 CPU cores.
+    """See the whole idea on small digits in under 3 minutes on 2 CPU cores.
 
     IRP on two small networks and two seeds, a scorer fitted on their records, and a third network pruned by it at
     initialization and trained, beside random, ERK, magnitude and SNIP.
@@ -441,6 +441,7 @@ def quickstart(
             irp=chosen.irp,
             signals=chosen.signals,
             seeds=chosen.source_seeds,
+            executor=chosen.executor,
             **common,
         ),
         directory,
@@ -470,6 +471,7 @@ def quickstart(
             ),
             sparsities=chosen.sparsities,
             seeds=chosen.seeds,
+            executor=chosen.executor,
             **common,
         ),
         directory,

@@ -319,6 +319,7 @@ class QuickstartConfig:
     seeds: tuple[int, ...] = (0, 1, 2)
     floor: float = 0.005
     device: str = "cpu"
+    executor: ExecutorSettings = ExecutorSettings()
     tracking: bool = True
 
     def __post_init__(self) -> None:

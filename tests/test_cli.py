@@ -65,6 +65,8 @@ def run(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.
                 values = {k: v for k, v in argument.items() if not (command == "prune" and k == "tracking")}
                 if command == "fit":
                     values = {k: v for k, v in values.items() if k not in ("data", "recipe")}
+                if command in ("generate", "benchmark", "check", "shrink", "tune", "quickstart"):
+                    values = {"executor": "inline", **values}
                 Path(f"{command}.yaml").write_text(yaml.safe_dump(values))
                 argument = f"{command}.yaml"
             texts.append(str(argument))

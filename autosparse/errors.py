@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar, dataclass_transform
 
 T = TypeVar("T")
@@ -38,6 +40,29 @@ def require(condition: bool, what: str, value: Any, way_out: str) -> None:
 def first_line(error: BaseException) -> str:
     """The first line of what another library raised, or its type where it says nothing: what fits into our one line."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def raise_out_of_memory(error: BaseException, doing: str) -> None:
+    """Raise the one clear error if `error` says that memory ran out; every broad `except` around torch asks this first."""
+    if isinstance(error, AutoSparseFailure):
+        raise error
+    kinds = {kind.__name__ for kind in type(error).__mro__}  # torch is not imported here
+    text = str(error)
+    allocator = isinstance(error, RuntimeError) and ("not enough memory" in text or "DefaultCPUAllocator" in text)
+    if kinds & {"OutOfMemoryError", "MemoryError"} or allocator:
+        raise AutoSparseFailure(
+            f"out of memory while {doing} ({first_line(error)}): use smaller batches or a smaller example_input"
+        ) from error
+
+
+@contextmanager
+def memory_watched(doing: str) -> Iterator[None]:
+    """The one clear error where memory runs out inside."""
+    try:
+        yield
+    except Exception as error:
+        raise_out_of_memory(error, doing)
+        raise
 
 
 def suggest(name: str, known: Any) -> str:

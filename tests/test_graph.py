@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import operator
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch_geometric.data import Data
 
 from autosparse.errors import AutoSparseError
 from autosparse.masks.layers import Layer, prunable_layers
 from autosparse.network.graph import Graph, Operation, trace
+from autosparse.network.inputs import as_call, map_tensors, tensors_in
 
 torchvision = pytest.importorskip("torchvision")
 
@@ -128,6 +131,7 @@ def test_operations_of_the_residual_net() -> None:
         stride=(2, 2),
         groups=2,
         weights=("b.weight",),
+        contracted=2 * 3 * 3,
     )
     assert operations[4].parameters == ("norm.weight", "norm.bias", "norm.running_mean", "norm.running_var")
     assert operations[8].inputs == (6, 7)
@@ -380,11 +384,91 @@ def test_inputs_and_outputs_of_every_form() -> None:
             return {"n": 3, "list": [self.a(x)], "object": SimpleNamespace(inner=(b, None))}
 
     x, y = torch.randn(2, 4), torch.randn(3, 4)
-    for example in (x, (x,), [x, y], {"x": x, "y": y}):
+    for example in (x, (x,), (x, y), {"x": x, "y": y}):
         graph = trace(Forms(), example)
         assert sum(op.kind == "input" for op in graph.operations) == (1 if example is x or len(example) == 1 else 2)
         assert sum(op.kind == "output" for op in graph.operations) == 2
         assert set(graph.layers()) == {"a.weight", "b.weight"}
+
+
+class Pair(NamedTuple):
+    x: Tensor
+    y: Tensor
+
+
+def test_what_is_one_argument_and_what_are_several() -> None:
+    class One(nn.Module):
+        def forward(self, x: Any, y: Any = None) -> None: ...
+
+    class Two(nn.Module):
+        def forward(self, x: Any, y: Any) -> None: ...
+
+    for model, inputs, arguments in (
+        (One(), 1, ((1,), {})),
+        (One(), (1, 2), ((1, 2), {})),
+        (One(), {"x": 1}, ((), {"x": 1})),
+        (One(), [1, 2], (([1, 2],), {})),
+        (Two(), [1, 2], ((1, 2), {})),  # as a DataLoader collates tuples
+        (One(), (1, [2, (3,)]), ((1, [2, (3,)]), {})),
+    ):
+        assert as_call(model, inputs) == arguments
+    pair = Pair(torch.zeros(1), torch.ones(1))
+    assert as_call(One(), pair)[0][0] is pair and as_call(Two(), pair)[0] == tuple(pair)
+
+
+def test_tensors_are_found_and_changed_in_anything() -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Held:
+        x: Tensor
+        more: dict[str, list[Tensor]]
+
+    x, y, edges = torch.zeros(2), torch.ones(3), torch.zeros(2, 1, dtype=torch.long)
+    packed = nn.utils.rnn.pack_sequence([torch.zeros(3, 1), torch.zeros(1, 1)])
+    value = (Held(x, {"y": [y, x]}), Pair(x, y), Data(x=x, edge_index=edges), packed, "text", 3)
+    assert [id(t) for t in tensors_in(value)][:3] == [id(x), id(y), id(edges)]
+    held, pair, data, moved, *rest = map_tensors(lambda t: t + 1, value)
+    assert type(held) is Held and held.x is pair.x is held.more["y"][1] and held.x.tolist() == [1, 1]
+    assert type(pair) is Pair and type(data) is Data and data.edge_index.tolist() == [[1], [1]]
+    assert moved.data.sum() == 4 and moved.batch_sizes is packed.batch_sizes and rest == ["text", 3]
+    assert x.sum() == 0 and value[2].x is x  # what was given stays
+    assert map_tensors(lambda t: t, value)[0] is value[0]
+
+
+class Recurrent(nn.Module):
+    def __init__(self, batch_first: bool = False) -> None:
+        super().__init__()
+        self.table, self.cell = nn.Embedding(9, 4), nn.GRU(4, 4, batch_first=batch_first)
+
+    def forward(self, x: Tensor, state: Tensor | None = None) -> Tensor:
+        return self.cell(self.table(x), state)[0]
+
+
+class Along(nn.Module):
+    """Convolves a sequence without a batch along its dimension 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.c = nn.Conv1d(4, 4, 5, padding=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(x.T).T
+
+
+@pytest.mark.parametrize(
+    ("model", "example", "taken"),
+    [
+        (Residual(), torch.zeros(5, 3, 8, 8), [(2, 3, 8, 8)]),
+        (Recurrent(batch_first=True), torch.zeros(5, 6, dtype=torch.long), [(2, 6)]),
+        (Recurrent(), torch.zeros(5, 6, dtype=torch.long), [(5, 6)]),
+        (Recurrent(), (torch.zeros(5, 6, dtype=torch.long), torch.zeros(1, 6, 4)), [(5, 6), (1, 6, 4)]),
+        (nn.TransformerEncoderLayer(4, 2, 4, batch_first=True), torch.zeros(5, 3, 4), [(2, 3, 4)]),
+        (nn.TransformerEncoderLayer(4, 2, 4), torch.zeros(5, 3, 4), [(5, 3, 4)]),
+        (nn.TransformerEncoderLayer(4, 2, 4), (torch.zeros(5, 4), torch.zeros(5, 5)), [(5, 4), (5, 5)]),
+        (Along(), torch.zeros(6, 4), [(6, 4)]),
+    ],
+)
+def test_fewer_examples_only_where_dimension_0_is_a_batch(model: nn.Module, example: Any, taken: list) -> None:
+    assert [op.shape for op in trace(model, example).operations if op.kind == "input"] == taken
 
 
 def test_bf16_model_takes_a_float_example() -> None:

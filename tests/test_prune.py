@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch_geometric.data import Data
 
 import autosparse
 from autosparse import NM, AutoSparseError, Channel, Masks, prune
+from autosparse.errors import AutoSparseFailure
 from autosparse.masks.layers import Layer, prunable_layers
+from autosparse.network import flow, reachability
 from autosparse.network.signals import measure
-from autosparse.pruning.criteria import CRITERIA, Context, Scores
+from autosparse.pruning.criteria import CRITERIA, PRESETS, Context, Scores
 
 Guard = Callable[[nn.Module], AbstractContextManager[None]]
 
@@ -366,3 +371,168 @@ def test_the_front_door() -> None:
     with pytest.raises(AttributeError, match="has no attribute 'prun'"):
         autosparse.prun  # noqa: B018
     assert isinstance(Layer("a", "linear", (2, 2)).fan_in, int) and CRITERIA["snip"].n_batches == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Whatever the model takes
+
+
+@dataclasses.dataclass(frozen=True)
+class Given:
+    x: Tensor
+    more: dict[str, list[Tensor]]
+
+
+@dataclasses.dataclass
+class Made:
+    logits: Tensor
+
+
+class Takes(nn.Module):
+    """Two or three layers in a forward pass of any signature."""
+
+    def __init__(self, run: Callable[..., Any], a: nn.Module, b: nn.Module, table: nn.Module | None = None) -> None:
+        super().__init__()
+        self.run, self.a, self.b, self.table = run, a, b, table
+
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        return self.run(self, *inputs, **named)
+
+
+def graph_net(m: Takes, x: Tensor, edges: Tensor) -> Tensor:
+    source, target = edges
+    h = m.a(x).relu()
+    return m.b(torch.zeros_like(h).index_add(0, target, h[source]))
+
+
+def images(m: Takes, listed: list[Tensor]) -> Tensor:
+    assert type(listed) is list
+    return m.b(torch.stack([m.a(image[None]).relu().mean((0, 2, 3)) for image in listed]))
+
+
+EDGES = torch.tensor([[0, 1, 2, 3, 4], [1, 2, 3, 4, 0]])
+FORMS: dict[str, tuple[Callable[[], Takes], Any]] = {
+    "recurrent states": (
+        lambda: Takes(
+            lambda m, x, state: m.b(m.a(m.table(x), state)[0][:, -1]),
+            nn.LSTM(4, 4, batch_first=True),
+            nn.Linear(4, 3),
+            nn.Embedding(9, 4),
+        ),
+        (torch.arange(35).view(5, 7) % 9, (torch.zeros(1, 5, 4), torch.zeros(1, 5, 4))),
+    ),
+    "attention mask": (
+        lambda: Takes(
+            lambda m, x, mask: m.b(m.a(x, mask).mean(1)),
+            nn.TransformerEncoderLayer(4, 2, 8, batch_first=True),
+            nn.Linear(4, 3),
+        ),
+        (torch.linspace(-1, 1, 120).view(5, 6, 4), torch.zeros(6, 6)),
+    ),
+    "positions without batch": (
+        lambda: Takes(
+            lambda m, x, at: m.b((m.a(x) + m.table(at)).relu().mean(1)), *map(nn.Linear, (4, 4, 2), (4, 3, 4))
+        ),
+        (torch.linspace(-1, 1, 120).view(5, 6, 4), torch.linspace(0, 1, 12).view(6, 2)),
+    ),
+    "graph": (
+        lambda: Takes(graph_net, nn.Linear(4, 4), nn.Linear(4, 3)),
+        (torch.linspace(-1, 1, 20).view(5, 4), EDGES),
+    ),
+    "Data": (
+        lambda: Takes(lambda m, d: graph_net(m, d.x, d.edge_index), nn.Linear(4, 4), nn.Linear(4, 3)),
+        Data(x=torch.linspace(-1, 1, 20).view(5, 4), edge_index=EDGES),
+    ),
+    "list of images": (
+        lambda: Takes(images, nn.Conv2d(3, 4, 3, padding=1), nn.Linear(4, 3)),
+        [torch.linspace(-1, 1, 3 * 6 * n).view(3, 6, n) for n in (5, 6, 7, 6, 6)],
+    ),
+    "dataclass": (
+        lambda: Takes(lambda m, g: Made(m.b(m.a(g.x).relu() + g.more["y"][0])), nn.Linear(4, 4), nn.Linear(4, 3)),
+        Given(torch.linspace(-1, 1, 20).view(5, 4), {"y": [torch.zeros(5, 4)]}),
+    ),
+    "keywords": (
+        lambda: Takes(lambda m, x, y: m.b(m.a(x["x"]).relu() + y), nn.Linear(4, 4), nn.Linear(4, 3)),
+        {"x": {"x": torch.linspace(-1, 1, 20).view(5, 4)}, "y": torch.zeros(5, 4)},
+    ),
+}
+SCORED = [n for n, p in PRESETS.items() if not any("@" in signal for signal in p.criterion.signals)] + ["autosparse"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_criterion_takes_what_the_model_takes(form: str, unchanged: Guard) -> None:
+    def loss(outputs: Any, targets: Tensor) -> Tensor:
+        return F.cross_entropy(getattr(outputs, "logits", outputs), targets)
+
+    make, inputs = FORMS[form]
+    torch.manual_seed(1)
+    model = make()
+    for name in SCORED:
+        with warnings.catch_warnings(), unchanged(model):
+            warnings.simplefilter("ignore")
+            masks = prune(model, 0.25, name, batches=[(inputs, torch.arange(5) % 3)], loss=loss, steps=2, n_batches=1)
+        assert masks.kept == round(0.75 * masks.total), name
+        assert masks.report.effective_sparsity is not None, name
+        assert not masks.report.dead_layers, name
+    from_one, from_all = (
+        prune(model, 0.25, "synflow", steps=2, **given)
+        for given in ({"example_input": inputs}, {"batches": [(inputs, torch.arange(5) % 3)]})
+    )
+    assert all(torch.equal(from_one[name], from_all[name]) for name in from_one)
+
+
+def test_a_refusal_shows_the_shapes_that_were_given() -> None:
+    with pytest.raises(AutoSparseError, match=r"example_input of shape \(7, 9\)"):
+        prune(mlp(), 0.5, "magnitude", example_input=torch.zeros(7, 9))
+    with pytest.raises(AutoSparseError, match=r"of shape \[\(7, 8\), \(3, 8\)\].*several arguments as a tuple"):
+        prune(mlp(), 0.5, "magnitude", example_input=[torch.zeros(7, 8), torch.zeros(3, 8)])
+    with pytest.raises(AutoSparseError, match=r"cannot take batches of type list with shapes \[\(7, 8\), \(3, 8\)\]"):
+        prune(
+            mlp(),
+            0.5,
+            "snip",
+            batches=[([torch.zeros(7, 8), torch.zeros(3, 8)], torch.zeros(7).long())],
+            example_input=torch.zeros(1, 8),
+        )
+
+
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    MemoryError(),
+    RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory: you tried 9 bytes."
+    ),
+]
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: type(error).__name__)
+def test_out_of_memory_is_one_clear_error_everywhere(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise error
+
+    class Failing(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) if x.is_meta else fail()
+
+    (x, y), *_ = pairs(3)
+    failing = pytest.raises(
+        AutoSparseFailure, match=r"^out of memory while .*: use smaller batches or a smaller example"
+    )
+    with failing:  # in the trace
+        prune(Takes(lambda m, x: fail(), nn.Linear(8, 4), nn.Linear(4, 4)), 0.5, "magnitude", example_input=x)
+    with failing:  # in a batch
+        prune(Failing(8, 4), 0.5, "snip", batches=[(x, y)])
+    with failing:  # in the loss
+        prune(mlp(), 0.5, "snip", batches=[(x, y)], loss=fail)
+    with monkeypatch.context() as patched, failing:  # in synaptic flow
+        patched.setattr(flow, "multiply", fail)
+        prune(mlp(), 0.5, "synflow", example_input=x)
+    with monkeypatch.context() as patched, failing:  # in reachability
+        patched.setattr(reachability, "multiply", fail)
+        prune(mlp(), 0.5, "magnitude", example_input=x)
+    with monkeypatch.context() as patched, failing:  # in a rule of reachability
+        patched.setattr(reachability, "_either_of", fail)
+        prune(mlp(), 0.5, "magnitude", example_input=x)
+    with monkeypatch.context() as patched, failing:  # in a backward pass
+        patched.setattr(torch.autograd, "grad", fail)
+        prune(mlp(), 0.5, "snip", batches=[(x, y)])

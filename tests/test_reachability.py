@@ -13,12 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch_geometric.data import Data
 
+from autosparse import Masks
 from autosparse.errors import AutoSparseError
 from autosparse.masks.layers import prunable_layers
 from autosparse.network import reachability as module
 from autosparse.network.graph import trace
 from autosparse.network.reachability import effective_masks, reachability
+from autosparse.pruning.prune import describe
 
 
 def full(model: nn.Module, **layers: Any) -> dict[str, Tensor]:
@@ -376,6 +379,51 @@ def test_a_network_that_cannot_be_followed_counts_kept_weights(monkeypatch: pyte
     assert not report.exact
     assert report.effective == {"0.weight": 0, "1.weight": 1}
     assert report.dead_layers == ("0.weight",)
+
+
+class Hidden(nn.Module):
+    """Where paths cannot be seen: through numpy, or where activations choose how many elements there are."""
+
+    def __init__(self, choose: bool) -> None:
+        super().__init__()
+        self.choose = choose
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        if self.choose:
+            return self.b(h[h.sum(1) > 0])
+        return torch.from_numpy(self.b(h).detach().numpy())
+
+
+@pytest.mark.parametrize("choose", [True, False])
+def test_what_cannot_be_followed_is_unknown_and_not_dead(choose: bool) -> None:
+    model = Hidden(choose)
+    masks = full(model, a__weight=[[0] * 4] * 4)
+    report = reachability(model, masks, torch.zeros(3, 4))
+    assert report.effective_sparsity is None and not report.exact
+    assert report.dead_layers == ("a.weight",)  # empty, which needs no path
+    with pytest.warns(UserWarning, match="1 of 2 layers are dead"):
+        filled = describe(model, Masks({n: m.bool() for n, m in masks.items()}), torch.zeros(3, 4))
+    assert filled.report.effective_sparsity is None
+    assert "the network's paths could not be followed" in filled.report.notes[0]
+
+
+def test_edges_of_a_graph_are_followed_exactly() -> None:
+    class Neighbours(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(2, 2, bias=False), nn.Linear(6, 1, bias=False)
+
+        def forward(self, data: Data) -> Tensor:
+            source, target = data.edge_index
+            h = self.a(data.x)
+            return self.b(torch.zeros_like(h).index_add(0, target, h[source]).flatten())
+
+    data = Data(x=torch.zeros(3, 2), edge_index=torch.tensor([[0, 1], [1, 1]]))
+    found = effective_masks(Neighbours(), full(Neighbours()), data)
+    assert found["b.weight"].tolist() == [[False, False, True, True, False, False]]  # only node 1 receives anything
+    assert found["a.weight"].all()
 
 
 def test_nothing_changes() -> None:

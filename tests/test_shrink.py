@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from autosparse import AutoSparseError, Masks, prune
 from autosparse.errors import AutoSparseFailure
-from autosparse.network.size import Size, size
+from autosparse.network.size import Size, layer_macs, size
 from autosparse.trainability import shrink as module
 from autosparse.trainability.shrink import output_difference, remove, same_outputs, shrink
 from autosparse.training.models import ModelSettings, create_model
@@ -96,6 +96,32 @@ def test_parameters_and_macs() -> None:
     assert size(model, torch.zeros(2, 1, 4, 4)) == Size(27 + 3 + 6 + 6 + 2 + 16 + 2, 27 * 4 + 6 * 4 + 16)
     small = shrink(model, empties(model, **{"0": [1], "3": [0]}), torch.zeros(2, 1, 4, 4))
     assert size(small, torch.zeros(2, 1, 4, 4)) == Size(18 + 2 + 4 + 2 + 1 + 8 + 2, 18 * 4 + 2 * 4 + 8)
+
+
+def test_each_use_of_a_stacked_projection_counts_its_own_rows() -> None:
+    class Cross(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attend = nn.MultiheadAttention(4, 2, batch_first=True)
+
+        def forward(self, x: Tensor, context: Tensor) -> Tensor:
+            return self.attend(x, context, context)[0]
+
+    macs = layer_macs(Cross(), (torch.zeros(3, 3, 4), torch.zeros(3, 5, 4)))
+    queries, keys_and_values = 3 * 4 * 4, 5 * 8 * 4
+    assert macs == {"attend.in_proj_weight": queries + keys_and_values, "attend.out_proj.weight": 3 * 4 * 4}
+
+
+def test_macs_of_grouped_transposed_and_repeated_layers() -> None:
+    layers = {"up": nn.ConvTranspose2d(4, 6, 2, stride=2, groups=2), "again": nn.Conv2d(6, 6, 3, padding=1, groups=3)}
+    model = Net(lambda m, x: m.again(m.again(m.up(x))), **layers)
+    macs = layer_macs(model, torch.zeros(5, 4, 3, 3))
+    assert macs == {"up.weight": 4 * 3 * 3 * (3 * 2 * 2), "again.weight": 2 * 6 * 6 * 6 * (2 * 3 * 3)}
+
+
+def test_without_a_batch_the_whole_input_is_one_example() -> None:
+    model = nn.TransformerEncoderLayer(4, 2, 8)
+    assert layer_macs(model, (torch.zeros(5, 4), torch.zeros(5, 5)))["linear1.weight"] == 5 * 4 * 8
 
 
 def residual() -> nn.Module:

@@ -17,7 +17,8 @@ from autosparse.errors import AutoSparseError, require, settings
 from autosparse.masks.layers import prunable_layers, unwrap
 from autosparse.masks.mask import Masks
 from autosparse.masks.random import make_generator, seeded
-from autosparse.network.graph import FACTORS, base_name, first_of_batch, named_arguments, trace
+from autosparse.network.graph import FACTORS, base_name, named_arguments, trace
+from autosparse.network.inputs import first_of_batch
 from autosparse.network.lipschitz import estimate, pairs, spectral_norm
 from autosparse.network.running import NORMS, Batch, Loss, batch_loss, batch_size, eval_mode, forward
 from autosparse.network.saliency import (
@@ -153,8 +154,7 @@ def diagnose(
     model, chosen = unwrap(model), loss or F.cross_entropy
     if masks is not None:
         Masks(masks).check(model)
-    example = first_of_batch(batches[0][0], 2)
-    graph = trace(model, example)
+    graph = trace(model, batches[0][0])
     known = prunable_layers(model, operands=graph.operands)
     layers = {n: known[n] for n in dict.fromkeys((*graph.layers(), *known)) if n in known}
     own = dict(model.named_parameters())

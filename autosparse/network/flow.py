@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves, tree_map
 
-from autosparse.errors import AutoSparseError, first_line
+from autosparse.errors import AutoSparseError, first_line, raise_out_of_memory
 from autosparse.masks.layers import Layer, unwrap
 from autosparse.masks.mask import masked
 from autosparse.network.graph import FACTORS, KIND, VIEWS, takes_no_values
@@ -221,8 +221,12 @@ class _Flow(Replay[_Value]):
             self.values[id(tape.state[name])] = _Value(absolute[name], "weight")
         for name, b in model.named_buffers():
             self.values[id(tape.state[name])] = self.constant(b.detach().clone())
-        for t in tape.inputs:
-            self.values[id(t)] = self._ones(t.shape, "data" if t.is_floating_point() else "gate")
+        for t, given in tape.inputs:
+            if t.is_floating_point():
+                self.values[id(t)] = self._ones(t.shape, "data")
+            else:
+                real = given.detach().to(device, copy=True)
+                self.values[id(t)] = dataclasses.replace(self._ones(t.shape, "gate"), known=real)
 
     def total(self) -> tuple[Tensor, int]:
         """`R` as a number and the power of two that it is to be multiplied by."""
@@ -244,9 +248,8 @@ class _Flow(Replay[_Value]):
             for value, shape in zip(values, step.shapes, strict=True):
                 if value.tensor.shape != shape:
                     raise ValueError(f"the rule gives shape {tuple(value.tensor.shape)} and not {tuple(shape)}")
-        except torch.OutOfMemoryError:
-            raise
-        except (RuntimeError, TypeError, ValueError, IndexError, KeyError) as error:
+        except (RuntimeError, MemoryError, TypeError, ValueError, IndexError, KeyError) as error:
+            raise_out_of_memory(error, f"computing the synaptic flow of {self.name}")
             operands = [self.values[id(t)] for t in step.operands if id(t) in self.values]
             weights = [v for v in operands if v.role == "weight"]
             if weights and all(v.role in ("weight", "constant") for v in operands):
@@ -269,6 +272,8 @@ class _Flow(Replay[_Value]):
         if roles <= {"constant"} or takes_no_values(step.name):
             return [self.constant(t) for t in self.call(step)]
         gates = [self._ones(shape, "gate") for shape in step.shapes]
+        if known := self.known(step):
+            return [dataclasses.replace(gate, known=t) for gate, t in zip(gates, known, strict=True)]
         if roles <= {"constant", "gate"} or step.name in _STATISTICS or step.name == "view_as_complex":
             return gates
         if not any(t.is_floating_point() or t.is_complex() for t in step.results):  # comparisons, indices, tokens
@@ -475,9 +480,11 @@ def _itself(step: Step, read: Read, role: str) -> list[Tensor]:
         if not isinstance(a, Tensor):
             return a
         v = read[id(a)]
+        if v.index is not None:
+            return v.index
         if not a.is_floating_point() and v.role == "gate":
             raise ValueError("activations choose the elements")
-        return v.tensor if not v.tensor.is_floating_point() else _carried(v, role)
+        return _carried(v, role)
 
     kwargs = {key: value for key, value in step.kwargs.items() if key != "dtype"}
     args, kwargs = tree_map(stand_in, (step.args, kwargs))

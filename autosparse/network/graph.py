@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
@@ -20,8 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from autosparse.errors import AutoSparseError, first_line
+from autosparse.errors import AutoSparseError, raise_out_of_memory
 from autosparse.masks.layers import Layer, unwrap
+from autosparse.network.inputs import as_call, cast_like, first_of_batch, map_tensors, refusal, shapes_of, tensors_in
 
 _KINDS = {
     "activation": "relu relu6 leaky_relu gelu silu sigmoid tanh elu selu celu mish hardswish hardsigmoid hardtanh "
@@ -69,6 +69,9 @@ ON_VECTORS = ("mv", "addmv", "dot", "vdot")
 _SAME = ("alias", "detach", "lift_fresh", "lift", "_conj", "resolve_conj", "resolve_neg")
 
 
+EXAMPLES = 2  # that a trace runs on: of one the batch is hidden in every view
+
+
 @dataclass(frozen=True)
 class Operation:
     """One operation of the forward pass.
@@ -79,7 +82,8 @@ class Operation:
     `target` is the aten operator (`"aten.convolution.default"`, empty for inputs and outputs); `inputs` are the
     (earlier) operations whose results it consumes; `parameters` are the names of all parameters and buffers that it
     consumes, itself or as views, casts or maps of them, and `weights` those among them that are a factor of a product
-    or convolution; `shape` is the shape of its first result; `stride` that of a convolution or pool.
+    or convolution; `shape` is the shape of its first result; `stride` that of a convolution or pool; `contracted` how
+    many products each element of a product's or convolution's result sums (of a transposed one: each input goes into).
     """
 
     kind: str
@@ -90,6 +94,7 @@ class Operation:
     stride: tuple[int, ...] = ()
     groups: int = 1
     weights: tuple[str, ...] = ()
+    contracted: int = 0
 
 
 @dataclass(frozen=True)
@@ -185,13 +190,13 @@ def trace(model: nn.Module, example_input: Any) -> Graph:
     tensors that are neither parameters nor buffers) runs on its own device. The model is left as it was.
 
     Args:
-        example_input: a tensor, a tuple or list of positional inputs, or a dict of keyword inputs, as the model takes
-            them; the batch size does not matter.
+        example_input: what the model takes: a tensor; a tuple of positional or a dict of keyword arguments; a list or an
+            object as one argument (see `as_call`). Where dimension 0 is a batch, its size does not matter.
 
     Raises:
         AutoSparseError: the model does not take this input, or returns no tensor.
     """
-    provenance = observe(model, example_input, _Provenance, batch=2)
+    provenance = observe(model, example_input, _Provenance, EXAMPLES)
     return Graph(tuple(provenance.operations), provenance.operands)
 
 
@@ -204,39 +209,90 @@ class Observer(TorchDispatchMode):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
+        self.calls: list[Call] = []
 
     def parameter(self, name: str, tensor: Tensor) -> None:
         """`tensor` stands for the parameter or buffer `name`."""
-        raise NotImplementedError
 
-    def input(self, tensor: Tensor) -> None:
-        """`tensor` is an input of the model."""
-        raise NotImplementedError
+    def input(self, tensor: Tensor, given: Tensor) -> None:
+        """`tensor` stands for `given`, an input of the model."""
 
     def output(self, tensor: Tensor) -> None:
         """`tensor` is an output of the model."""
-        raise NotImplementedError
+
+    def seen(self, func: Any, arguments: dict[str, Any], args: Any, kwargs: Any, results: list[Tensor]) -> None:
+        """The operator was called, and gave `results`."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        arguments = named_arguments(func, args, kwargs)
+        results = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
+        operands = {key: a.shape for key, a in arguments.items() if isinstance(a, Tensor)}
+        self.calls.append(Call(func, operands, [t.shape for t in results]))
+        self.seen(func, arguments, tuple(args), dict(kwargs or {}), results)
+        return result
+
+
+class Call(NamedTuple):
+    """One call of an operator: the shapes of its operands, by their names in the schema, and of its results."""
+
+    func: Any
+    operands: dict[str, torch.Size]
+    results: list[torch.Size]
 
 
 O = TypeVar("O", bound=Observer)
 
 
 def observe(model: nn.Module, example_input: Any, observer: Callable[[nn.Module], O], batch: int) -> O:
-    """An observer that has seen one forward pass of `model` on the first `batch` examples, see `trace`."""
+    """An observer that has seen one forward pass of `model` on the example, see `trace`.
+
+    The first `batch` examples do instead of all of them where dimension 0 is a batch, see `_independent`.
+    """
     model = unwrap(model)
     device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
     example = cast_like(model, example_input)
     few = first_of_batch(example, batch)
-    error: Exception | None = None
-    for place, inputs in itertools.product((torch.device("meta"), device), (few, example)):
+    for place in (torch.device("meta"), device):
+        part = None
         try:
-            return _observed(model, inputs, place, observer(model))
-        except AutoSparseError:
-            raise
-        except Exception as e:  # whatever it is, the next attempt is closer to how the user runs the model
+            if few is not example:
+                with suppress(Exception):
+                    part = _observed(model, few, place, observer(model))
+            whole = _observed(model, example, place, observer(model) if part is None else Observer(model))
+            if part is None:
+                return whole  # type: ignore[return-value]
+            if _independent(part.calls, whole.calls):
+                return part
+            return _observed(model, example, place, observer(model))
+        except Exception as e:  # whatever it is, the model's own device is closer to how the user runs it
+            raise_out_of_memory(e, f"running {type(model).__name__} on an example of shape {shapes_of(example_input)}")
             error = e
-    assert error is not None  # each of the attempts failed
-    raise refusal(model, example_input, error) from error
+    raise error if isinstance(error, AutoSparseError) else refusal(model, example_input, error) from error
+
+
+def _independent(part: Sequence[Call], whole: Sequence[Call]) -> bool:
+    """Whether the first examples run as all of them do, each for itself: then dimension 0 is a batch.
+
+    The same operators run. What comes from tensors with fewer elements has fewer elements too, so none is combined over
+    the batch; products contract dimensions of the same size, and convolutions and pools slide over such.
+    """
+    if [c.func for c in part] != [c.func for c in whole]:
+        return False
+    for few, all_of_them in zip(part, whole, strict=True):
+        smaller = {key for key, shape in few.operands.items() if shape != all_of_them.operands.get(key)}
+        name = base_name(few.func)
+        for key, dim in FACTORS.get(name, ()):
+            if key in smaller and few.operands[key][dim] != all_of_them.operands[key][dim]:
+                return False
+        slides = name == "convolution" or KIND.get(name) in ("pool", "resize")
+        if slides and any(few.operands[key][1:] != all_of_them.operands[key][1:] for key in smaller):
+            return False
+        if smaller and not takes_no_values(name):
+            for a, b in zip(few.results[:1], all_of_them.results, strict=False):  # the others are statistics or alike
+                if b and math.prod(a) >= math.prod(b) > 0:
+                    return False
+    return True
 
 
 def _observed(model: nn.Module, example: Any, device: torch.device, seen: O) -> O:
@@ -245,49 +301,26 @@ def _observed(model: nn.Module, example: Any, device: torch.device, seen: O) -> 
 
     # In inference mode operators arrive in another form.
     with undisturbed(model), torch.inference_mode(False), torch.no_grad():
-        args, kwargs = as_call(tree_map(lambda t: copy(t) if isinstance(t, Tensor) else t, example))
+        stands_for: list[tuple[Tensor, Tensor]] = []
+
+        def input_copy(t: Tensor) -> Tensor:
+            stands_for.append((copy(t), t))
+            return stands_for[-1][0]
+
+        inputs = map_tensors(input_copy, example)
+        args, kwargs = as_call(model, inputs)
         state = {name: copy(t) for name, t in (*model.named_parameters(), *model.named_buffers())}
         for name, t in state.items():
             seen.parameter(name, t)
-        for t in tree_leaves((args, kwargs)):
-            if isinstance(t, Tensor):
-                seen.input(t)
+        for t, given in stands_for:
+            seen.input(t, given)
         with seen:
-            found = list(tensors_in(torch.func.functional_call(model, state, args, kwargs)))
+            found = tensors_in(torch.func.functional_call(model, state, args, kwargs))
         if not found:
             raise AutoSparseError(f"{type(model).__name__} returned no tensor: its forward must return at least one")
         for t in found:
             seen.output(t)
     return seen
-
-
-def as_call(example_input: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword arguments for a model: a dict is keywords, a tuple or list is positions."""
-    if isinstance(example_input, Mapping):
-        return (), dict(example_input)
-    return (tuple(example_input) if isinstance(example_input, (tuple, list)) else (example_input,)), {}
-
-
-def cast_like(model: nn.Module, example_input: Any) -> Any:
-    """`example_input` with its floating tensors in the model's precision, if it has one for all of its parameters."""
-    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
-    if len(dtypes) != 1:
-        return example_input
-    dtype = dtypes.pop()
-    return tree_map(
-        lambda t: t.detach().to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t, example_input
-    )
-
-
-def refusal(model: nn.Module, example_input: Any, error: BaseException) -> AutoSparseError:
-    """The error for a model that does not run on `example_input`."""
-    shapes = [tuple(t.shape) for t in tree_leaves(example_input) if isinstance(t, Tensor)]
-    shape = str(shapes[0] if len(shapes) == 1 else shapes)
-    reason = first_line(error)
-    return AutoSparseError(
-        f"{type(model).__name__} cannot run on example_input of shape {shape} ({type(error).__name__}: {reason}): "
-        "give example_input of the shape the model takes"
-    )
 
 
 @contextmanager
@@ -313,29 +346,6 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
                 for current, before in ((live["_parameters"], parameters), (live["_buffers"], buffers)):
                     current.clear()
                     current.update(before)
-
-
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """The tensors in a model's output: of tuples, dicts, dataclasses and other plain objects, to any depth."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from tensors_in(item)
-    elif isinstance(value, (tuple, list, set)):
-        for item in value:
-            yield from tensors_in(item)
-    elif hasattr(value, "__dict__") and not isinstance(value, (type, nn.Module)) and not callable(value):
-        for item in vars(value).values():
-            yield from tensors_in(item)
-
-
-def first_of_batch(example: Any, count: int) -> Any:
-    """The first `count` of the batch, where all tensors agree on a batch size."""
-    tensors = [t for t in tree_leaves(example) if isinstance(t, Tensor)]
-    if any(t.dim() == 0 for t in tensors) or len({t.shape[0] for t in tensors}) != 1:
-        return example
-    return tree_map(lambda t: t[:count] if isinstance(t, Tensor) else t, example)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -380,22 +390,19 @@ class _Provenance(Observer):
             bits = _index_bits(tensor.shape)
         self._origins[tensor] = _Origin(parameters=(name,), bits=bits)
 
-    def input(self, tensor: Tensor) -> None:
+    def input(self, tensor: Tensor, given: Tensor) -> None:
         self._origins[tensor] = self._record(Operation("input", "", (), (), tuple(tensor.shape)))
 
     def output(self, tensor: Tensor) -> None:
         origin = self._origin(tensor) or _Origin()
         self._record(Operation("output", "", origin.operations, origin.parameters, tuple(tensor.shape)))
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        arguments = named_arguments(func, args, kwargs)
+    def seen(self, func: Any, arguments: dict[str, Any], args: Any, kwargs: Any, results: list[Tensor]) -> None:
         operands = [t for t in tree_leaves(list(arguments.values())) if isinstance(t, Tensor)]
-        results = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
         known = [(t, origin) for t in operands if (origin := self._origin(t)) is not None]
         name = base_name(func)
         if not known or not results or takes_no_values(name):
-            return result
+            return
         written = written_arguments(func, arguments)
         joined = _join(origin for _, origin in known)
         is_product = name in FACTORS and not (joined.fixed and name in ON_VECTORS)
@@ -418,7 +425,6 @@ class _Provenance(Observer):
             self._origins[t] = new._replace(bits=None)
             reference = StorageWeakRef(t.untyped_storage())
             self._written[reference.cdata] = (reference, new._replace(bits=None))
-        return result
 
     def _product(self, name: str, func: Any, arguments: dict[str, Any], joined: _Origin, result: Tensor) -> _Origin:
         """Record a product or convolution; what it returns is a weight again only if both factors are raw weights."""
@@ -447,10 +453,13 @@ class _Provenance(Observer):
             kind = "linear" if weights else "matmul"
         stride = tuple(arguments["stride"]) if name == "convolution" else ()
         parameters = (*weights, *(p for p in joined.parameters if p not in weights))
+        first, dim, _ = factors[0]
+        contracted = math.prod(arguments["weight"].shape[1:]) if name == "convolution" else first.shape[dim]
+        if name == "addbmm":
+            contracted *= first.shape[0]
+        shape = tuple(result.shape)
         new = self._record(
-            Operation(
-                kind, str(func), joined.operations, parameters, tuple(result.shape), stride, groups, tuple(weights)
-            )
+            Operation(kind, str(func), joined.operations, parameters, shape, stride, groups, tuple(weights), contracted)
         )
         return new._replace(fixed=joined.fixed and not any(weight in self._owned for weight in weights))
 

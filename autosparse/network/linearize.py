@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections import defaultdict
 from collections.abc import Mapping
+from dataclasses import field
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
@@ -55,27 +56,23 @@ class Tape(Observer):
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
         self.state: dict[str, Tensor] = {}
-        self.inputs: list[Tensor] = []
+        self.inputs: list[tuple[Tensor, Tensor]] = []  # each with the user's own
         self.outputs: list[Tensor] = []
         self.steps: list[Step] = []
 
     def parameter(self, name: str, tensor: Tensor) -> None:
         self.state[name] = tensor
 
-    def input(self, tensor: Tensor) -> None:
-        self.inputs.append(tensor)
+    def input(self, tensor: Tensor, given: Tensor) -> None:
+        self.inputs.append((tensor, given))
 
     def output(self, tensor: Tensor) -> None:
         self.outputs.append(tensor)
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        results = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
-        written = written_arguments(func, named_arguments(func, args, kwargs))
+    def seen(self, func: Any, arguments: dict[str, Any], args: Any, kwargs: Any, results: list[Tensor]) -> None:
+        written = written_arguments(func, arguments)
         results = results or written
-        shapes = [t.shape for t in results]
-        self.steps.append(Step(func, base_name(func), tuple(args), dict(kwargs or {}), results, written, shapes))
-        return result
+        self.steps.append(Step(func, base_name(func), args, kwargs, results, written, [t.shape for t in results]))
 
     def writes_seen_through_views(self) -> set[int]:
         """The steps that write into a tensor whose memory is read later through another tensor made before."""
@@ -122,10 +119,21 @@ def is_pointwise(func: Any) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Value:
-    """What stands for a tensor of the tape; a tensor of role `"constant"` is the real thing."""
+    """What stands for a tensor of the tape; a tensor of role `"constant"` is the real thing.
+
+    `known` is the real thing too where it is of whole numbers that the user gave (tokens, the edges of a graph), or that
+    follow from them alone.
+    """
 
     tensor: Tensor
     role: str
+    known: Tensor | None = field(default=None, kw_only=True)
+
+    @property
+    def index(self) -> Tensor | None:
+        """The real thing, if it is known and of whole numbers: then it may select elements."""
+        real = self.tensor if self.role == "constant" else self.known
+        return None if real is None or real.is_floating_point() else real
 
 
 V = TypeVar("V", bound=Value)
@@ -171,11 +179,19 @@ class Replay(Generic[V]):
 
         def stand_in(a: Any) -> Any:
             if isinstance(a, Tensor):
-                return self.value(a).tensor
+                value = self.value(a)
+                return value.tensor if value.known is None else value.known
             return self.device if isinstance(a, torch.device) else a
 
         args, kwargs = tree_map(stand_in, (step.args, step.kwargs))
         return [t for t in tree_leaves(step.func(*args, **kwargs)) if isinstance(t, Tensor)]
+
+    def known(self, step: Step) -> list[Tensor]:
+        """The real results of an operator on constants and known whole numbers; none of any other."""
+        if any(t.is_floating_point() or t.is_complex() for t in step.results):
+            return []
+        values = [self.value(t) for t in step.operands]
+        return self.call(step) if all(v.role == "constant" or v.known is not None for v in values) else []
 
     def _write_through(self, t: Tensor, value: V) -> None:
         """Write into the memory that stands for `t`'s, because other tensors of the tape look at it too."""

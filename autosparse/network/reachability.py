@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves, tree_map
 
+from autosparse.errors import raise_out_of_memory
 from autosparse.masks.layers import unwrap
 from autosparse.network.graph import FACTORS, KIND, ON_VECTORS, VIEWS, owned, takes_no_values
 from autosparse.network.linearize import (
@@ -39,11 +40,12 @@ class Reachability:
 
     `effective_sparsity` is one minus the share of masked layers' weights that are effective; `dead_layers` have no
     effective weight; `effective` counts the effective weights of each layer. `exact` is False if the network's paths
-    could not be followed, so that every kept weight counts as effective. Layers that eval mode does not run (auxiliary
-    classifiers) or that see nothing but a learned token (queries of class attention) have no path and are dead.
+    could not be followed: then the effective sparsity is `None`, only layers without any kept weight are known to be
+    dead, and every kept weight counts as effective. Layers that eval mode does not run (auxiliary classifiers) or that
+    see nothing but a learned token (queries of class attention) have no path and are dead.
     """
 
-    effective_sparsity: float
+    effective_sparsity: float | None
     dead_layers: tuple[str, ...]
     effective: dict[str, int]
     exact: bool = True
@@ -58,7 +60,7 @@ def reachability(model: nn.Module, masks: Mapping[str, Tensor], example_input: A
     effective = {name: int(mask.sum()) for name, mask in found.items()}
     total = sum(mask.numel() for mask in masks.values())
     return Reachability(
-        effective_sparsity=1 - sum(effective.values()) / max(total, 1),
+        effective_sparsity=1 - sum(effective.values()) / max(total, 1) if exact else None,
         dead_layers=tuple(name for name, count in effective.items() if count == 0),
         effective=effective,
         exact=exact,
@@ -83,27 +85,40 @@ def effective_masks(model: nn.Module, masks: Mapping[str, Tensor], example_input
 
 
 def _effective(model: nn.Module, masks: Mapping[str, Tensor], example_input: Any) -> tuple[dict[str, Tensor], bool]:
+    """The effective weights, and whether the paths could be followed: a network in which even dense layers have none, as
+    where objects hide its tensors, could not."""
     model = unwrap(model)
     names = first_names(model, masks)
     tape = record(model, example_input)
+    try:
+        found = _on_paths(model, {names[n]: mask != 0 for n, mask in masks.items()}, tape)
+        if not any(bool(mask.any()) for mask in found.values()):
+            dense = _on_paths(
+                model, {names[n]: torch.ones_like(mask, dtype=torch.bool) for n, mask in masks.items()}, tape
+            )
+            if not any(bool(mask.any()) for mask in dense.values()):
+                raise NotImplementedError("no path is seen")
+    except (RuntimeError, MemoryError, TypeError, ValueError, KeyError, NotImplementedError) as error:
+        raise_out_of_memory(error, f"finding the paths through {type(model).__name__}")
+        return {name: mask.bool().clone() for name, mask in masks.items()}, False
+    return {name: mask.bool() & found[names[name]].to(mask.device) for name, mask in masks.items()}, True
+
+
+def _on_paths(model: nn.Module, masks: Mapping[str, Tensor], tape: Tape) -> dict[str, Tensor]:
+    """The positions whose paths reach an output."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     cuda = [device.index or 0] if device.type == "cuda" else []
     with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(cuda):
-        leaves = {name: (mask != 0).to(device).float().requires_grad_() for name, mask in masks.items()}
-        try:
-            outputs = _Replay(tape, model, {names[n]: leaf for n, leaf in leaves.items()}, device).run()
-            reached = [v.dependence.sum() for v in outputs if v.dependence.requires_grad]
-            gradients: Any = [None] * len(leaves)
-            if reached:
-                gradients = torch.autograd.grad(
-                    torch.stack(reached).sum(), list(leaves.values()), allow_unused=True, materialize_grads=False
-                )
-        except (RuntimeError, TypeError, ValueError, KeyError, NotImplementedError):
-            return {name: mask.bool().clone() for name, mask in masks.items()}, False
+        leaves = {name: mask.to(device).float().requires_grad_() for name, mask in masks.items()}
+        reached = [v.dependence.sum() for v in _Replay(tape, model, leaves, device).run() if v.dependence.requires_grad]
+        gradients: Any = [None] * len(leaves)
+        if reached:
+            total = torch.stack(reached).sum()
+            gradients = torch.autograd.grad(total, list(leaves.values()), allow_unused=True, materialize_grads=False)
     return {
-        name: mask.bool() & (torch.zeros_like(mask, dtype=torch.bool) if g is None else (g > 0.5).to(mask.device))
-        for (name, mask), g in zip(masks.items(), gradients, strict=True)
-    }, True
+        name: torch.zeros_like(leaf, dtype=torch.bool) if g is None else (leaf > 0) & (g > 0.5)
+        for (name, leaf), g in zip(leaves.items(), gradients, strict=True)
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -177,8 +192,9 @@ class _Replay(Replay[_Value]):
             self.values[id(tape.state[name])] = _Value(masks.get(name, present), "weight", name in modules)
         for name, b in model.named_buffers():
             self.values[id(tape.state[name])] = _Value(b.detach().clone(), "constant")
-        for t in tape.inputs:
-            self.values[id(t)] = _Value(torch.ones(t.shape, dtype=torch.float32, device=device), "data")
+        for t, given in tape.inputs:
+            known = None if t.is_floating_point() else given.detach().to(device, copy=True)
+            self.values[id(t)] = _Value(torch.ones(t.shape, dtype=torch.float32, device=device), "data", known=known)
 
     def constant(self, tensor: Tensor) -> _Value:
         return _Value(tensor, "constant")
@@ -193,16 +209,23 @@ class _Replay(Replay[_Value]):
         if "data" not in roles:
             tensors = _on_weights(step, operands, self.call)
             return [_Value(t, "weight", any(v.owned for v in operands)) for t in tensors]
+        chosen = [t for t, v in zip(step.operands, operands, strict=True) if v.role == "data" and v.index is None]
+        if torch.Tag.dynamic_output_shape in step.func.tags and (
+            step.name != "index" or any(t.dtype in (torch.bool, torch.uint8) for t in chosen)
+        ):
+            raise NotImplementedError("activations choose how many elements there are")
         sources = [v.tensor for v in operands if v.role == "data"]
         try:
             tensors = self._on_data(step, [(t, self.value(t)) for t in step.operands])
-        except (RuntimeError, TypeError, ValueError, IndexError):  # a form of the operator that the rules do not know
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:  # a form that the rules do not know
+            raise_out_of_memory(error, "finding the paths through the network")
             tensors = []
         if [t.shape for t in tensors] != step.shapes:
             tensors = [_any_to_any(sources, shape) for shape in step.shapes]
         # Values are shared among tensors freely, unless some are written into later and must not change the others.
         own = bool(self.shared) and not getattr(step.func, "is_view", False)
-        return [_Value(t.clone() if own else t, "data") for t in tensors]
+        known = self.known(step) or [None] * len(tensors)
+        return [_Value(t.clone() if own else t, "data", known=k) for t, k in zip(tensors, known, strict=True)]
 
     def _product(self, step: Step) -> _Value:
         """A product or convolution: of data with weights, of two activations (either is a path), or of two weights."""
@@ -284,7 +307,7 @@ class _Replay(Replay[_Value]):
                     result = result * v.pattern if v.role == "constant" else result
             return [result.expand(shapes[0])]
         # Where data selects (an index computed from activations), every path is possible.
-        selected = len(operands) > 1 and any(v.role == "data" and not t.is_floating_point() for t, v in operands)
+        selected = len(operands) > 1 and any(v.index is None and not t.is_floating_point() for t, v in operands)
         if selected and kind != "concat":
             return []
         if getattr(step.func, "is_view", False) or kind in ("reshape", "slice", "concat"):
@@ -298,8 +321,8 @@ class _Replay(Replay[_Value]):
             if not isinstance(a, Tensor):
                 return self.device if isinstance(a, torch.device) else a
             value = self.value(a)
-            if value.role == "constant" and not a.is_floating_point() and KIND.get(step.name) != "concat":
-                return value.tensor  # an index
+            if value.index is not None and KIND.get(step.name) != "concat":
+                return value.index
             return _entering(value.dependence) if enter else value.dependence
 
         args, kwargs = tree_map(stand_in, (step.args, step.kwargs))

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
-from autosparse.errors import AutoSparseError, first_line
+from autosparse.errors import AutoSparseError, first_line, raise_out_of_memory
 from autosparse.masks.random import seeded
+from autosparse.network.inputs import as_call, map_tensors, shapes_of, tensors_in
 
 Batch = tuple[Any, Any]
 Loss = Callable[[Any, Any], Tensor]
@@ -31,7 +31,7 @@ def take_batches(batches: Iterable[Batch], n_batches: int, device: torch.device,
                     f"batches give {type(item).__name__} items: each must be a pair (inputs, targets); "
                     "to give an input alone use example_input"
                 )
-            taken.append((_move(item[0], device), _move(item[1], device)))
+            taken.append(map_tensors(lambda t: t.to(device), (item[0], item[1])))
             if len(taken) == n_batches:
                 break
     if not taken:
@@ -40,19 +40,16 @@ def take_batches(batches: Iterable[Batch], n_batches: int, device: torch.device,
 
 
 def forward(model: nn.Module, state: Mapping[str, Tensor], inputs: Any) -> Any:
-    """`model(inputs)` with `state` in place of its parameters and buffers; tuples are positional, dicts keywords.
+    """`model(inputs)` with `state` in place of its parameters and buffers; see `as_call`.
 
     Raises:
         AutoSparseError: the model cannot take the inputs.
     """
-    args, kwargs = (
-        ((), dict(inputs)) if isinstance(inputs, Mapping) else (inputs if isinstance(inputs, tuple) else (inputs,), {})
-    )
+    args, kwargs = as_call(model, inputs)
     try:
         return torch.func.functional_call(model, dict(state), args, kwargs)
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, ValueError, AssertionError, IndexError, TypeError) as error:
+    except (RuntimeError, MemoryError, ValueError, AssertionError, IndexError, TypeError) as error:
+        raise_out_of_memory(error, f"running {type(model).__name__} on a batch {_describe(inputs)}")
         raise AutoSparseError(
             f"{type(model).__name__} cannot take batches {_describe(inputs)}: {first_line(error)}; "
             "give inputs of the shape that the model takes"
@@ -70,9 +67,8 @@ def batch_loss(model: nn.Module, state: Mapping[str, Tensor], batch: Batch, loss
     outputs = forward(model, state, inputs)
     try:
         value = loss(outputs, targets)
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+    except (RuntimeError, MemoryError, ValueError, IndexError, TypeError) as error:
+        raise_out_of_memory(error, f"computing the loss of outputs {_describe(outputs)}")
         raise AutoSparseError(
             f"the loss cannot take outputs {_describe(outputs)} and targets {_describe(targets)}: "
             f"{first_line(error)}; give loss=, or targets that fit the model"
@@ -101,23 +97,14 @@ def eval_mode(model: nn.Module, but: tuple[type[nn.Module], ...] = ()) -> Iterat
             module.training = mode
 
 
-def _move(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, Mapping):
-        return {key: _move(item, device) for key, item in value.items()}
-    if isinstance(value, (tuple, list)):
-        return tuple(_move(item, device) for item in value)
-    return value
-
-
 def batch_size(batch: Batch) -> int:
     """Samples in a batch: the length of the first target that has one, or else of the first input."""
     inputs, targets = batch
-    return next((len(t) for t in tree_leaves((targets, inputs)) if isinstance(t, Tensor) and t.dim()), 1)
+    return next((len(t) for t in tensors_in((targets, inputs)) if t.dim()), 1)
 
 
 def _describe(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"of shape {tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
-    return f"of type {type(value).__name__}"
+    shapes = shapes_of(value)
+    return f"of type {type(value).__name__}" + ("" if shapes == "[]" else f" with shapes {shapes}")

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 from autosparse.errors import AutoSparseError, first_line
 from autosparse.masks.mask import masked
 from autosparse.masks.random import seeded
+from autosparse.network.inputs import map_tensors, tensors_in
 from autosparse.network.running import NORMS, Batch, Loss, batch_loss, batch_size, eval_mode, forward
 
 Weights = Mapping[str, Tensor]
@@ -136,7 +136,7 @@ def ntk_sensitivity(
     """`∂/∂m ‖f(x; θ⊙m) − f(x; (θ + εz)⊙m)‖²`, the mean over R = 5 draws of θ, `z ~ N(0, I)` and `x ~ N(0, I)`.
 
     ε = 0.01; the squared norm is the mean over the inputs of one draw, as many and of the same shape as
-    `example_input`; 0 where the mask is 0. Each draw takes every weight anew from a normal of the tensor's own mean and
+    `example_input`, whose whole numbers (tokens, edges of a graph) stay; 0 where the mask is 0. Each draw takes every weight anew from a normal of the tensor's own mean and
     standard deviation, which any network allows (ours: the authors call the initialization of their own networks
     again); biases and norms stay. Norm layers with running statistics take those of x under θ, for both networks.
 
@@ -146,16 +146,17 @@ def ntk_sensitivity(
         weights: dense.
 
     Raises:
-        AutoSparseError: an input that is not of floats, or outputs without any.
+        AutoSparseError: inputs without any floats, or outputs without any.
 
     Source: Wang, Li & Sun 2023, "NTK-SAP: improving neural network pruning by aligning training dynamics".
     """
-    for leaf in tree_leaves(example_input):
-        if isinstance(leaf, Tensor) and not leaf.is_floating_point():
-            raise AutoSparseError(
-                f"criterion 'ntk_sap' draws inputs from a normal, and {type(model).__name__} takes "
-                f"{str(leaf.dtype).removeprefix('torch.')}: use a criterion that scores on batches"
-            )
+    given = tensors_in(example_input)
+    if not any(t.is_floating_point() for t in given):
+        kinds = ", ".join(sorted({str(t.dtype).removeprefix("torch.") for t in given})) or "no tensors"
+        raise AutoSparseError(
+            f"criterion 'ntk_sap' draws inputs from a normal, and {type(model).__name__} takes {kinds}: "
+            "use a criterion that scores on batches"
+        )
     device = device_of(weights)
     kept = {n: torch.ones_like(w) if masks is None else masks[n].to(w) for n, w in weights.items()}
     leaves = {n: m.clone().requires_grad_() for n, m in kept.items()}
@@ -164,7 +165,7 @@ def ntk_sensitivity(
         for _ in range(NTK_DRAWS):
             drawn = {n: w.mean() + w.std(correction=0) * torch.randn_like(w) for n, w in weights.items()}
             moved = {n: w + NTK_NOISE * torch.randn_like(w) for n, w in drawn.items()}
-            x = tree_map(lambda t: torch.randn_like(t) if isinstance(t, Tensor) else t, example_input)
+            x = map_tensors(lambda t: torch.randn_like(t) if t.is_floating_point() else t, example_input)
             statistics = batch_statistics(model, {n: w * kept[n] for n, w in drawn.items()}, x)
             one, other = (
                 float_outputs(model, {**{n: w * leaves[n] for n, w in values.items()}, **statistics}, x)
@@ -183,8 +184,7 @@ def ntk_sensitivity(
 
 def float_outputs(model: nn.Module, state: Weights, inputs: Any) -> list[Tensor]:
     """The tensors of floats in what the model gives."""
-    found = tree_leaves(forward(model, state, inputs))
-    return [t for t in found if isinstance(t, Tensor) and t.is_floating_point()]
+    return [t for t in tensors_in(forward(model, state, inputs)) if t.is_floating_point()]
 
 
 def batch_statistics(model: nn.Module, weights: Weights, inputs: Any) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from autosparse.errors import AutoSparseError, require, settings, suggest
+from autosparse.errors import AutoSparseError, memory_watched, require, settings, suggest
 from autosparse.masks.layers import Layer, unwrap
 from autosparse.masks.mask import masked
 from autosparse.network import saliency
@@ -117,6 +117,20 @@ def measure(
         if name not in SIGNALS:
             raise AutoSparseError(f"signal is {name!r}: known are {', '.join(SIGNALS)}")
     model = unwrap(model)
+    with memory_watched(f"measuring {', '.join(names)} of {type(model).__name__}"):
+        return _measured(model, layers, names, batches, example_input, masks, loss, seed)
+
+
+def _measured(
+    model: nn.Module,
+    layers: Mapping[str, Layer],
+    names: Sequence[str],
+    batches: Sequence[Batch],
+    example_input: Any,
+    masks: Mapping[str, Tensor] | None,
+    loss: Loss | None,
+    seed: int,
+) -> Signals:
     own = dict(model.named_parameters())
     with torch.no_grad():
         weights = {n: own[n].detach() if masks is None else masked(own[n].detach(), masks[n]) for n in layers}

@@ -6,12 +6,10 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
 from autosparse.masks.layers import prunable_layers, unwrap
-from autosparse.network.graph import first_of_batch, trace
+from autosparse.network.graph import EXAMPLES, trace
 
 
 @dataclass(frozen=True)
@@ -38,21 +36,24 @@ def size(model: nn.Module, example_input: Any) -> Size:
 def layer_macs(model: nn.Module, example_input: Any) -> dict[str, int]:
     """Multiply-accumulates of one example with each prunable weight, over all of its uses, from the traced graph.
 
-    `numel · positions`: output positions, of a transposed convolution input positions. Products of two activations, norms
-    and activations are not counted. Arguments and errors as of `size`.
+    Of each use as many as it computes: with the rows of a stacked projection that it takes, at its positions. Products of
+    two activations, norms and activations are not counted. Where dimension 0 of the example is no batch, the whole of it
+    is one example. Arguments and errors as of `size`.
     """
     model = unwrap(model)
-    batch = max(
-        (t.shape[0] for t in tree_leaves(first_of_batch(example_input, 2)) if isinstance(t, torch.Tensor)), default=1
-    )
     graph = trace(model, example_input)
     layers = prunable_layers(model, operands=graph.operands)
     macs = dict.fromkeys(layers, 0)
+    first = {op.shape[:1] for op in graph.operations if op.kind == "input"}
+    size = first.pop()[0] if len(first) == 1 and first != {()} else 1
+    batch = size if size <= EXAMPLES else 1  # of more examples the trace takes the first, if they are a batch
+    fed: list[bool] = []  # per operation: whether it runs for each example
     for op in graph.operations:
+        fed.append(op.kind == "input" or any(fed[i] for i in op.inputs))
+        count = math.prod(op.shape) * op.contracted
+        if op.kind == "conv_transpose":  # each input is multiplied with the whole kernel
+            count = math.prod(graph.operations[op.inputs[0]].shape) * op.contracted
         for name in op.weights:
-            convolves = op.kind == "conv"
-            positions = op.shape[2:] if convolves else op.shape[:-1]  # a product may fold the batch
-            if op.kind == "conv_transpose":  # each input is multiplied with the whole kernel
-                positions = graph.operations[op.inputs[0]].shape[2:]
-            macs[name] += layers[name].numel * math.prod(positions) // (1 if op.kind.startswith("conv") else batch)
+            if name in macs:
+                macs[name] += count // (batch if fed[-1] else 1)
     return macs

@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from itertools import islice
 from numbers import Integral
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from autosparse.errors import AutoSparseError, require, warn
 from autosparse.masks.layers import prunable_layers, unwrap
@@ -57,8 +56,9 @@ def prune(
             `Preset` of your own.
         batches: `(inputs, targets)` pairs; the first `n_batches` are taken once and used in every step.
         n_batches: default is what the preset or criterion needs; fewer are taken if there are fewer.
-        example_input: what the model takes (a tuple is positional, a dict keywords), for data-free criteria and for
-            tracing; default the first batch.
+        example_input: what the model takes, for data-free criteria and for tracing; default the first batch. Here and in
+            `batches` a tuple is positional and a dict keyword arguments; all else is the one argument, a list too unless
+            `forward` needs several.
         scope, granularity, steps, schedule: `None` is what the preset says; else global, unstructured, one step,
             exponential. Steps towards n:m go through n_t:m. Channels that add up, as in residual streams, go together, and
             layers that give the model's outputs stay whole (`report.dense_layers`). A scope may also be the layer densities
@@ -103,7 +103,7 @@ def prune(
         raise AutoSparseError(f"criterion {rule.name!r} needs gradients: give batches, pairs of (inputs, targets)")
     taken = [] if batches is None else take_batches(batches, max(wanted, 1), device, seed)
     example = example_input if example_input is not None else (taken[0][0] if taken else None)
-    graph = None if example is None else trace(model, _few(example))
+    graph = None if example is None else trace(model, example)
     layers = prunable_layers(
         model, include=include, exclude=exclude, operands=None if graph is None else graph.operands
     )
@@ -114,7 +114,7 @@ def prune(
     coupled: tuple[tuple[str, ...], ...] = ()
     dense: tuple[str, ...] = ()
     if isinstance(pattern, Channel) and graph is not None:
-        coupled, dense = coupled_filters(model, layers, _few(example)), graph.last_layers()
+        coupled, dense = coupled_filters(model, layers, example), graph.last_layers()
         whole_layers(layers, path[-1], coupled, dense)  # what cannot be is said before anything is measured
     used = taken[:wanted]
     known = {name: values for name, values in (signals or {}).items() if name in rule.signals}
@@ -184,11 +184,13 @@ def describe(model: nn.Module, masks: Masks, example: Any) -> Masks:
     if example is None:
         notes.append("no example_input: effective sparsity and cut-off layers are not known")
     else:
-        found = reachability(model, masks, _few(example, 1))
+        found = reachability(model, masks, example)
         effective = found.effective_sparsity
         dead = found.dead_layers
         if not found.exact:
-            notes.append("the network could not be followed: effective sparsity counts empty layers only")
+            notes.append(
+                "the network's paths could not be followed: effective sparsity and cut-off layers are not known"
+            )
     alarms = []
     if dead:
         alarms.append(
@@ -223,14 +225,3 @@ def _density(sparsity: float | None, pattern: Granularity) -> float:
     if sparsity is None:
         raise AutoSparseError("sparsity is None: give the share of weights to remove, such as 0.95")
     return 1 - check_sparsity(sparsity)
-
-
-def _few(example: Any, count: int = 2) -> Any:
-    """The first few items of an input: tracing needs no more."""
-    if isinstance(example, Tensor):
-        return example[:count] if example.dim() else example
-    if isinstance(example, dict):
-        return {key: _few(value, count) for key, value in example.items()}
-    if isinstance(example, (tuple, list)):
-        return tuple(_few(value, count) for value in islice(example, len(example)))
-    return example

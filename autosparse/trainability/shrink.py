@@ -22,13 +22,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
-from torch.utils._pytree import tree_map
 
 from autosparse.errors import AutoSparseError, AutoSparseFailure, first_line, warn
 from autosparse.masks.layers import Layer, prunable_layers, unwrap
 from autosparse.masks.mask import Masks
 from autosparse.masks.random import make_generator
-from autosparse.network.graph import as_call, cast_like, first_of_batch, tensors_in, trace
+from autosparse.network.graph import trace
+from autosparse.network.inputs import as_call, cast_like, first_of_batch, map_tensors, tensors_in
 from autosparse.network.running import NORMS, eval_mode
 
 TOLERANCE = 1e-5
@@ -119,8 +119,8 @@ def output_difference(a: nn.Module, b: nn.Module, example_input: Any) -> float:
         found = []
         for network in (a, b):
             with eval_mode(network, but=norms), torch.no_grad(), torch.random.fork_rng():
-                args, kwargs = as_call(inputs)
-                found.append(list(tensors_in(network(*args, **kwargs))))
+                args, kwargs = as_call(network, inputs)
+                found.append(tensors_in(network(*args, **kwargs)))
         for x, y in zip(*found, strict=True):
             if x.shape != y.shape or not (torch.isfinite(x).all() and torch.isfinite(y).all()):
                 return float("inf")
@@ -133,15 +133,13 @@ def _probe(model: nn.Module, example: Any) -> Any:
     generator = make_generator(0, "probe")
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
 
-    def draw(t: Any) -> Any:
-        if not isinstance(t, Tensor):
-            return t
+    def draw(t: Tensor) -> Tensor:
         shape = (_PROBES, *t.shape[1:]) if t.dim() else t.shape
         if not t.is_floating_point():
             return (t.repeat_interleave(-(-_PROBES // len(t)), 0)[:_PROBES] if t.dim() else t).to(device)
         return torch.randn(shape, generator=generator, dtype=torch.float64).to(device)
 
-    return tree_map(draw, example)
+    return map_tensors(draw, example)
 
 
 def _empty_filters(name: str, mask: Tensor, layer: Layer | None) -> list[int]:
@@ -232,13 +230,13 @@ class _Surgery:
         self._shared = {i for i in users if users.count(i) > 1} if len(users) > len(set(users)) else set()
         for parameter in model.parameters():
             parameter.requires_grad_(True)  # the graph is that of the gradients
-        args, kwargs = as_call(example)
+        args, kwargs = as_call(model, example)
         with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng():
             self.graph = DependencyGraph().build_dependency(
                 model,
                 example_inputs=None,
                 forward_fn=lambda network, _: network(*args, **kwargs),
-                output_transform=lambda outputs: list(tensors_in(outputs)),
+                output_transform=tensors_in,
                 verbose=False,
             )
 

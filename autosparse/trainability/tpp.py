@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from autosparse.errors import AutoSparseError, require, settings
 from autosparse.masks.layers import Layer, prunable_layers, unwrap
 from autosparse.network.coupling import coupled_filters
-from autosparse.network.graph import first_of_batch, trace
+from autosparse.network.graph import trace
 from autosparse.trainability.shrink import Removal
 from autosparse.training.data import ImageData
 from autosparse.training.loop import Recipe, Trained, train
@@ -95,7 +95,7 @@ def free_filters(model: nn.Module, example_input: Any) -> tuple[str, ...]:
     Of a ResNet each block's convolutions but the last, of a VGG all but the first: what TPP prunes by default.
     """
     model = unwrap(model)
-    layers, coupled, last, depth = _known(model, first_of_batch(example_input, 2))
+    layers, coupled, last, depth = _known(model, example_input)
     bound = {*last, *(name for group in coupled for name in group)}
     return tuple(
         name
@@ -122,7 +122,7 @@ def filter_densities(model: nn.Module, example_input: Any, ratio: Ratio) -> dict
             that are coupled and have different ratios.
     """
     model = unwrap(model)
-    layers, coupled, last, _ = _known(model, first_of_batch(example_input, 2))
+    layers, coupled, last, _ = _known(model, example_input)
     if isinstance(ratio, Mapping):
         ratios = _by_pattern(ratio, [name for name in layers if name not in last], coupled)
     else:

@@ -19,7 +19,15 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
-from autosparse.errors import AutoSparseError, AutoSparseFailure, AutoSparseStateError, first_line, require, settings
+from autosparse.errors import (
+    AutoSparseError,
+    AutoSparseFailure,
+    AutoSparseStateError,
+    first_line,
+    raise_out_of_memory,
+    require,
+    settings,
+)
 from autosparse.files import replace_file
 from autosparse.masks.layers import unwrap
 from autosparse.masks.mask import Masks, Zeroing
@@ -213,9 +221,8 @@ def check_fits(model: nn.Module, data: ImageData) -> None:
     try:
         with eval_mode(model), torch.random.fork_rng(devices=[]):
             outputs = model(images)
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, ValueError, AssertionError, IndexError, TypeError) as error:
+    except (RuntimeError, MemoryError, ValueError, AssertionError, IndexError, TypeError) as error:
+        raise_out_of_memory(error, f"running {type(model).__name__} on two images")
         raise AutoSparseError(
             f"{type(model).__name__} cannot take batches of shape {tuple(images.shape)}: {first_line(error)}; "
             "change data.image_size, or give a model for these images"

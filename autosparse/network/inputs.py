@@ -63,7 +63,7 @@ def _rebuilt(again: Callable[[Any], Any], value: Any) -> Any:
     if isinstance(value, _OPAQUE):
         return value
     if isinstance(value, PackedSequence):  # its batch sizes stay where they are
-        parts = (again(part) if i != 1 else part for i, part in enumerate(value))
+        parts: list[Any] = [again(part) if i != 1 else part for i, part in enumerate(value)]
         return PackedSequence(*parts)
     if isinstance(value, (tuple, list, set, frozenset)):
         items = list(value)

@@ -224,7 +224,7 @@ class _Replay(Replay[_Value]):
             tensors = [_any_to_any(sources, shape) for shape in step.shapes]
         # Values are shared among tensors freely, unless some are written into later and must not change the others.
         own = bool(self.shared) and not getattr(step.func, "is_view", False)
-        known = self.known(step) or [None] * len(tensors)
+        known: list[Any] = self.known(step) or [None] * len(tensors)
         return [_Value(t.clone() if own else t, "data", known=k) for t, k in zip(tensors, known, strict=True)]
 
     def _product(self, step: Step) -> _Value:

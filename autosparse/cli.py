@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,6 +14,7 @@ import typer
 
 from autosparse.errors import AutoSparseError, AutoSparseFailure
 from autosparse.processes import let_threads_sleep
+from autosparse.terminal import Live, bars, busy, words
 
 if TYPE_CHECKING:
     from autosparse.config import (
@@ -21,10 +23,12 @@ if TYPE_CHECKING:
         ExportConfig,
         FitConfig,
         GenerateConfig,
+        QuickstartConfig,
         ShrinkConfig,
         TuneConfig,
     )
     from autosparse.experiment.executor import Event
+    from autosparse.training.loop import Recipe
 
 app = typer.Typer(
     name="autosparse",
@@ -124,8 +128,8 @@ def prune(config: Config, overrides: Overrides = None) -> None:
     if path.exists() and Masks.load(path).report.origin.get("identity") == identity(chosen.criterion):
         _say(f"complete: {path} is there already")
         return
-    with threads_for(model, data, chosen.recipe.batch_size), _quiet_warnings(), _bars() as bars:
-        task = bars.add_task(f"{chosen.criterion.name} on {chosen.model.label()}", total=None)
+    with threads_for(model, data, chosen.recipe.batch_size), _quiet_warnings(), bars() as shown:
+        task = shown.add_task(f"{chosen.criterion.name} on {chosen.model.label()}", total=None)
         found = find_masks(
             model,
             data,
@@ -135,7 +139,7 @@ def prune(config: Config, overrides: Overrides = None) -> None:
             seed=chosen.seed,
             device=chosen.device,
             state=directory / "state",
-            on_epoch=lambda row: bars.update(task, description=f"training, epoch {row['epoch']:.0f}"),
+            on_epoch=lambda row: shown.update(task, description=f"training, epoch {row['epoch']:.0f}"),
         )
     found.masks.save(path)
     report = found.masks.report
@@ -200,12 +204,12 @@ def train(config: Config, overrides: Overrides = None, profile: Profile = False)
     total = max(1, round(chosen.recipe.length(data) / max(1, len(data.train) // chosen.recipe.batch_size)))
     tracked = track(directory, "train", plain(chosen), enabled=chosen.tracking)
     threads = threads_for(model, data, chosen.recipe.batch_size)
-    with threads, _profiled(directory, profile), tracked as tracker, _bars() as bars:
-        task = bars.add_task(f"train {chosen.model.label()}", total=total)
+    with threads, _profiled(directory, profile), tracked as tracker, bars() as shown:
+        task = shown.add_task(f"train {chosen.model.label()}", total=total)
 
         def on_epoch(row: dict[str, float]) -> None:
             history.append(row)
-            bars.update(task, completed=int(row["epoch"]), description=_epoch_text("train", row))
+            shown.update(task, completed=int(row["epoch"]), description=_epoch_text("train", row))
             tracker.log({k: v for k, v in row.items() if k != "epoch"}, int(row["epoch"]))
             tracker.flush()
             write_json(directory / "history.json", history)
@@ -279,7 +283,6 @@ def diagnose(config: Config, overrides: Overrides = None) -> None:
     """
     from autosparse.config import DiagnoseConfig, claim_directory, load_config
     from autosparse.experiment.benchmark import build_model
-    from autosparse.experiment.report import build
     from autosparse.experiment.results import diagnosis_table
     from autosparse.experiment.states import run_states, states
     from autosparse.trainability.stored import load_weights
@@ -298,12 +301,12 @@ def diagnose(config: Config, overrides: Overrides = None) -> None:
     model = model.to(place)
     check_fits(model, data)
     directory = claim_directory(chosen)
-    with threads_for(model, data, chosen.recipe.batch_size), _quiet_warnings(), _bars() as bars:
-        task = bars.add_task(f"diagnose: {todo[0].name}", total=len(todo))
+    with threads_for(model, data, chosen.recipe.batch_size), _quiet_warnings(), bars() as shown:
+        task = shown.add_task(f"diagnose: {todo[0].name}", total=len(todo))
 
         def on_state(number: int, result: Mapping[str, Any]) -> None:
             following = todo[number + 1].name if number + 1 < len(todo) else "done"
-            bars.update(task, completed=number + 1, description=f"diagnose: {following}")
+            shown.update(task, completed=number + 1, description=f"diagnose: {following}")
 
         results = run_states(
             todo,
@@ -321,7 +324,7 @@ def diagnose(config: Config, overrides: Overrides = None) -> None:
     headers, lines = diagnosis_table(results)
     _table(f"{chosen.model.label()} on {chosen.data.name}", headers, lines)
     _say(f"results: {directory / 'diagnosis.csv'}, {directory / 'summary.csv'}")
-    _say(f"report: {build(directory)}")
+    _report(directory)
 
 
 @app.command(epilog="Example: autosparse shrink configs/shrink/resnet20-cpu.yaml methods=[tpp,l1,snip] ratios=[0.7]")
@@ -354,9 +357,7 @@ def status(directory: Annotated[Path, typer.Argument(help="The output of generat
 @app.command(epilog="Example: autosparse report runs/quickstart")
 def report(directory: Annotated[Path, typer.Argument(help="A directory with results, records or scorers.")]) -> None:
     """Write report.html, one file, and its figures as SVG."""
-    from autosparse.experiment.report import build
-
-    _say(f"report: {build(directory)}")
+    _report(directory)
 
 
 @app.command(name="list", epilog="Example: autosparse list models")
@@ -415,21 +416,24 @@ def quickstart(
     IRP on two small networks and two seeds, a scorer fitted on their records, and a third network pruned by it at
     initialization and trained, beside random, ERK, magnitude and SNIP.
     """
-    from autosparse.config import (
-        BenchmarkConfig,
-        FitConfig,
-        GenerateConfig,
-        QuickstartConfig,
-        claim_directory,
-        load_config,
-    )
-    from autosparse.experiment.candidates import Candidate
-    from autosparse.experiment.report import build
-
+    begun = time.monotonic()
     if config is not None and "=" in str(config):  # `quickstart key=value`: no file was given
         overrides, config = [str(config), *(overrides or [])], None
-    chosen = load_config(QuickstartConfig, config, overrides or [])
-    directory = claim_directory(chosen)
+    with busy("loading PyTorch, timing a few steps of each network"):
+        from autosparse.config import (
+            BenchmarkConfig,
+            FitConfig,
+            GenerateConfig,
+            QuickstartConfig,
+            claim_directory,
+            load_config,
+        )
+        from autosparse.experiment.candidates import Candidate
+
+        chosen = load_config(QuickstartConfig, config, overrides or [])
+        directory = claim_directory(chosen)
+        plan = _quickstart_plan(chosen, directory, begun)
+    _say(plan)
     common: dict[str, Any] = {"device": chosen.device, "tracking": chosen.tracking}
     _say("1/3 generate: IRP on small networks")
     _generate(
@@ -477,7 +481,31 @@ def quickstart(
         directory,
         write_report=False,
     )
-    _say(f"report: {build(directory)}")
+    _report(directory)
+    _say(f"took {words(time.monotonic() - begun)}")
+
+
+def _quickstart_plan(chosen: QuickstartConfig, directory: Path, begun: float) -> str:
+    """What is left to do and how long it will take: trainings by the timing, the rest by what the start took."""
+    from autosparse.experiment.estimate import seconds_of_trainings
+    from autosparse.experiment.executor import jobs_at_once
+    from autosparse.scorers.records import is_complete
+    from autosparse.training.data import load_data
+
+    loading = time.monotonic() - begun
+    data = load_data(chosen.data)
+    records = sum(is_complete(path) for path in (directory / "irp" / "records").glob("*.h5"))
+    cells = len(list((directory / "benchmark" / "cells").glob("*.json")))
+    left = max(0, len(chosen.sources) * len(chosen.source_seeds) - records)
+    counts = [(m, -(-left * (chosen.irp.rounds + 1) // len(chosen.sources))) for m in chosen.sources]
+    masked = 6 * len(chosen.sparsities)
+    counts.append((chosen.target, max(0, len(chosen.seeds) * (1 + masked) - cells)))
+    trainings = sum(count for _, count in counts)
+    if not trainings:
+        return "everything is trained already"
+    seconds = seconds_of_trainings(counts, data, chosen.recipe, chosen.executor, chosen.device)
+    workers = jobs_at_once(chosen.executor, chosen.device, trainings)
+    return f"{trainings} trainings, {workers} at a time: about {words(seconds + 5 * loading)}, as fast as this machine is now"
 
 
 # -- the three jobs, from checked configs -------------------------------------------------------------------------------
@@ -499,8 +527,9 @@ def _generate(config: GenerateConfig, tracking: Path | None = None, profile: Pat
     directory = claim_directory(config)
     news = [run.label() for run in todo if not is_complete(record_path(directory, run))]
     enabled = config.tracking and bool(news)  # a finished run answers at once
-    with track(tracking or directory, "generate", plain(config), enabled=enabled) as tracker, _bars() as bars:
-        live = _Live(bars, "IRP", len(todo), len(todo) - len(news))
+    first = bars("IRP: getting ready")
+    with first as shown, track(tracking or directory, "generate", plain(config), enabled=enabled) as tracker:
+        live = Live(shown, "IRP", len(todo), len(todo) - len(news), epochs=_epochs(config.recipe))
 
         def on_event(event: Event) -> None:
             live.show(event)
@@ -545,12 +574,13 @@ def _fit(config: FitConfig, tracking: Path | None = None) -> Path:
         if sorted(r["sha256"] for r in known.records) == hashes:
             _say(f"complete: {path} is there already")
             return path
-    with track(tracking or directory, "fit", plain(config), enabled=config.tracking) as tracker, _bars() as bars:
-        task = bars.add_task(f"fit on {len(records)} records", total=config.fit.epochs)
+    first = bars(f"fit: reading {len(records)} records")
+    with first as shown, track(tracking or directory, "fit", plain(config), enabled=config.tracking) as tracker:
+        task = shown.task_ids[0]
 
         def on_epoch(row: dict[str, float]) -> None:
             text = ", ".join(f"{k.replace('_', ' ')} {v:.4f}" for k, v in row.items() if k != "epoch")
-            bars.update(task, completed=int(row["epoch"]), description=f"fit: {text}")
+            shown.update(task, total=config.fit.epochs, completed=int(row["epoch"]), description=f"fit: {text}")
             tracker.log({k: v for k, v in row.items() if k != "epoch"}, int(row["epoch"]))
             tracker.flush()
 
@@ -613,8 +643,8 @@ def _export(config: ExportConfig) -> None:
     if done.exists() and read_json(done, "export")["sources"] == sources:
         _say(f"complete: {directory / 'table.csv'} is there already")
         return
-    with _quiet_warnings(), _bars() as bars:
-        task = bars.add_task(f"export {config.model.label()}", total=None)
+    with _quiet_warnings(), bars() as shown:
+        task = shown.add_task(f"export {config.model.label()}", total=None)
         made = export(
             model,
             masks,
@@ -624,7 +654,7 @@ def _export(config: ExportConfig) -> None:
             network=network,
             smaller=smaller,
             device=device,
-            on_form=lambda text: bars.update(task, description=f"export {config.model.label()}: {text}"),
+            on_form=lambda text: shown.update(task, description=f"export {config.model.label()}: {text}"),
         )
     write_table(directory / "table.csv", made.rows)
     sizes = config.export.batch_sizes
@@ -682,7 +712,7 @@ def _tune(config: TuneConfig) -> None:
     def run(trials: Sequence[Trial]) -> dict[str, dict[str, float]]:
         files = {trial.key: directory / "trials" / f"{trial.key}.json" for trial in trials}
         jobs = [Job(trial.key, do_trial, {"trial": trial, "path": files[trial.key]}) for trial in trials]
-        live = _Live(bars, "trials", len(jobs))
+        live = Live(shown, "trials", len(jobs))
         with journal(directory, files) as book:
 
             def on_event(event: Event) -> None:
@@ -700,7 +730,7 @@ def _tune(config: TuneConfig) -> None:
     def on_generation(row: dict[str, Any]) -> None:
         _say(f"generation {row['generation']} of {config.tune.generations}: validation loss {row['loss']:.4f}")
 
-    with _quiet_warnings(), _bars() as bars:
+    with _quiet_warnings(), bars() as shown:
         tuned = search(scorer, base, tasks, config.tune, run, on_generation)
     tuned.save(path)
     write_json(directory / "scorer.json", tuned.card.plain())
@@ -764,7 +794,6 @@ def _benchmark(
     from autosparse.config import CheckConfig, claim_directory, plain
     from autosparse.experiment.benchmark import failures, grid, result_path, run_grid
     from autosparse.experiment.checks import expand, tables
-    from autosparse.experiment.report import build
     from autosparse.experiment.results import collect, summary
     from autosparse.experiment.tracking import track
     from autosparse.training.data import load_data
@@ -778,8 +807,9 @@ def _benchmark(
     data = load_data(config.data, place)
     directory = claim_directory(config)
     enabled = config.tracking and not all(result_path(directory, cell).exists() for cell in cells)
-    with track(tracking or directory, what, plain(config), enabled=enabled) as tracker, _bars() as bars:
-        live = _Live(bars, what, len(cells), counts=False)
+    first = bars(f"{what}: getting ready")
+    with first as shown, track(tracking or directory, what, plain(config), enabled=enabled) as tracker:
+        live = Live(shown, what, len(cells), counts=False, epochs=_epochs(config.recipe))
 
         def on_cell(number: int, cell: Any, result: Mapping[str, Any], known: bool) -> None:
             accuracy = result.get("accuracy")
@@ -810,7 +840,7 @@ def _benchmark(
         _say("\n".join(verdicts))
     _say(f"results: {directory / 'results.csv'}")
     if write_report:
-        _say(f"report: {build(directory)}")
+        _report(directory)
     failed = list(failures(results))
     for line in failed:
         print(f"failed: {line}", file=sys.stderr)
@@ -840,8 +870,9 @@ def _shrink(config: ShrinkConfig) -> None:
     directory = claim_directory(config)
     done = sum(result_path(directory, thinning).exists() for thinning in todo)
     enabled = config.tracking and done < len(todo)
-    with track(directory, "shrink", plain(config), enabled=enabled) as tracker, _bars() as bars:
-        live = _Live(bars, "shrink", len(todo), done)
+    first = bars("shrink: getting ready")
+    with first as shown, track(directory, "shrink", plain(config), enabled=enabled) as tracker:
+        live = Live(shown, "shrink", len(todo), done)
 
         def on_event(event: Event) -> None:
             live.show(event)
@@ -873,6 +904,18 @@ def _say(text: str) -> None:
     print(text, flush=True)
 
 
+def _report(directory: Path) -> None:
+    with busy("report"):
+        from autosparse.experiment.report import build
+
+        path = build(directory)
+    _say(f"report: {path}")
+
+
+def _epochs(recipe: Recipe) -> int | None:
+    return recipe.epochs if recipe.steps is None else None
+
+
 def _table(title: str, headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -886,74 +929,6 @@ def _table(title: str, headers: Sequence[str], rows: Sequence[Sequence[str]]) ->
     if not console.is_terminal:
         console.width = 160  # a file or a pipe has no width to fit into
     console.print(table)
-
-
-class _Live:
-    """A bar for all jobs, and under it a line for each worker: its job, and how far that is."""
-
-    def __init__(self, bars: Any, what: str, total: int, done: int = 0, counts: bool = True) -> None:
-        self._bars, self._counts = bars, counts
-        self._all = bars.add_task(what, total=total, completed=done)
-        self._what, self._done = what, done
-        self._workers: dict[int, Any] = {}
-
-    def show(self, event: Event) -> None:
-        from autosparse.experiment.status import doing
-
-        if event.kind == "started":
-            if event.worker in self._workers:
-                self._bars.remove_task(self._workers[event.worker])
-            text = f"worker {event.worker} {event.device}: {event.key}"
-            self._workers[event.worker] = self._bars.add_task(text, total=None)
-        elif event.kind == "progress":
-            line = self._workers[event.worker]
-            total = event.values["rounds"] + 1 if "rounds" in event.values else None
-            at = (
-                {}
-                if total is None
-                else {"total": total, "completed": event.values["round"] + ("density" in event.values)}
-            )
-            text = f"worker {event.worker} {event.device}: {event.key}: {doing(event.values)}"
-            self._bars.update(line, description=text, **at)
-            if "note" in event.values:
-                self._bars.console.print(f"note: {event.key}: {event.values['note']}", markup=False)
-        else:
-            if event.kind == "died":
-                self._bars.console.print(f"{event.kind}: {event.key}: {event.values['error']}", markup=False)
-            if self._counts and event.kind != "died":
-                self._done += 1
-                self.advance(self._done, f"{self._what}: {event.key} {event.kind}")
-
-    def advance(self, done: int, text: str) -> None:
-        self._bars.update(self._all, completed=done, description=text)
-
-    def end(self, text: str) -> None:
-        for line in self._workers.values():
-            self._bars.remove_task(line)
-        self._bars.update(self._all, description=text)
-
-
-@contextmanager
-def _bars() -> Iterator[Any]:
-    """Progress bars on a terminal; silent lines elsewhere."""
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = [
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.description}"),
-    ]
-    with Progress(*columns) as bars:
-        yield bars
 
 
 @contextmanager

@@ -321,6 +321,14 @@ def _devices(executor: ExecutorSettings, device: str) -> tuple[str, ...]:
     return chosen
 
 
+def jobs_at_once(executor: ExecutorSettings, device: str, jobs: int) -> int:
+    """How many of `jobs` are done at the same time; on Ray, if the cluster is this machine."""
+    if executor.kind == "inline":
+        return 1
+    devices = _devices(executor, device)
+    return _shares(executor, devices, jobs, jobs)[0] * len(devices)
+
+
 def _shares(executor: ExecutorSettings, devices: Sequence[str], jobs: int, planned: int) -> tuple[int, int]:
     """How many of `jobs` each device does at once, and the most CPU threads of each.
 

@@ -1,0 +1,114 @@
+"""Bars that show how far many jobs are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from autosparse.experiment.executor import Event
+
+
+@contextmanager
+def bars(first: str | None = None) -> Iterator[Any]:
+    """Progress bars on a terminal; silent lines elsewhere. `first`: of a bar that moves until its length is known."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = [
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}", markup=False),
+    ]
+    with Progress(*columns) as shown:
+        if first is not None:
+            shown.add_task(first, total=None)
+        yield shown
+
+
+@contextmanager
+def busy(text: str) -> Iterator[None]:
+    """A bar that moves while the block works, and leaves no line."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    with Progress(BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}"), transient=True) as shown:
+        shown.add_task(text, total=None)
+        yield
+
+
+class Live:
+    """A bar for all jobs, which moves with each epoch of each, and under it a line for each worker.
+
+    `epochs` of one training, where they are known. `counts`: jobs that end are counted here, not by `advance`.
+    """
+
+    def __init__(
+        self, shown: Any, what: str, total: int, done: int = 0, counts: bool = True, epochs: int | None = None
+    ) -> None:
+        self._bars, self._counts, self._epochs = shown, counts, epochs
+        self._all = shown.task_ids[0] if shown.task_ids else shown.add_task(what)
+        self._what, self._total, self._done = what, total, done
+        self._workers: dict[int, Any] = {}
+        self._shares: dict[str, float] = {}
+        self.advance(done, what)
+
+    def show(self, event: Event) -> None:
+        from autosparse.experiment.status import doing
+
+        if event.kind == "started":
+            if event.worker in self._workers:
+                self._bars.remove_task(self._workers[event.worker])
+            text = f"worker {event.worker} {event.device}: {event.key}"
+            self._workers[event.worker] = self._bars.add_task(text, total=None)
+        elif event.kind == "progress":
+            share = max(self._shares.get(event.key, 0.0), share_done(event.values, self._epochs))
+            self._shares[event.key] = share
+            text = f"worker {event.worker} {event.device}: {event.key}: {doing(event.values)}"
+            self._bars.update(self._workers[event.worker], description=text)
+            self._bars.update(self._all, completed=self._done + sum(self._shares.values()))
+            if "note" in event.values:
+                self._bars.console.print(f"note: {event.key}: {event.values['note']}", markup=False)
+        else:
+            if event.kind == "died":
+                self._bars.console.print(f"{event.kind}: {event.key}: {event.values['error']}", markup=False)
+                return  # tried again, from its last checkpoint
+            self._shares.pop(event.key, None)
+            if self._counts:
+                self.advance(self._done + 1, f"{self._what}: {event.key} {event.kind}")
+
+    def advance(self, done: int, text: str) -> None:
+        """So many jobs are done."""
+        self._done = done
+        completed = done + sum(self._shares.values())
+        self._bars.update(self._all, total=self._total, completed=completed, description=text)
+
+    def end(self, text: str) -> None:
+        for line in self._workers.values():
+            self._bars.remove_task(line)
+        self._bars.update(self._all, description=text)
+
+
+def share_done(values: Mapping[str, Any], epochs: int | None) -> float:
+    """How much of a job its last progress says is done, in [0, 1]: of its rounds, and of the epochs of the round at work."""
+    rounds = values.get("rounds", 0) + 1
+    now = values["epoch"] / epochs if epochs and "epoch" in values else 0.0
+    at = values.get("round", 0) + (1.0 if "density" in values else min(now, 1.0))
+    return min(at / rounds, 1.0)
+
+
+def words(seconds: float) -> str:
+    """A time as people say it: `40 s`, `3 minutes`, `2 hours`; rounded up."""
+    for unit, length, most in (("s", 10.0, 90.0), ("minutes", 60.0, 5400.0)):
+        if seconds <= most:
+            count = max(1, -int(-seconds // length)) * (10 if unit == "s" else 1)
+            return f"{count} {unit}"
+    return f"{-int(-seconds // 3600)} hours"

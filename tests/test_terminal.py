@@ -1,0 +1,73 @@
+"""Bars that move with every epoch, and times as people say them."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+from rich.progress import Progress
+
+from autosparse.experiment import estimate
+from autosparse.experiment.estimate import seconds_of_trainings
+from autosparse.experiment.executor import INLINE, Event, ExecutorSettings
+from autosparse.terminal import Live, share_done, words
+from autosparse.training.data import ImageData
+from autosparse.training.loop import Recipe
+from autosparse.training.models import ModelSettings
+
+
+@pytest.mark.parametrize(
+    ("values", "epochs", "share"),
+    [
+        ({"epoch": 3}, 12, 0.25),
+        ({"epoch": 24}, 12, 1.0),  # a method that trains longer
+        ({"epoch": 3}, None, 0.0),
+        ({"round": 1, "rounds": 3}, 12, 0.25),
+        ({"round": 1, "rounds": 3, "epoch": 6}, 12, 0.375),
+        ({"round": 1, "rounds": 3, "density": 0.5, "accuracy": 0.9}, 12, 0.5),  # the end of a round
+        ({"stage": "ramp", "epoch": 6}, 12, 0.5),
+        ({"note": "…"}, 12, 0.0),
+    ],
+)
+def test_share_of_a_job(values: dict[str, float], epochs: int | None, share: float) -> None:
+    assert share_done(values, epochs) == share
+
+
+def test_the_bar_moves_with_the_epochs_of_all_workers() -> None:
+    with Progress(console=Console(file=io.StringIO())) as bars:
+        bars.add_task("getting ready", total=None)
+        live = Live(bars, "benchmark", total=4, done=1, epochs=10)
+        at = []
+
+        def show(kind: str, key: str, worker: int, **values: float) -> None:
+            live.show(Event(kind, key, worker, "cpu", values))
+            at.append(bars.tasks[0].completed)
+
+        show("started", "a", 0)
+        show("started", "b", 1)
+        show("progress", "a", 0, epoch=5)
+        show("progress", "b", 1, epoch=2)
+        show("progress", "b", 1, note=0)
+        show("done", "a", 0)
+        show("died", "b", 1, error=0)
+        show("failed", "b", 1, error=0)
+        assert at == pytest.approx([1, 1, 1.5, 1.7, 1.7, 2.2, 2.2, 3.0])
+        assert bars.tasks[0].total == 4 and len(bars.tasks) == 3
+        live.end("done")
+        assert len(bars.tasks) == 1
+
+
+def test_words() -> None:
+    said = {3: "10 s", 41: "50 s", 90: "90 s", 91: "2 minutes", 150: "3 minutes", 5401: "2 hours"}
+    assert {seconds: words(seconds) for seconds in said} == said
+
+
+def test_seconds_of_trainings(monkeypatch: pytest.MonkeyPatch, digits: ImageData) -> None:
+    """Two at a time take half as long; of networks without trainings nothing is timed."""
+    recipe, small = Recipe(epochs=2, batch_size=32), ModelSettings("mlp", 4)
+    assert estimate.seconds_of_training(small, digits, recipe) > 0
+    monkeypatch.setattr(estimate, "seconds_of_training", lambda model, *_: {"mlp": 2.0, "convnet": 3.0}[model.name])
+    counts = [(small, 5), (ModelSettings("convnet"), 4), (ModelSettings("resnet20"), 0)]
+    assert seconds_of_trainings(counts, digits, recipe, INLINE) == 22
+    assert seconds_of_trainings(counts, digits, recipe, ExecutorSettings(workers=2)) == 11

@@ -54,8 +54,12 @@ class ExecutorSettings:
 
     def __post_init__(self) -> None:
         require(self.kind in KINDS, "executor.kind", self.kind, suggest(self.kind, KINDS))
-        none = self.workers is None
-        require(none or self.workers >= 1, "executor.workers", self.workers, "give at least 1, or leave it out")
+        require(
+            self.workers is None or self.workers >= 1,
+            "executor.workers",
+            self.workers,
+            "give at least 1, or leave it out",
+        )
         require(self.retries >= 0, "executor.retries", self.retries, "it must not be negative")
         inline = self.kind == "inline"
         require(

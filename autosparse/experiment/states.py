@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import csv
 import dataclasses
 import hashlib
@@ -22,6 +21,7 @@ from autosparse.experiment.candidates import Candidate, Found, find_masks, ident
 from autosparse.files import read_json, replace_file, sha256, write_json
 from autosparse.masks.mask import Masks
 from autosparse.network.diagnostics import Diagnosis, DiagnosticSettings, diagnose
+from autosparse.network.restore import private_copy
 from autosparse.training.data import ImageData
 from autosparse.training.loop import Recipe
 
@@ -110,7 +110,7 @@ def run_states(
                 found = _masks(state, directory, weights, model, data, sparsity, recipe, seed, device)
             if state.prepare is not None:
                 assert found is not None
-                network = copy.deepcopy(model)
+                network = private_copy(model)
                 found = prepare_found(network, data, state.prepare, found, seed)
             masks = None if found is None else found.masks
             batches = data.sample(settings.batch_size, settings.n_batches, seed)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -42,13 +42,25 @@ def make_python_generator(seed: int, *purpose: object) -> random.Random:
 
 
 @contextmanager
+def forked(devices: Iterable[torch.device] = ()) -> Iterator[None]:
+    """Afterwards the global generators of torch (of the CPU and of `devices`), NumPy and Python are as they were."""
+    states = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(sorted({d.index or 0 for d in devices if d.type == "cuda"})):
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+
+
+@contextmanager
 def seeded(seed: int, *purpose: object, device: torch.device | str = "cpu") -> Iterator[None]:
-    """Code that draws from the global generators of `device` and the CPU draws for one purpose; afterwards their states are
-    as they were."""
-    place = torch.device(device)
-    devices = [place.index or 0] if place.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        seed_global(seed, *purpose, device=place)
+    """Code that draws from the global generators of `device` and the CPU, of NumPy and Python draws for one purpose;
+    afterwards their states are as they were."""
+    with forked([torch.device(device)]):
+        seed_global(seed, *purpose, device=device)
+        random.seed(derive(seed, *purpose))
+        np.random.seed(derive(seed, *purpose) % 2**32)
         yield
 
 

@@ -20,7 +20,7 @@ from autosparse.masks.random import make_generator, seeded
 from autosparse.network.graph import FACTORS, base_name, named_arguments, trace
 from autosparse.network.inputs import first_of_batch
 from autosparse.network.lipschitz import estimate, pairs, spectral_norm
-from autosparse.network.running import NORMS, Batch, Loss, batch_loss, batch_size, eval_mode, forward
+from autosparse.network.running import NORMS, Batch, Loss, batch_loss, batch_size, forward, untouched
 from autosparse.network.saliency import (
     Weights,
     batch_statistics,
@@ -260,7 +260,7 @@ def hessian_norms(
     walks = {n: _Walk(_unit(_masked(_random(w, seed, n), kept.get(n)))) for n, w in weights.items()}
     active = dict(walks)
     way_out = "set iterations to 0, which leaves Hessians out"
-    with eval_mode(model, but=NORMS), torch.enable_grad(), twice_differentiable(model, way_out):
+    with untouched(model, but=NORMS), torch.enable_grad(), twice_differentiable(model, way_out):
         for _ in range(iterations):
             along = {n: walk.vector for n, walk in active.items()}
             for name, product in _hessian_products(model, weights, batches, along, loss, seed).items():
@@ -331,7 +331,7 @@ def jacobian_singular_values(
     with seeded(seed, "forward pass", device=device_of(weights)):
         statistics = batch_statistics(model, dict(weights), inputs)
         few = first_of_batch(inputs, samples)
-        with eval_mode(model), torch.enable_grad():
+        with untouched(model), torch.enable_grad():
             spectra = [
                 _spectrum(model, {**weights, **statistics}, tree_map(lambda t, i=i: _one(t, i), few))
                 for i in range(min(samples, batch_size((few, None))))
@@ -401,7 +401,7 @@ def _signals(
     seen, value = _Signals(weights), 0.0
     # Fused attention shows no single products.
     with (
-        eval_mode(model, but=NORMS),
+        untouched(model, but=NORMS),
         seeded(seed, "forward pass", device=device_of(weights)),
         torch.no_grad(),
         twice_differentiable(model),

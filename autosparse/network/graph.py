@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
@@ -21,7 +21,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from autosparse.errors import AutoSparseError, raise_out_of_memory
 from autosparse.masks.layers import Layer, unwrap
+from autosparse.masks.random import forked
 from autosparse.network.inputs import as_call, cast_like, first_of_batch, map_tensors, refusal, shapes_of, tensors_in
+from autosparse.network.running import untouched
 
 _KINDS = {
     "activation": "relu relu6 leaky_relu gelu silu sigmoid tanh elu selu celu mish hardswish hardsigmoid hardtanh "
@@ -325,27 +327,15 @@ def _observed(model: nn.Module, example: Any, device: torch.device, seen: O) -> 
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Eval mode with plain (not fused) attention; afterwards the modes, attributes and RNG are as they were."""
-    modules = list(model.modules())
-    # Forward passes may cache tensors as attributes; a meta tensor left there would break the model later.
-    saved = [(m.__dict__, dict(m.__dict__), dict(m._parameters), dict(m._buffers)) for m in modules]
+    """`untouched`, with plain (not fused) attention; the global RNG states come back too."""
     fastpath = torch.backends.mha.get_fastpath_enabled()
-    devices = sorted({t.get_device() for t in (*model.parameters(), *model.buffers()) if t.is_cuda})
-    with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(devices))
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+    devices = [t.device for t in (*model.parameters(), *model.buffers())]
+    with untouched(model), forked(devices), sdpa_kernel(SDPBackend.MATH):
         try:
             torch.backends.mha.set_fastpath_enabled(False)
-            model.eval()
             yield
         finally:
             torch.backends.mha.set_fastpath_enabled(fastpath)
-            for live, attributes, parameters, buffers in saved:
-                live.clear()
-                live.update(attributes)
-                for current, before in ((live["_parameters"], parameters), (live["_buffers"], buffers)):
-                    current.clear()
-                    current.update(before)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

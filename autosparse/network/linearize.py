@@ -181,6 +181,8 @@ class Replay(Generic[V]):
             if isinstance(a, Tensor):
                 value = self.value(a)
                 return value.tensor if value.known is None else value.known
+            if isinstance(a, torch.Generator):  # the model's own stays as it is
+                return a.clone_state()
             return self.device if isinstance(a, torch.device) else a
 
         args, kwargs = tree_map(stand_in, (step.args, step.kwargs))

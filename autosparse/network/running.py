@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import checkpoint
 
 from autosparse.errors import AutoSparseError, first_line, raise_out_of_memory
 from autosparse.masks.random import seeded
 from autosparse.network.inputs import as_call, map_tensors, shapes_of, tensors_in
+from autosparse.network.restore import restored
 
 Batch = tuple[Any, Any]
 Loss = Callable[[Any, Any], Tensor]
@@ -42,12 +46,16 @@ def take_batches(batches: Iterable[Batch], n_batches: int, device: torch.device,
 def forward(model: nn.Module, state: Mapping[str, Tensor], inputs: Any) -> Any:
     """`model(inputs)` with `state` in place of its parameters and buffers; see `as_call`.
 
+    Copies stand for those that `state` does not name, so nothing that the model writes reaches its own.
+
     Raises:
         AutoSparseError: the model cannot take the inputs.
     """
+    own = (*model.named_parameters(), *model.named_buffers())
+    copies = {n: t.detach().clone().requires_grad_(t.requires_grad) for n, t in own if n not in state}
     args, kwargs = as_call(model, inputs)
     try:
-        return torch.func.functional_call(model, dict(state), args, kwargs)
+        return torch.func.functional_call(model, {**copies, **state}, args, kwargs)
     except (RuntimeError, MemoryError, ValueError, AssertionError, IndexError, TypeError) as error:
         raise_out_of_memory(error, f"running {type(model).__name__} on a batch {_describe(inputs)}")
         raise AutoSparseError(
@@ -95,6 +103,56 @@ def eval_mode(model: nn.Module, but: tuple[type[nn.Module], ...] = ()) -> Iterat
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+@contextmanager
+def untouched(model: nn.Module, but: tuple[type[nn.Module], ...] = ()) -> Iterator[None]:
+    """`eval_mode` for passes by `forward`, after which the model holds what it held before, see `restored`.
+
+    Gradient checkpoints run as plain calls: what they compute again in the backward pass would have the model's own weights
+    and buffers instead of those that `forward` puts in their place. Compiled code runs uncompiled, as it was written.
+    """
+    with restored(model, but=model.parameters()), eval_mode(model, but), _plain_checkpoints(), _uncompiled():
+        yield
+
+
+@contextmanager
+def _plain_checkpoints() -> Iterator[None]:
+    """`torch.utils.checkpoint.checkpoint(f, *args)`, by whatever name it was imported, is `f(*args)`."""
+
+    def nothing(*_: Any, **__: Any) -> Iterator[None]:
+        yield
+
+    plain = {
+        "CheckpointFunction": SimpleNamespace(apply=lambda function, _, *args: function(*args)),
+        "_checkpoint_without_reentrant_generator": nothing,
+        "_checkpoint_without_reentrant_generator_impl": nothing,  # its name since torch 2.14
+    }
+    before = {name: value for name, value in vars(checkpoint).items() if name in plain}
+    try:
+        vars(checkpoint).update({name: plain[name] for name in before})
+        yield
+    finally:
+        vars(checkpoint).update(before)
+
+
+@contextmanager
+def _uncompiled() -> Iterator[None]:
+    if "torch._dynamo" not in sys.modules:  # then nothing is compiled
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+def _move(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, Mapping):
+        return {key: _move(item, device) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return tuple(_move(item, device) for item in value)
+    return value
 
 
 def batch_size(batch: Batch) -> int:

@@ -16,7 +16,7 @@ from autosparse.errors import AutoSparseError, first_line
 from autosparse.masks.mask import masked
 from autosparse.masks.random import seeded
 from autosparse.network.inputs import map_tensors, tensors_in
-from autosparse.network.running import NORMS, Batch, Loss, batch_loss, batch_size, eval_mode, forward
+from autosparse.network.running import NORMS, Batch, Loss, batch_loss, batch_size, forward, untouched
 
 Weights = Mapping[str, Tensor]
 
@@ -33,7 +33,7 @@ def gradient(
     """`g = ∂L/∂w` at the given weights, L the mean loss over all samples of `batches`; norm layers in train mode."""
     leaves, state = leaves_and_state(model, weights)
     total = [torch.zeros_like(w) for w in leaves.values()]
-    with eval_mode(model, but=NORMS), seeded(seed, "forward pass", device=device_of(weights)), torch.enable_grad():
+    with untouched(model, but=NORMS), seeded(seed, "forward pass", device=device_of(weights)), torch.enable_grad():
         for batch, share in zip(batches, shares(batches), strict=True):
             value = batch_loss(model, state, batch, loss)
             _add(total, torch.autograd.grad(value, list(leaves.values()), allow_unused=True), share)
@@ -70,7 +70,7 @@ def hessian_gradient(
     leaves, state = leaves_and_state(model, weights)
     total = [torch.zeros_like(w) for w in leaves.values()]
     with (
-        eval_mode(model, but=NORMS),
+        untouched(model, but=NORMS),
         seeded(seed, "forward pass", device=device_of(weights)),
         torch.enable_grad(),
         twice_differentiable(model),
@@ -110,7 +110,7 @@ def meta_gradient(
     training = [n for n, p in model.named_parameters() if p.requires_grad]
     kept = {n: m.to(weights[n].device) for n, m in (masks or {}).items() if n in weights}
     with (
-        eval_mode(model, but=NORMS),
+        untouched(model, but=NORMS),
         seeded(seed, "forward pass", device=device_of(weights)),
         torch.enable_grad(),
         twice_differentiable(model),
@@ -161,7 +161,7 @@ def ntk_sensitivity(
     kept = {n: torch.ones_like(w) if masks is None else masks[n].to(w) for n, w in weights.items()}
     leaves = {n: m.clone().requires_grad_() for n, m in kept.items()}
     total = [torch.zeros_like(w) for w in weights.values()]
-    with seeded(seed, "NTK draws", device=device), eval_mode(model), torch.enable_grad():
+    with seeded(seed, "NTK draws", device=device), untouched(model), torch.enable_grad():
         for _ in range(NTK_DRAWS):
             drawn = {n: w.mean() + w.std(correction=0) * torch.randn_like(w) for n, w in weights.items()}
             moved = {n: w + NTK_NOISE * torch.randn_like(w) for n, w in drawn.items()}
@@ -196,7 +196,7 @@ def batch_statistics(model: nn.Module, weights: Weights, inputs: Any) -> dict[st
         try:
             for module in norms:
                 module.momentum = 1.0
-            with eval_mode(model, but=NORMS), torch.no_grad():
+            with untouched(model, but=NORMS), torch.no_grad():
                 forward(model, {**weights, **buffers}, inputs)
         finally:
             for module, momentum in zip(norms, momenta, strict=True):

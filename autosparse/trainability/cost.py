@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from autosparse.masks.layers import unwrap
 from autosparse.network.graph import undisturbed
+from autosparse.network.running import forward
 from autosparse.network.size import layer_macs
 
 
@@ -45,7 +46,7 @@ def cost(model: nn.Module, masks: Mapping[str, Tensor] | None, example: Tensor) 
     macs = layer_macs(model, example)
     counter = FlopCounterMode(display=False)
     with undisturbed(model), torch.no_grad(), counter:
-        model(example)
+        forward(model, {}, example)
     flops = counter.get_total_flops()
     pruned = {name: mask.numel() - int(mask.sum()) for name, mask in kept.items()}
     saved = sum(2 * macs[name] * count / kept[name].numel() for name, count in pruned.items() if name in macs)

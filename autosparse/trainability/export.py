@@ -13,7 +13,6 @@ Masks alone save nothing but file size, and that in `safetensors` only: dense ke
 
 from __future__ import annotations
 
-import copy
 import csv
 import functools
 import importlib.util
@@ -37,6 +36,7 @@ from autosparse.files import replace_file
 from autosparse.masks.layers import unwrap
 from autosparse.masks.mask import Masks
 from autosparse.masks.random import make_generator
+from autosparse.network.restore import private_copy, restored
 from autosparse.trainability.cost import Cost, cost, take_turns, threads
 from autosparse.trainability.shrink import shrink
 from autosparse.trainability.stored import NetworkSettings, load_network, save_network
@@ -191,15 +191,41 @@ def export(
     Raises:
         AutoSparseError: the masks are another model's, or the model does not take the images.
     """
-    options, directory, device = options or ExportSettings(), Path(directory), torch.device(device)
-    say = on_form or (lambda _: None)
-    dense = copy.deepcopy(unwrap(model)).cpu().eval().requires_grad_(False)
-    masked = copy.deepcopy(dense)
+    model = unwrap(model)
+    with restored(model, but=model.parameters()):  # what hooks of the copies write to is the model's too
+        return _export(
+            model,
+            masks,
+            Path(directory),
+            options or ExportSettings(),
+            example_input,
+            network,
+            smaller,
+            torch.device(device),
+            on_form or (lambda _: None),
+        )
+
+
+def _export(
+    model: nn.Module,
+    masks: Masks,
+    directory: Path,
+    options: ExportSettings,
+    example_input: Tensor,
+    network: NetworkSettings | None,
+    smaller: nn.Module | None,
+    device: torch.device,
+    say: Callable[[str], None],
+) -> Export:
+    dense = private_copy(model).cpu().eval().requires_grad_(False)
+    masked = private_copy(dense)
     masks.to("cpu").apply_(masked)
     images = _images(example_input, 3)
+    for module in (dense, masked):
+        _run(module, images)  # what a model builds in its first pass is there when it is written
     expected = _outputs(masked, images)
     job = _Job("masked", masked, dense, masks.to("cpu"), directory, options, network, images, device)
-    jobs = [job if smaller is None else job.of("channels", copy.deepcopy(smaller).cpu().eval().requires_grad_(False))]
+    jobs = [job if smaller is None else job.of("channels", private_copy(smaller).cpu().eval().requires_grad_(False))]
     costs = {"dense": cost(dense, None, images[:1]), "masked": cost(masked, job.masks, images[:1])}
     costs["semi_structured"] = costs["masked"]
     failures: dict[str, str] = {}
@@ -286,7 +312,7 @@ class _Job:
         """The network traced for any batch size."""
         dynamic = ({0: torch.export.Dim.DYNAMIC},)
         try:
-            with _quiet():
+            with _quiet(), restored(self.module):
                 return torch.export.export(self.module, (self.images[:2],), dynamic_shapes=dynamic)
         except Exception as error:  # whatever tracing somebody's forward raises
             raise AutoSparseFailure(
@@ -300,7 +326,7 @@ def _safetensors(job: _Job) -> _Made:
     sparse = job.options.sparse_storage
     with replace_file(path) as temporary:
         save_network(temporary, job.dense, job.masks, job.network, sparse=sparse, smaller=smaller)
-        found, masks = load_network(temporary, copy.deepcopy(job.dense))
+        found, masks = load_network(temporary, private_copy(job.dense))
         if masks != job.masks:
             raise AutoSparseFailure(f"{path.name} does not give back the masks: it is not written")
         _check(path.name, "safetensors", _outputs(job.module, job.images), _outputs(found, job.images))
@@ -435,7 +461,7 @@ def semi_structured(model: nn.Module, masks: Masks, precision: str = "float16") 
 
 
 def _with_sparse_weights(model: nn.Module, masks: Masks, names: Sequence[str], dtype: torch.dtype) -> nn.Module:
-    found = copy.deepcopy(model)
+    found = private_copy(model)
     masks.apply_(found)
     found = found.to(dtype).eval().requires_grad_(False)
     for name in names:
@@ -448,8 +474,8 @@ def _with_sparse_weights(model: nn.Module, masks: Masks, names: Sequence[str], d
 def _semi_structured(job: _Job) -> list[_Made]:
     """The dense and the 2:4 network, both in 16 bits."""
     dtype, path, masks = PRECISIONS[job.options.precision], job.path("safetensors"), job.masks.to(job.device)
-    found = semi_structured(copy.deepcopy(job.dense).to(job.device), masks, job.options.precision)
-    dense, half = (copy.deepcopy(m).to(job.device, dtype) for m in (job.dense, job.module))
+    found = semi_structured(private_copy(job.dense).to(job.device), masks, job.options.precision)
+    dense, half = (private_copy(m).to(job.device, dtype) for m in (job.dense, job.module))
     images = job.images.to(job.device, dtype)
     _check(path.name, "semi_structured", _outputs(half, images), _outputs(found, images))
     save_network(path, half, masks, job.network, sparse=job.options.sparse_storage)
@@ -490,11 +516,21 @@ def _check(what: str, form: str, expected: Tensor, found: Tensor, why: str = "it
 def _check_batches(what: str, form: str, job: _Job, run: Run) -> None:
     """Against the network on one and on three images: the batch size is free."""
     for images in (job.images[:1], job.images):
-        with torch.no_grad():
-            _check(what, form, _outputs(job.module, images), run(images))
+        expected = _outputs(job.module, images)
+        try:
+            with torch.no_grad():
+                found = run(images)
+        except Exception as error:  # what was written is somebody else's program
+            raise AutoSparseFailure(f"{what} does not run ({first_line(error)}): it is not written") from error
+        _check(what, form, expected, found)
 
 
 def _outputs(module: nn.Module, images: Tensor) -> Tensor:
+    with restored(module):
+        return _run(module, images)
+
+
+def _run(module: nn.Module, images: Tensor) -> Tensor:
     try:
         with torch.no_grad():
             found = module(images)
@@ -514,7 +550,7 @@ def _outputs(module: nn.Module, images: Tensor) -> Tensor:
 
 
 def _in_pytorch(job: _Job) -> _Made:
-    module = job.module if job.device.type == "cpu" else copy.deepcopy(job.module).to(job.device)
+    module = job.module if job.device.type == "cpu" else private_copy(job.module).to(job.device)
     return _Made(job.name, "safetensors", _count(module), _bytes(module), "", module)
 
 

@@ -12,7 +12,6 @@ attention, and in grouped convolutions what would leave the groups unequal. The 
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -26,10 +25,11 @@ from torch.nn.modules.conv import _ConvNd
 from autosparse.errors import AutoSparseError, AutoSparseFailure, first_line, warn
 from autosparse.masks.layers import Layer, prunable_layers, unwrap
 from autosparse.masks.mask import Masks
-from autosparse.masks.random import make_generator
+from autosparse.masks.random import forked, make_generator
 from autosparse.network.graph import trace
 from autosparse.network.inputs import as_call, cast_like, first_of_batch, map_tensors, tensors_in
-from autosparse.network.running import NORMS, eval_mode
+from autosparse.network.restore import private_copy, restored
+from autosparse.network.running import NORMS, untouched
 
 TOLERANCE = 1e-5
 _PROBES = 4  # examples on which two networks are compared
@@ -113,12 +113,12 @@ def output_difference(a: nn.Module, b: nn.Module, example_input: Any) -> float:
     as they are; `inf` where an output is not finite or has another shape.
     """
     worst = 0.0
-    a, b = (copy.deepcopy(unwrap(m)).double() for m in (a, b))
+    a, b = (private_copy(unwrap(m)).double() for m in (a, b))
     for norms in ((), NORMS):
         inputs = _probe(a, example_input)
         found = []
         for network in (a, b):
-            with eval_mode(network, but=norms), torch.no_grad(), torch.random.fork_rng():
+            with untouched(network, but=norms), torch.no_grad(), forked():
                 args, kwargs = as_call(network, inputs)
                 found.append(tensors_in(network(*args, **kwargs)))
         for x, y in zip(*found, strict=True):
@@ -179,7 +179,7 @@ def _seen(model: nn.Module) -> nn.Module:
     hidden = [n for n, p in model.named_parameters() if n.rpartition(".")[2] != "bias" and not p.any()]
     if not hidden:
         return model
-    seen = copy.deepcopy(model)
+    seen = private_copy(model)
     with torch.no_grad():
         for name in hidden:
             seen.get_parameter(name).fill_(1)
@@ -194,7 +194,7 @@ def _removed(
     roots: Iterable[str] | None = None,
 ) -> Removal:
     """Remove the empty filters of the layers `roots` (all), with what they are coupled with."""
-    smaller, zeroed, parameters = copy.deepcopy(model), copy.deepcopy(model), dict(model.named_parameters())
+    smaller, zeroed, parameters = private_copy(model), private_copy(model), dict(model.named_parameters())
     masks.apply_(smaller)
     masks.apply_(zeroed)
     surgery = _Surgery(smaller, empty, example)
@@ -231,7 +231,7 @@ class _Surgery:
         for parameter in model.parameters():
             parameter.requires_grad_(True)  # the graph is that of the gradients
         args, kwargs = as_call(model, example)
-        with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng():
+        with restored(model), untouched(model), torch.inference_mode(False), torch.enable_grad(), forked():
             self.graph = DependencyGraph().build_dependency(
                 model,
                 example_inputs=None,

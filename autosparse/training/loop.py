@@ -32,6 +32,7 @@ from autosparse.files import replace_file
 from autosparse.masks.layers import unwrap
 from autosparse.masks.mask import Masks, Zeroing
 from autosparse.masks.random import derive, seed_global
+from autosparse.network.restore import restored
 from autosparse.network.running import eval_mode
 from autosparse.training.data import ImageData
 from autosparse.training.devices import device_names
@@ -161,18 +162,13 @@ def put_back(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 @contextmanager
 def rewound(model: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Whatever is trained in the block, afterwards parameters, buffers, gradients and modes are as they were."""
+    """Whatever is trained in the block, afterwards the model is what it was: weights, and all that `restored` tells."""
     origin = full_state(model)
-    gradients = [(p, p.grad) for p in model.parameters()]
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        yield origin
-    finally:
-        put_back(model, origin)
-        for parameter, gradient in gradients:
-            parameter.grad = gradient
-        for module, mode in modes:
-            module.training = mode
+    with restored(model, but=model.parameters()):
+        try:
+            yield origin
+        finally:
+            put_back(model, origin)
 
 
 def fabric_for(device: str = "auto", precision: str = "fp32") -> Any:

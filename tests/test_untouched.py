@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import autosparse
 from autosparse.network.diagnostics import diagnose
@@ -325,3 +326,51 @@ def test_a_model_that_remembers_is_left_as_it_was(
         copy.deepcopy(model)
     for a, b in zip(run(model), expected, strict=True):
         assert torch.equal(a, b)
+
+
+# -- gradient checkpoints -----------------------------------------------------------------------------------------------
+
+
+class Checkpointed(Base):
+    def __init__(self, reentrant: bool | None) -> None:
+        super().__init__()
+        self.reentrant = reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        def first(x: Tensor) -> Tensor:
+            return torch.relu(self.norm(self.conv1(x)))
+
+        h = first(x) if self.reentrant is None else checkpoint(first, x, use_reentrant=self.reentrant)
+        found: Tensor = self.conv2(h).mean((2, 3))
+        return found
+
+
+CRITERIA = [("iterative_snip", 3), ("force", 3), ("grasp", 1), ("ntk_sap", 2), ("prospr", 1)]
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize(("criterion", "steps"), CRITERIA, ids=lambda v: str(v))
+def test_gradient_checkpoints_change_no_mask(criterion: str, steps: int, reentrant: bool) -> None:
+    found = []
+    for kind in (None, reentrant):
+        torch.manual_seed(3)
+        model = Checkpointed(kind)
+        state = copy.deepcopy(model.state_dict())
+        found.append(autosparse.prune(model, 0.5, criterion, batches=BATCHES, steps=steps))
+        assert all(torch.equal(t, state[n]) for n, t in model.state_dict().items())
+    assert found[0] == found[1]
+    assert "CheckpointFunction" in repr(torch.utils.checkpoint.CheckpointFunction)
+
+
+def test_gradient_checkpoints_of_timm_change_no_mask() -> None:
+    import timm
+
+    found = []
+    for on in (False, True):
+        torch.manual_seed(3)
+        sizes = {"img_size": 8, "patch_size": 4, "embed_dim": 12, "depth": 2, "num_heads": 2, "num_classes": 3}
+        model = timm.models.vision_transformer.VisionTransformer(in_chans=2, **sizes)
+        model.set_grad_checkpointing(on)
+        batches = [(torch.linspace(-1, 1, 256).view(2, 2, 8, 8), torch.tensor([0, 2]))]
+        found.append(autosparse.prune(model, 0.5, "iterative_snip", batches=batches, steps=2))
+    assert found[0] == found[1]

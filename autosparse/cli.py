@@ -165,9 +165,10 @@ def train(config: Config, overrides: Overrides = None, profile: Profile = False)
     from autosparse.config import TrainConfig, claim_directory, load_config, plain
     from autosparse.experiment.benchmark import build_model
     from autosparse.experiment.tracking import track
-    from autosparse.files import read_json, replace_file, write_json
+    from autosparse.files import read_json, write_json
     from autosparse.masks.mask import Masks
     from autosparse.trainability.prepare import prepare
+    from autosparse.trainability.stored import save_weights
     from autosparse.training.data import load_data
     from autosparse.training.loop import fabric_for
     from autosparse.training.loop import train as run
@@ -212,7 +213,7 @@ def train(config: Config, overrides: Overrides = None, profile: Profile = False)
             shown.update(task, completed=int(row["epoch"]), description=_epoch_text("train", row))
             tracker.log({k: v for k, v in row.items() if k != "epoch"}, int(row["epoch"]))
             tracker.flush()
-            write_json(directory / "history.json", history)
+            write_json(directory / "history.json", {"epochs": history})
 
         trained = run(
             model,
@@ -224,11 +225,8 @@ def train(config: Config, overrides: Overrides = None, profile: Profile = False)
             checkpoint=directory / "checkpoint.pt",
             on_epoch=on_epoch,
         )
-        from safetensors.torch import save_model
-
-        with replace_file(directory / "model.safetensors") as temporary:
-            save_model(model.cpu(), str(temporary))
-        write_json(directory / "history.json", trained.history)
+        save_weights(directory / "model.safetensors", model)
+        write_json(directory / "history.json", {"epochs": trained.history})
         figures = {
             k: getattr(trained, k) for k in ("accuracy", "loss", "steps", "epochs", "seconds", "images_per_second")
         }

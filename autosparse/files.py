@@ -1,4 +1,8 @@
-"""Files that a kill at any instant cannot damage, and that are read without pickle."""
+"""Files that a kill at any instant cannot damage, that tell damage of any other kind, and that are read without pickle.
+
+Every file of ours holds a hash of its content, and a file whose content has another one, or that has none, is not read:
+JSON and safetensors under the key `content_sha256`, other files in their last line (`seal`).
+"""
 
 from __future__ import annotations
 
@@ -6,15 +10,20 @@ import csv
 import hashlib
 import json
 import os
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from autosparse.errors import AutoSparseError, AutoSparseFailure
+from autosparse.errors import AutoSparseError, AutoSparseFailure, first_line
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+HASH = "content_sha256"
 
 
 @contextmanager
@@ -49,62 +58,164 @@ def replace_file(path: Path) -> Iterator[Path]:
             temporary.unlink()
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """The values as a JSON object, with their hash, in one step."""
+    value = json.loads(json.dumps(value))  # as it will be read: tuples are lists, keys are texts
     with replace_file(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1, allow_nan=True) + "\n")
+        temporary.write_text(json.dumps({**value, HASH: _hash_of(value)}, indent=1) + "\n")
 
 
-def read_json(path: Path, what: str) -> Any:
-    """Read a JSON file of ours.
+def read_json(path: Path, what: str) -> dict[str, Any]:
+    """Read a JSON file that `write_json` wrote.
 
     Raises:
-        AutoSparseError: it is missing or not JSON.
+        AutoSparseError: it is missing, not a JSON object, or its content is not what was written.
     """
     try:
-        return json.loads(path.read_text())
+        value = json.loads(path.read_text())
     except FileNotFoundError as error:
         raise AutoSparseError(f"{what} {path} does not exist: check the path") from error
-    except (OSError, ValueError) as error:
-        raise AutoSparseError(f"{what} {path} is damaged: {error}; delete it and run again") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise _damaged(what, path, first_line(error)) from error
+    if not isinstance(value, dict):
+        raise _damaged(what, path, "it holds no JSON object")
+    _check_hash(what, path, value.pop(HASH, None), _hash_of(value))
+    return value
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], schema: str, **metadata: str) -> None:
-    """A safetensors file of the tensors, whose metadata name `schema`, in one step."""
+    """A safetensors file of the tensors, whose metadata name `schema` and the content's hash, in one step."""
     from safetensors.torch import save_file
 
+    stored = {n: t.detach().cpu().contiguous() for n, t in tensors.items()}
+    metadata = {"schema": schema, **metadata}
     with replace_file(path) as temporary:
-        save_file({n: t.cpu().contiguous() for n, t in tensors.items()}, temporary, {"schema": schema, **metadata})
+        save_file(stored, temporary, {**metadata, HASH: _hash_of(metadata, stored)})
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """A table whose columns are the keys of the first row, in one step."""
-    with replace_file(path) as temporary, temporary.open("w", newline="") as file:
+    with replace_file(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
 
 
-def read_safetensors(path: Path, schema: str, what: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file whose metadata names `schema`.
+def read_safetensors(
+    path: Path, schema: str, what: str, foreign: bool = False
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file that `write_safetensors` wrote with this schema.
+
+    With `foreign` also those of a file that names no schema, as others write it.
 
     Raises:
-        AutoSparseError: the file is missing, truncated, or of another kind.
+        AutoSparseError: the file is missing, truncated, of another kind, or its content is not what was written.
     """
     from safetensors import SafetensorError, safe_open
 
-    if not path.is_file():
-        raise AutoSparseError(f"{what} file {path} does not exist: check the path")
+    check_file(path, f"{what} file")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             found = metadata.get("schema", "no schema")
-            if found != schema:
+            ours = "schema" in metadata or HASH in metadata or not foreign
+            if ours and found != schema:
                 raise AutoSparseError(f"{path} holds {found}, not {schema}: give a file with {what} of AutoSparse")
-            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        if isinstance(error, AutoSparseError):
+            raise
         raise AutoSparseError(
-            f"{path} cannot be read as {what}: {error}; it is truncated or not safetensors"
+            f"{path} cannot be read as {what}: {first_line(error)}; it is truncated or not safetensors"
         ) from error
+    if ours:
+        _check_hash(what, path, metadata.pop(HASH, None), _hash_of(metadata, tensors))
+    return tensors, metadata
+
+
+def check_file(path: Path, what: str, way_out: str = "check the path") -> None:
+    """Nothing, where a file lies at `path`.
+
+    Raises:
+        AutoSparseError: nothing is there, or a directory.
+    """
+    if path.is_dir():
+        raise AutoSparseError(f"{what} {path} is a directory: give a file in it")
+    if not path.is_file():
+        raise AutoSparseError(f"{what} {path} does not exist: {way_out}")
+
+
+def _hash_of(values: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None) -> str:
+    """SHA-256 of what a file holds: the values, and names, types, shapes and bytes of the tensors."""
+    import torch
+
+    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode())
+    for name, tensor in sorted((tensors or {}).items()):
+        digest.update(repr((name, str(tensor.dtype), tuple(tensor.shape))).encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _check_hash(what: str, path: Path, stored: str | None, found: str) -> None:
+    if stored is None:
+        raise _damaged(what, path, f"it holds no hash of its content ({HASH})")
+    if stored != found:
+        raise _damaged(what, path, "its content is not what was written")
+
+
+def _damaged(what: str, path: Path, how: str) -> AutoSparseError:
+    return AutoSparseError(f"{what} {path} is damaged: {how}; delete it and make it again")
+
+
+# -- files that name no hash themselves -------------------------------------------------------------------------------
+
+_BLOCK = 2**22  # bytes
+_SEAL = b"\nautosparse checksum "
+_SEAL_LENGTH = len(_SEAL) + 64 + 1
+
+
+def seal(path: Path) -> None:
+    """Add a last line with the checksum of all before it. HDF5 reads no further than its own end, and does not mind."""
+    checksum = _checksum(path, path.stat().st_size)
+    with open(path, "ab") as file:
+        file.write(_SEAL + checksum + b"\n")
+
+
+def _last_line(path: Path) -> tuple[int, bytes]:
+    """Where the line of `seal` begins, and what is there."""
+    size = max(0, path.stat().st_size - _SEAL_LENGTH)
+    with open(path, "rb") as file:
+        file.seek(size)
+        return size, file.read()
+
+
+def is_sealed(path: Path) -> bool:
+    """Whether `seal` wrote the last line."""
+    return _last_line(path)[1].startswith(_SEAL)
+
+
+def check_seal(path: Path, what: str) -> int:
+    """The length of the file without the line that `seal` added.
+
+    Raises:
+        AutoSparseError: the line is missing, or the content is not what was sealed.
+    """
+    size, line = _last_line(path)
+    if not line.startswith(_SEAL):
+        raise _damaged(what, path, "its last line, the checksum, is missing: it is truncated, or was changed")
+    if line != _SEAL + _checksum(path, size) + b"\n":
+        raise _damaged(what, path, "its content is not what was written")
+    return size
+
+
+def _checksum(path: Path, size: int) -> bytes:
+    """SHA-256 of the CRC-32 of every 4 MiB: as sure to tell damage as CRC-32, which is faster than reading."""
+    with open(path, "rb") as file, ThreadPoolExecutor(2) as pool:
+
+        def block(start: int) -> bytes:
+            return b"%d %d," % (start, zlib.crc32(os.pread(file.fileno(), min(_BLOCK, size - start), start)))
+
+        return hashlib.sha256(b"".join(pool.map(block, range(0, size, _BLOCK)))).hexdigest().encode()
 
 
 def sha256(path: Path) -> str:

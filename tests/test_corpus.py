@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from autosparse.errors import AutoSparseError
-from autosparse.files import sha256
+from autosparse.files import read_json, sha256, write_json
 from autosparse.masks.layers import Layer, prunable_layers
 from autosparse.network.graph import trace
 from autosparse.scorers.corpus import DEEP, TAGS, WIDE, read_index, tags_of, write_index
@@ -154,8 +154,7 @@ def test_a_record_without_a_training_has_no_accuracy(tmp_path: Path) -> None:
 
 
 def damage(corpus: Path, **changes: Any) -> None:
-    values = json.loads((corpus / "corpus.json").read_text())
-    (corpus / "corpus.json").write_text(json.dumps({**values, **changes}))
+    write_json(corpus / "corpus.json", {**read_json(corpus / "corpus.json", "index"), **changes})
 
 
 @pytest.mark.parametrize(
@@ -163,7 +162,8 @@ def damage(corpus: Path, **changes: Any) -> None:
     [
         (lambda c: (c / "corpus.json").unlink(), r"corpus index .*corpus.json does not exist"),
         (lambda c: (c / "corpus.json").write_text("{"), r"corpus index .*corpus.json is damaged"),
-        (lambda c: (c / "corpus.json").write_text("[]"), r"corpus.json holds no schema, not autosparse.corpus/1"),
+        (lambda c: (c / "corpus.json").write_text("[]"), r"corpus.json is damaged: it holds no JSON object"),
+        (lambda c: write_json(c / "corpus.json", {}), r"corpus.json holds no schema, not autosparse.corpus/1"),
         (lambda c: damage(c, schema="autosparse.corpus/9"), r"holds autosparse.corpus/9, not autosparse.corpus/1"),
         (lambda c: damage(c, records=[{"path": "a"}]), r"corpus.json is damaged: KeyError"),
         (lambda c: damage(c, records=7), r"corpus.json is damaged: TypeError"),

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from autosparse.errors import AutoSparseError, AutoSparseFailure
+from autosparse.files import seal
 from autosparse.masks.layers import prunable_layers
 from autosparse.masks.mask import Masks
 from autosparse.pruning.prune import prune
@@ -378,6 +379,7 @@ def test_checkpoints_that_do_not_fit(digits: ImageData, convnet: Make, tmp_path:
     with pytest.raises(AutoSparseError, match="cannot be resumed"):
         train(convnet(), digits, SHORT, masks=masks, **stopped())
     torch.save([Stop()], path)  # a pickle that would run code
+    seal(path)
     with pytest.raises(AutoSparseError, match="cannot be resumed"):
         train(convnet(), digits, SHORT, masks=masks, **stopped())
 

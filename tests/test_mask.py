@@ -276,7 +276,7 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path) -> None:
 def test_bad_json(tmp_path: Path) -> None:
     with pytest.raises(AutoSparseError, match=r"settings .*a\.json does not exist"):
         read_json(tmp_path / "a.json", "settings")
-    for content in (b"{", b"\xff\xfe\x00"):
+    for content in (b"{", b"\xff\xfe\x00", b"[]", b'{"a": 1}'):
         (tmp_path / "a.json").write_bytes(content)
         with pytest.raises(AutoSparseError, match=r"settings .*a\.json is damaged"):
             read_json(tmp_path / "a.json", "settings")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import functools
-import json
 import math
 import re
 import tempfile
@@ -19,6 +18,8 @@ from autosparse.errors import AutoSparseError
 from autosparse.experiment import figures, report, results
 from autosparse.experiment.results import Result
 from autosparse.files import write_json
+from autosparse.masks.layers import Layer
+from autosparse.scorers import records
 from autosparse.scorers.card import Card
 from autosparse.scorers.fitting import FitSettings, fit
 
@@ -102,35 +103,38 @@ def write_benchmark(folder: Path, seeds: int = 3, sparsities: tuple[float, ...] 
                         "history": [{"epoch": 1, "loss": 1.0, "accuracy": 0.5}],
                     }
                     name = re.sub(r"[^\w.-]", "_", f"{model}-{criterion}-{s}-{seed}.json")
-                    (folder / "cells" / name).write_text(json.dumps(cell))
+                    write_json(folder / "cells" / name, cell)
     write_rows(folder / "results.csv", rows)
 
 
 def write_record(path: Path, model: str, seed: int = 0, rounds: int = 10, done: int | None = None) -> None:
     """A made-up IRP record in which survival follows magnitude and noise."""
-    import h5py
-
     rng = np.random.default_rng(seed)
     done = rounds if done is None else done
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with h5py.File(path, "w") as file:
-        file.attrs.update(
-            {
-                "schema": results.SCHEMA, "config": json.dumps({"model": {"name": model, "width": None, "options": {}}}), "seed": seed,
-                "rounds_done": done, "complete": done == rounds, "torch": "2.15.0",
-            }
-        )  # fmt: skip
-        for i, size in enumerate((200, 2000, 5000)):
-            weight = rng.standard_normal((size // 10, 10)).astype("f4") / (i + 1)
-            worth = np.abs(weight) * (i + 1) + 0.5 * rng.random(weight.shape)
-            rank = worth.ravel().argsort().argsort().reshape(weight.shape) / size
-            group = file.create_group(f"layers/layer{i}.weight")
-            group["weight"] = group["gradient"] = weight
-            group["survival"] = np.minimum(done, np.log(1 / np.maximum(1 - rank, 1e-9)) / -math.log(0.7)).astype("u1")
-        density = 0.7 ** np.arange(done + 1)
-        file["rounds/density"] = density
-        file["rounds/accuracy"] = 0.78 - 0.01 * seed - 0.15 * np.arange(done + 1) ** 3 / rounds**3
-        file["rounds/loss"] = np.ones(done + 1)
+    layers, weights, survival = {}, {}, {}
+    for i, size in enumerate((200, 2000, 5000)):
+        weight = rng.standard_normal((size // 10, 10)).astype("f4") / (i + 1)
+        worth = np.abs(weight) * (i + 1) + 0.5 * rng.random(weight.shape)
+        rank = worth.ravel().argsort().argsort().reshape(weight.shape) / size
+        name = f"layer{i}.weight"
+        layers[name], weights[name] = Layer(name, "linear", weight.shape), weight
+        survival[name] = np.minimum(done, np.log(1 / np.maximum(1 - rank, 1e-9)) / -math.log(0.7)).astype("u1")
+    records.write_record(
+        path,
+        records.Record(
+            layers,
+            {"weight": weights},
+            survival,
+            density=0.7 ** np.arange(done + 1),
+            accuracy=0.78 - 0.01 * seed - 0.15 * np.arange(done + 1) ** 3 / rounds**3,
+            loss=np.ones(done + 1),
+            config={"model": {"name": model, "width": None, "options": {}}},
+            seed=seed,
+            rounds_done=done,
+            complete=done == rounds,
+            versions={"torch": "2.15.0"},
+        ),
+    )
 
 
 @functools.cache
@@ -338,7 +342,7 @@ def test_figures_of_lines_leave_out_what_they_cannot_hold(tmp_path: Path) -> Non
         for name in (f"c{i:02}", f"densities:c{i:02}"):
             rows.append(row(criterion=name, accuracy=0.4 + i / 100, mask_cost=i))
             cell = {**rows[-1], "layers": [{"name": "a.weight", "kept": 1, "total": 10}]}
-            (tmp_path / "cells" / f"{i}{len(name)}.json").write_text(json.dumps(cell))
+            write_json(tmp_path / "cells" / f"{i}{len(name)}.json", cell)
     write_rows(tmp_path / "results.csv", rows)
     cells = results.aggregate(results.collect(tmp_path).results)
     assert figures.selected(cells, 26) == [r["criterion"] for r in rows]
@@ -414,14 +418,16 @@ def test_unreadable_files_become_notes(tmp_path: Path) -> None:
         file.attrs["schema"] = "something/2"
     (tmp_path / "cells").mkdir()
     (tmp_path / "cells" / "a.json").write_text("[1]")
-    (tmp_path / "cells" / "b.json").write_text(
-        '{"model": "unknown", "criterion": "c", "sparsity": 0.9, "seed": 0, "layers": []}'
+    write_json(
+        tmp_path / "cells" / "b.json",
+        {"model": "unknown", "criterion": "c", "sparsity": 0.9, "seed": 0, "layers": []},
     )
-    (tmp_path / "cells" / "c.json").write_text('{"model": "lacks a criterion"}')
+    write_json(tmp_path / "cells" / "c.json", {"model": "lacks a criterion"})
+    (tmp_path / "cells" / "d.json").write_text('{"model": "without a hash"}')
     (tmp_path / "scorer.json").write_text("{")
     write_scorer(tmp_path / "mlartifacts" / "copy")
     html = report.build(tmp_path).read_text()
-    for name in ("torn.h5", "other.h5", "cells/a.json", "cells/c.json", "scorer.json"):
+    for name in ("torn.h5", "other.h5", "cells/a.json", "cells/c.json", "cells/d.json", "scorer.json"):
         assert f"<li>{name} ignored: " in html
     assert "Fitted scorers" not in html and results.collect(tmp_path).densities == {}
     assert "1 cell file without a row in results.csv ignored" in html
@@ -463,7 +469,7 @@ def test_a_card_of_another_version_is_a_note(tmp_path: Path) -> None:
 
 
 def test_a_card_may_be_empty(tmp_path: Path) -> None:
-    (tmp_path / "scorer.json").write_text("{}")
+    write_json(tmp_path / "scorer.json", {})
     assert "Fitted scorers" in report.build(tmp_path).read_text()
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import autosparse
 from autosparse.errors import AutoSparseError
-from autosparse.files import read_safetensors
+from autosparse.files import read_safetensors, write_safetensors
 from autosparse.masks.layers import prunable_layers
 from autosparse.pruning.criteria import Context
 from autosparse.scorers import features as features_module
@@ -116,7 +116,8 @@ def rewrite(source: Scorer, path: Path, **changes: object) -> Path:
     source.save(path)
     tensors, metadata = read_safetensors(path, module.SCHEMA, "scorer")
     config = {**json.loads(metadata["config"]), **changes}
-    save_file(tensors, path, {**metadata, "config": json.dumps({k: v for k, v in config.items() if v is not None})})
+    texts = {"card": metadata["card"], "config": json.dumps({k: v for k, v in config.items() if v is not None})}
+    write_safetensors(path, tensors, module.SCHEMA, **texts)
     return path
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,9 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from autosparse.errors import AutoSparseError, first_line
+from autosparse.files import read_json
 from autosparse.scorers.card import Card, read_card
 
-SCHEMA = "autosparse.record/1"
 REQUIRED = ("model", "data", "criterion", "sparsity", "seed", "accuracy")
 BINS = 20
 DENSE = "dense"
@@ -360,39 +359,25 @@ def survival_curves(layers: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np
 
 
 def load_record(path: Path, name: str) -> Record:
-    """One IRP record; AutoSparseError: another schema, or no layers."""
-    import h5py
+    """One IRP record; AutoSparseError: it is missing, damaged or something else."""
+    from autosparse.scorers.records import read_record
 
-    with h5py.File(path, "r") as file:
-        schema = file.attrs.get("schema", "")
-        schema = schema.decode() if isinstance(schema, bytes) else str(schema)
-        if schema != SCHEMA:
-            raise AutoSparseError(f"no record: its schema is {schema!r}, not {SCHEMA!r}")
-        found: list[Any] = []
-        file["layers"].visititems(lambda _, item: found.append(item))  # names with slashes are nested
-        groups_of_layers = [item for item in found if isinstance(item, h5py.Group) and "survival" in item]
-        layers = [(layer["weight"][()], layer["survival"][()]) for layer in groups_of_layers]
-        if not layers:
-            raise AutoSparseError("a record without layers")
-        density, accuracy = (np.asarray(file[f"rounds/{key}"][()], float).ravel() for key in ("density", "accuracy"))
-        config = json.loads(file.attrs.get("config", "{}"))
-        torch = next((str(v) for k, v in file.attrs.items() if "torch" in k), "")
-        complete = bool(file.attrs.get("complete", False))
-    length = min(len(density), len(accuracy))
-    density, accuracy = density[:length], accuracy[:length]
-    known = np.isfinite(density) & np.isfinite(accuracy) & (density > 0)
-    within, overall, ticket_within, ticket_overall = survival_curves(layers)
+    record = read_record(path, ["weight"])
+    known = np.isfinite(record.density) & np.isfinite(record.accuracy) & (record.density > 0)
+    weight = record.signals["weight"]
+    curves = survival_curves([(weight[name], survival) for name, survival in record.survival.items()])
+    within, overall, ticket_within, ticket_overall = curves
     return Record(
         name=name,
-        model=model_name(config) or Path(name).stem,
-        complete=complete,
-        density=density[known],
-        accuracy=accuracy[known],
+        model=model_name(record.config) or Path(name).stem,
+        complete=record.complete,
+        density=record.density[known],
+        accuracy=record.accuracy[known],
         within=within,
         overall=overall,
         ticket_within=ticket_within,
         ticket_overall=ticket_overall,
-        torch=torch,
+        torch=record.versions.get("torch", ""),
     )
 
 
@@ -442,13 +427,13 @@ def collect(directory: Path) -> Found:
         found.notes += [f"{name}: {note}" for note in notes]
 
     def read_cell(path: Path, name: str) -> None:
-        cells.append((path, read_json(path)))
+        cells.append((path, read_json(path, "result")))
 
     def read_record(path: Path, name: str) -> None:
         found.records.append(load_record(path, name))
 
     def read_scorer(path: Path, name: str) -> None:
-        found.scorers.append((name, read_card(read_json(path))))
+        found.scorers.append((name, read_card(read_json(path, "scorer card"))))
 
     def read_diagnosis(path: Path, name: str) -> None:
         found.diagnoses.append((name, load_diagnosis(path)))
@@ -509,7 +494,7 @@ def reader_of(
 
 def load_diagnosis(path: Path) -> list[dict[str, Any]]:
     """The states of one diagnosis.json; KeyError or AutoSparseError: it lacks something."""
-    states = read_json(path)["states"]
+    states = read_json(path, "diagnosis")["states"]
     for state in states:
         _ = [state[key] for key in ("state", "criterion", "prepare", "network", "singular_values")]
         _ = [layer[key] for layer in state["layers"] for key in ("name", "kept", "lipschitz", "hessian_norm")]
@@ -534,14 +519,6 @@ def diagnosis_table(states: Sequence[Mapping[str, Any]]) -> tuple[list[str], lis
     }
     lines = [[str(s["state"]), *(text(s["network"]) for text in columns.values())] for s in states]
     return ["state", *columns], lines
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file that holds an object."""
-    content = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(content, dict):
-        raise AutoSparseError("no JSON object")
-    return content
 
 
 def row_of_cell(rows: Sequence[Result], cell: Mapping[str, Any]) -> Result | None:

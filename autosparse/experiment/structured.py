@@ -27,6 +27,7 @@ from autosparse.files import read_json, read_safetensors, replace_file, write_js
 from autosparse.masks.mask import Masks
 from autosparse.network.size import size
 from autosparse.trainability.shrink import remove
+from autosparse.trainability.stored import save_weights
 from autosparse.trainability.tpp import Ratio, TPPSettings, filter_densities, push_out
 from autosparse.training.data import DataSettings, ImageData, shared_data
 from autosparse.training.loop import Recipe, check_fits, evaluate, fabric_for, full_state, put_back, train
@@ -309,7 +310,7 @@ def _make_smaller(
     )
     after = size(smaller, example)
     masks.save(path.with_suffix(".masks.safetensors"))
-    _save_model(path.with_suffix(".safetensors"), smaller)
+    save_weights(path.with_suffix(".safetensors"), smaller)
     return {
         **_names(thinning),
         "dense_accuracy": dense["accuracy"],
@@ -342,13 +343,6 @@ def _choose(thinning: Thinning, model: nn.Module, data: ImageData, example: Tens
             device=device,
             scope=densities,
         ).masks
-
-
-def _save_model(path: Path, model: nn.Module) -> None:
-    from safetensors.torch import save_model
-
-    with replace_file(path) as temporary:
-        save_model(model.cpu(), str(temporary))
 
 
 def _staged(stage: str, progress: Progress) -> Callable[[dict[str, float]], None]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autosparse.errors import AutoSparseError
+from autosparse.errors import AutoSparseError, first_line
 from autosparse.masks.layers import Layer, unwrap
 from autosparse.masks.random import make_generator
 
@@ -230,7 +230,13 @@ class Masks(Mapping[str, Tensor]):
         """
         from autosparse.files import read_safetensors
 
-        return cls.restore(*read_safetensors(Path(path), SCHEMA, "masks"))
+        tensors, texts = read_safetensors(Path(path), SCHEMA, "masks")
+        try:
+            return cls.restore(tensors, texts)
+        except (KeyError, TypeError, ValueError) as error:
+            raise AutoSparseError(
+                f"masks {path} are damaged: {type(error).__name__} {first_line(error)}; make them again"
+            ) from error
 
     def texts(self) -> dict[str, str]:
         """What masks hold besides their bits, layers and report, as JSON texts for a file's metadata."""
@@ -246,5 +252,7 @@ class Masks(Mapping[str, Tensor]):
         report = json.loads(texts["report"])
         for key in ("dead_layers", "dense_layers", "notes"):
             report[key] = tuple(report[key])
+        if layers and layers.keys() != tensors.keys():
+            raise KeyError(f"there are masks of {len(tensors)} weights, and layers of {len(layers)}")
         order = list(layers) or list(tensors)  # safetensors sorts by name; the layers keep the network's order
         return cls({n: tensors[n] for n in order}, layers or None, MaskReport(**report))

@@ -147,7 +147,7 @@ def read_index(path: Path) -> Corpus:
     """
     path = path / INDEX if path.is_dir() else path
     values = read_json(path, "corpus index")
-    schema = values.get("schema", "no schema") if isinstance(values, dict) else "no schema"
+    schema = values.get("schema", "no schema")
     if schema != SCHEMA:
         raise AutoSparseError(f"corpus index {path} holds {schema}, not {SCHEMA}: write it again")
     try:

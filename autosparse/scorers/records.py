@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -12,13 +13,11 @@ import h5py
 import numpy as np
 
 from autosparse.errors import AutoSparseError
-from autosparse.files import replace_file
+from autosparse.files import check_file, check_seal, is_sealed, replace_file, seal
 from autosparse.masks.layers import Layer
 from autosparse.network.graph import Graph
 
 SCHEMA = "autosparse.record/1"
-_CHUNK = 262_144  # values
-_BLOCK = 2**20  # bytes by which a file in memory grows
 
 
 @dataclass(frozen=True)
@@ -70,51 +69,63 @@ def write_record(path: Path, record: Record) -> None:
     Raises:
         AutoSparseFailure: the disk is full or the directory cannot be written.
     """
-    # HDF5 crashes the process when its disk is full, so it writes to memory.
-    with h5py.File(str(path), "w", driver="core", backing_store=False, block_size=_BLOCK) as file:
-        file.attrs["schema"] = SCHEMA
-        for key, version in record.versions.items():
-            file.attrs[f"{key}_version"] = version
-        file.attrs["config"] = json.dumps(record.config, sort_keys=True)
-        file.attrs["seed"] = record.seed
-        file.attrs["rounds_done"] = record.rounds_done
-        file.attrs["complete"] = record.complete
-        for position, (name, layer) in enumerate(record.layers.items()):
-            group = file.create_group(f"layers/{name}")
-            group.attrs["position"] = position
-            group.attrs["layer"] = json.dumps(asdict(layer))
-            for signal, arrays in record.signals.items():
-                _write(group, signal, arrays[name].astype(np.float32, copy=False))
-            _write(group, "survival", record.survival[name])
-        for key in ("density", "accuracy", "loss"):
-            file.create_dataset(f"rounds/{key}", data=np.asarray(getattr(record, key), dtype=np.float64))
-        text = h5py.string_dtype()
-        file.create_dataset("graph/operations", data=list(record.operations), dtype=text)
-        file.create_dataset("graph/edges", data=np.array(record.edges, dtype=object).reshape(-1, 2), dtype=text)
-        file.flush()
-        image = file.id.get_file_image()
     with replace_file(path) as temporary:
-        temporary.write_bytes(image)
+        with _Disk(temporary, "w+b") as disk:
+            try:
+                with h5py.File(disk, "w") as file:
+                    _fill(file, record)
+            finally:
+                if disk.error is not None:
+                    raise disk.error
+        seal(temporary)
 
 
-def _write(group: h5py.Group, name: str, array: np.ndarray) -> None:
-    """One array; chunks of whole leading rows, about 262,144 values each."""
-    if array.size <= _CHUNK:
-        chunks = array.shape
-    else:
-        row = max(1, array.size // array.shape[0])
-        chunks = (max(1, _CHUNK // row), *array.shape[1:])
-    group.create_dataset(name, data=array, chunks=chunks, shuffle=True, compression="lzf")
+class _Disk(io.FileIO):
+    """A file that takes every write and keeps the first error: HDF5 crashes the process when a write fails."""
+
+    error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        rest = memoryview(data)
+        while rest and self.error is None:
+            try:
+                rest = rest[super().write(rest) :]
+            except OSError as error:
+                self.error = error
+        return len(data)
+
+
+def _fill(file: h5py.File, record: Record) -> None:
+    file.attrs["schema"] = SCHEMA
+    for key, version in record.versions.items():
+        file.attrs[f"{key}_version"] = version
+    file.attrs["config"] = json.dumps(record.config, sort_keys=True)
+    file.attrs["seed"] = record.seed
+    file.attrs["rounds_done"] = record.rounds_done
+    file.attrs["complete"] = record.complete
+    for position, (name, layer) in enumerate(record.layers.items()):
+        group = file.create_group(f"layers/{name}")
+        group.attrs["position"] = position
+        group.attrs["layer"] = json.dumps(asdict(layer))
+        for signal, arrays in record.signals.items():
+            # Without compression: of random numbers it takes a tenth off, and ten times as long.
+            group.create_dataset(signal, data=np.asarray(arrays[name], dtype=np.float32))
+        group.create_dataset("survival", data=record.survival[name])
+    for key in ("density", "accuracy", "loss"):
+        file.create_dataset(f"rounds/{key}", data=np.asarray(getattr(record, key), dtype=np.float64))
+    text = h5py.string_dtype()
+    file.create_dataset("graph/operations", data=list(record.operations), dtype=text)
+    file.create_dataset("graph/edges", data=np.array(record.edges, dtype=object).reshape(-1, 2), dtype=text)
 
 
 def read_record(path: Path, signals: Iterable[str] | None = None) -> Record:
     """Read and check a record; `signals` limits what is read (`None`: all).
 
     Raises:
-        AutoSparseError: the file is missing, truncated, no record of AutoSparse, contradicts itself, or lacks a signal.
+        AutoSparseError: the file is missing, truncated, damaged, no record of AutoSparse, or lacks a signal.
     """
     wanted = None if signals is None else list(signals)
-    with open_record(path) as file:
+    with open_record(path, check=True) as file:
         try:
             record = _read(file, path, wanted)
         except AutoSparseError:
@@ -181,14 +192,15 @@ def _check(record: Record, path: Path) -> None:
         require(len(getattr(record, key)) == trainings, f"{key} has {len(getattr(record, key))} of {trainings} rows")
 
 
-def open_record(path: Path) -> h5py.File:
-    """The file, open for reading, once it is known to be a record.
+def open_record(path: Path, check: bool = False) -> h5py.File:
+    """The file, open for reading, once it is known to be a record; with `check`, and its content what was written.
 
     Raises:
-        AutoSparseError: missing, truncated or foreign.
+        AutoSparseError: missing, truncated, foreign, or damaged.
     """
-    if not path.is_file():
-        raise AutoSparseError(f"record {path} does not exist: check the path, or make it with autosparse generate")
+    check_file(path, "record", "check the path, or make it with autosparse generate")
+    if check and (sealed := is_sealed(path)):  # before HDF5 reads what is damaged: it can crash
+        check_seal(path, "record")
     try:
         file = h5py.File(path, "r")
     except OSError as error:
@@ -198,6 +210,9 @@ def open_record(path: Path) -> h5py.File:
     if schema != SCHEMA or any(part not in file for part in parts):
         file.close()
         raise AutoSparseError(f"{path} holds {schema}, not a whole {SCHEMA}: give a record of autosparse generate")
+    if check and not sealed:
+        file.close()
+        check_seal(path, "record")
     return file
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from autosparse.errors import AutoSparseError, require
-from autosparse.files import read_safetensors, replace_file
+from autosparse.files import read_safetensors, write_safetensors
 from autosparse.network.signals import Signals
 from autosparse.pruning.criteria import Context, Scores, ranks_within, rearranged
 from autosparse.scorers import heads
@@ -92,8 +92,6 @@ class Scorer:
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file that holds the weights, their own configuration, feature names and card."""
-        from safetensors.torch import save_file
-
         config = {
             "kind": self.kind,
             "head": self.head,
@@ -108,11 +106,8 @@ class Scorer:
             "warmup": self.warmup,
             "name": self.name,
         }
-        metadata = {"schema": SCHEMA, "config": json.dumps(config), "card": json.dumps(self.card.plain())}
-        with replace_file(Path(path)) as temporary:
-            save_file(
-                {n: t.cpu().contiguous() for n, t in self.network.state_dict().items()}, temporary, metadata=metadata
-            )
+        texts = {"config": json.dumps(config), "card": json.dumps(self.card.plain())}
+        write_safetensors(Path(path), self.network.state_dict(), SCHEMA, **texts)
 
 
 def build_network(kind: str, features: Sequence[str], outputs: int, options: Mapping[str, Any]) -> nn.Module:

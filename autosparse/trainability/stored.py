@@ -20,6 +20,7 @@ from autosparse.masks.random import make_generator
 from autosparse.training.models import MODELS, ModelSettings, create_model
 
 SCHEMA = "autosparse.network/1"
+WEIGHTS = "autosparse.weights/1"
 _MASK, _KEPT = ":mask", ":kept"  # ends of the names of what belongs to a weight
 
 
@@ -131,23 +132,22 @@ def load_network(path: str | Path, model: nn.Module | None = None) -> tuple[nn.M
     return model.eval(), masks
 
 
+def save_weights(path: str | Path, model: nn.Module) -> None:
+    """Write the parameters and persistent buffers of `model` to a safetensors file, a shared one once, atomically.
+
+    Raises:
+        AutoSparseFailure: the disk is full or the directory cannot be written.
+    """
+    write_safetensors(Path(path), _state(unwrap(model)), WEIGHTS)
+
+
 def load_weights(path: str | Path, model: nn.Module) -> None:
-    """Fill `model` with the weights that `autosparse train` wrote.
+    """Fill `model` with the weights that `save_weights` wrote, or with those of any safetensors file without a schema.
 
     Raises:
         AutoSparseError: the file is missing, damaged, or of another model.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    path = Path(path)
-    if not path.is_file():
-        raise AutoSparseError(f"weights {path} does not exist: check the path")
-    try:
-        tensors = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise AutoSparseError(f"weights {path} cannot be read: {error}; it is truncated or not safetensors") from error
-    _fill(path, unwrap(model), tensors)
+    _fill(Path(path), unwrap(model), read_safetensors(Path(path), WEIGHTS, "weights", foreign=True)[0])
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:

@@ -28,7 +28,7 @@ from autosparse.errors import (
     require,
     settings,
 )
-from autosparse.files import replace_file
+from autosparse.files import check_seal, replace_file, seal
 from autosparse.masks.layers import unwrap
 from autosparse.masks.mask import Masks, Zeroing
 from autosparse.masks.random import derive, seed_global
@@ -481,11 +481,13 @@ def _save(path: Path, of: str, model: nn.Module, optimizer: torch.optim.Optimize
     torch.save(state, buffer)
     with replace_file(path) as temporary:
         temporary.write_bytes(buffer.getbuffer())
+        seal(temporary)
 
 
 def _restore(path: Path, of: str, model: nn.Module, optimizer: torch.optim.Optimizer, result: Trained) -> None:
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        content = path.read_bytes()[: check_seal(path, "checkpoint")]
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         if state.get("of") != of:
             raise ValueError("it is of another training (recipe, seed, masks, steps or data differ)")
         result.steps, result.seconds, result.history = state["steps"], state["seconds"], state["history"]

@@ -14,6 +14,7 @@ import typer
 
 from autosparse.errors import AutoSparseError, AutoSparseFailure
 from autosparse.processes import let_threads_sleep
+from autosparse.streams import readable, streams
 from autosparse.terminal import Live, bars, busy, words
 
 if TYPE_CHECKING:
@@ -54,16 +55,19 @@ Profile = Annotated[
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line. Exit codes: 0 done, 1 failed, 2 wrong input, 130 stopped."""
     let_threads_sleep()
-    try:
-        app(args=arguments, standalone_mode=True)
-    except AutoSparseError as error:
-        _fail(str(error), 2)
-    except AutoSparseFailure as error:
-        _fail(str(error), 1)
-    except SystemExit as end:
-        if end.code == 130:  # what typer makes of Ctrl-C, without a word
-            _fail("stopped: run the same command again to go on", 130)
-        raise
+    with streams():
+        try:
+            app(args=arguments, standalone_mode=True)
+        except AutoSparseError as error:
+            _fail(str(error), 2)
+        except AutoSparseFailure as error:
+            _fail(str(error), 1)
+        except OSError as error:  # a path too long, no permission, no space: nothing that a traceback would explain
+            _fail(f"{error.strerror}{f': {error.filename}' if error.filename else ''}", 1)
+        except SystemExit as end:
+            if end.code == 130:  # what typer makes of Ctrl-C, without a word
+                _fail("stopped: run the same command again to go on", 130)
+            raise
 
 
 def _fail(message: str, code: int) -> None:
@@ -917,13 +921,18 @@ def _epochs(recipe: Recipe) -> int | None:
 def _table(title: str, headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=title, title_justify="left", title_style="bold")
-    for index, header in enumerate(headers):
-        table.add_column(header, justify="left" if index < 2 else "right")
-    for row in rows:
-        table.add_row(*row)
     console = Console()
+
+    def cell(text: str) -> Text:  # brackets in a name are no markup
+        return Text(readable(text, console.encoding))
+
+    table = Table(title=cell(title), title_justify="left", title_style="bold")
+    for index, header in enumerate(headers):
+        table.add_column(cell(header), justify="left" if index < 2 else "right")
+    for row in rows:
+        table.add_row(*map(cell, row))
     if not console.is_terminal:
         console.width = 160  # a file or a pipe has no width to fit into
     console.print(table)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,7 +18,7 @@ from autosparse.experiment.candidates import Candidate
 from autosparse.experiment.checks import CHECKS, expand
 from autosparse.experiment.executor import ExecutorSettings
 from autosparse.experiment.structured import thinnings
-from autosparse.files import replace_file
+from autosparse.files import check_file, replace_file
 from autosparse.masks.schedule import check_sparsity
 from autosparse.network.diagnostics import DiagnosticSettings
 from autosparse.network.signals import SignalSettings
@@ -356,6 +357,23 @@ _Loader.add_implicit_resolver(
 )
 
 
+def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+    """A mapping, none of whose keys is there twice: the last one would win silently."""
+    lines: dict[Any, int] = {}
+    for name, _ in node.value:
+        line, key = name.start_mark.line + 1, loader.construct_object(name, deep=True)
+        if not isinstance(key, Hashable):
+            raise yaml.constructor.ConstructorError(None, None, f"the key in line {line} is no text", None)
+        if key in lines:
+            where = f"in line {line}" if lines[key] == line else f"in lines {lines[key]} and {line}"
+            raise yaml.constructor.ConstructorError(None, None, f"{key!r} is given twice, {where}: keep one")
+        lines[key] = line
+    return loader.construct_mapping(node, deep=True)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
+
+
 def _read(text: str) -> Any:
     return yaml.load(text, _Loader)  # a SafeLoader
 
@@ -366,26 +384,76 @@ def load_config(schema: type[T], path: Path | None, overrides: Sequence[str] = (
     Raises:
         AutoSparseError: no such file, not YAML, a misspelt key, or a value of the wrong type or out of range.
     """
-    values: dict[str, Any] = {}
-    if path is not None:
-        if not path.is_file():
-            raise AutoSparseError(f"config {path} does not exist: give a YAML file such as those in configs/")
-        try:
-            values = _read(path.read_text()) or {}
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise AutoSparseError(f"config {path} is not YAML: {' '.join(str(error).split())}") from error
-        if not isinstance(values, dict):
-            raise AutoSparseError(f"config {path} holds a {type(values).__name__}: it must hold keys with values")
-        command = values.pop("command", _command(schema))  # a resolved config.yaml is a config too
-        if command != _command(schema):
-            raise AutoSparseError(f"config {path} is one of autosparse {command}: run that, or give another config")
+    values = {} if path is None else _read_file(path, _command(schema))
     for text in overrides:
         _override(values, text)
+    values = _expanded(values)
     try:
-        return TypeAdapter(schema).validate_python(_expanded(values))
-    except ValidationError as error:
+        _check_numbers(schema, values, "")
+        config = TypeAdapter(schema).validate_python(values)
+        if path is not None:
+            _check_given(schema, values)
+        return config
+    except (ValidationError, AutoSparseError) as error:
         where = f"config {path}" if path is not None else "config"
-        raise AutoSparseError(f"{where}: {_explain(schema, error)}") from None
+        reason = _explain(schema, error) if isinstance(error, ValidationError) else error
+        raise AutoSparseError(f"{where}: {reason}") from None
+
+
+def _read_file(path: Path, command: str) -> dict[str, Any]:
+    """The values of a config file of a command."""
+    check_file(path, "config", "give a YAML file such as those in configs/")
+    try:
+        values = _read(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise AutoSparseError(f"config {path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise AutoSparseError(f"config {path} is not YAML: it is not encoded in UTF-8 ({error.reason})") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        text = "it nests too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
+        raise AutoSparseError(f"config {path} is not YAML: {text}") from error
+    values = {} if values is None else values
+    if not isinstance(values, dict):
+        raise AutoSparseError(f"config {path} holds a {type(values).__name__}: it must hold keys with values")
+    given = values.pop("command", command)  # a resolved config.yaml is a config too
+    if given != command:
+        raise AutoSparseError(f"config {path} is one of autosparse {given}: run that, or give another config")
+    return values
+
+
+def _check_numbers(hint: Any, value: Any, where: str) -> None:
+    """Raise `AutoSparseError` where a value would be made a number or a bool without being one, or a seed fits no file."""
+    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    if isinstance(value, (Mapping, list, tuple)):
+        items = value.items() if isinstance(value, Mapping) else enumerate(value)
+        for option in options:
+            fields = typing.get_type_hints(option) if dataclasses.is_dataclass(option) else {}
+            args = [arg for arg in typing.get_args(option) if arg is not ...]
+            for key, item in items if isinstance(value, Mapping) == (typing.get_origin(option) is not tuple) else ():
+                _check_numbers(fields.get(key, args[-1] if args else Any), item, f"{where}.{key}".lstrip("."))
+        return
+    kinds = set(options) & {int, float, bool, str, Any}
+    numbers = "integer" if kinds & {int, float} == {int} else "number"
+    if kinds <= {int, float} and isinstance(value, (bool, str)):
+        require(not kinds, where, value, f"input should be a valid {numbers}")
+    if kinds == {bool}:
+        require(isinstance(value, bool), where, value, "input should be a valid boolean: true or false")
+    if int in kinds and "seed" in where and isinstance(value, int):
+        require(0 <= value < 2**63, where, value, "a seed is a whole number from 0 to 2^63 - 1")
+
+
+def _check_given(schema: type, values: Mapping[str, Any]) -> None:
+    """Raise `AutoSparseError` where a file leaves out what the work is about: a default would begin to download data."""
+    needed = {f.name for f in dataclasses.fields(schema)} & {"model", "models", "data", "records"}
+    if schema is QuickstartConfig:
+        needed = set()
+    if isinstance(values.get("tasks"), Mapping):
+        needed -= {"models"} | ({"data"} if "data" in values["tasks"] else set())
+    if values.get("input_size") is not None:
+        needed.discard("data")
+    missing = sorted(needed - values.keys())
+    if missing:
+        raise AutoSparseError(f"{' and '.join(missing)} missing: give {'it' if len(missing) == 1 else 'them'}")
 
 
 def _command(schema: type) -> str:
@@ -408,7 +476,7 @@ def _override(values: dict[str, Any], text: str) -> None:
         at = inner
     try:
         at[last] = _read(value)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise AutoSparseError(f"override {text!r}: the value is not YAML") from error
 
 

@@ -134,15 +134,18 @@ def read_safetensors(
 
 
 def check_file(path: Path, what: str, way_out: str = "check the path") -> None:
-    """Nothing, where a file lies at `path`.
+    """Nothing, where there is a file (or a pipe) at `path`.
 
     Raises:
-        AutoSparseError: nothing is there, or a directory.
+        AutoSparseError: there is nothing, or a directory, or one cannot get there.
     """
-    if path.is_dir():
-        raise AutoSparseError(f"{what} {path} is a directory: give a file in it")
-    if not path.is_file():
-        raise AutoSparseError(f"{what} {path} does not exist: {way_out}")
+    try:
+        if path.stat() and path.is_dir():
+            raise AutoSparseError(f"{what} {str(path)!r} is a directory: give a file")
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise AutoSparseError(f"{what} {path} does not exist: {way_out}") from error
+    except OSError as error:
+        raise AutoSparseError(f"{what} {path} cannot be read: {error.strerror}; {way_out}") from error
 
 
 def _hash_of(values: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None) -> str:

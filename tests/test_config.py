@@ -137,13 +137,37 @@ def test_overrides(schema: type, override: str, wanted: dict[str, Any]) -> None:
 
 
 def test_overrides_win_over_the_file_and_the_last_over_the_first(tmp_path: Path) -> None:
-    path = write(tmp_path / "c.yaml", "model: convnet\nrecipe: {epochs: 3, lr: 0.5}\nseed: 1")
+    path = write(tmp_path / "c.yaml", "model: convnet\nrecipe: {epochs: 3, lr: 0.5}\nseed: 1\ndata: digits")
     found = load_config(TrainConfig, path, ["model.width=4", "recipe.epochs=5", "seed=2", "seed=3"])
-    assert found == TrainConfig(model=ModelSettings("convnet", 4), recipe=Recipe(epochs=5, lr=0.5), seed=3)
+    assert found == TrainConfig(
+        model=ModelSettings("convnet", 4), data=DataSettings("digits"), recipe=Recipe(epochs=5, lr=0.5), seed=3
+    )
 
 
-def test_an_empty_file_is_all_defaults(tmp_path: Path) -> None:
-    assert load_config(TrainConfig, write(tmp_path / "c.yaml", "# nothing\n")) == TrainConfig()
+@pytest.mark.parametrize(
+    ("schema", "text", "overrides", "missing"),
+    [
+        (TrainConfig, "# nothing", [], "data and model missing: give them"),
+        (TrainConfig, "model: mlp", [], "data missing: give it"),
+        (TrainConfig, "seed: 3", ["data=digits", "model=mlp"], None),
+        (GenerateConfig, "{}", [], "data and models missing"),
+        (GenerateConfig, "tasks: {count: 3}", [], "data missing"),
+        (GenerateConfig, "tasks: {data: [digits]}", [], None),
+        (FitConfig, "", [], "records missing"),
+        (ExportConfig, "model: mlp", ["input_size=[1, 8, 8]", "classes=10"], None),
+        (QuickstartConfig, "", [], None),
+    ],
+)
+def test_what_the_work_is_about_has_to_be_given(
+    tmp_path: Path, schema: type, text: str, overrides: list[str], missing: str | None
+) -> None:
+    """An empty file began to download CIFAR-10."""
+    path = write(tmp_path / "c.yaml", text)
+    if missing is None:
+        load_config(schema, path, overrides)
+    else:
+        with pytest.raises(AutoSparseError, match=f"config .*: {missing}"):
+            load_config(schema, path, overrides)
 
 
 # -- what is refused ----------------------------------------------------------------------------------------------------
@@ -165,6 +189,23 @@ def test_an_empty_file_is_all_defaults(tmp_path: Path) -> None:
         (TrainConfig, "recipe=fast", "recipe is 'fast': input should be a dictionary"),
         (TrainConfig, "model.name=7", "model.name is 7: input should be a valid string"),
         (TrainConfig, "tracking=perhaps", "tracking is 'perhaps': input should be a valid boolean"),
+        (TrainConfig, "tracking=1", "tracking is 1: input should be a valid boolean: true or false"),
+        (TrainConfig, "recipe.epochs=true", "recipe.epochs is True: input should be a valid integer"),
+        (TrainConfig, "recipe.epochs='3'", "recipe.epochs is '3': input should be a valid integer"),
+        (PruneConfig, "sparsity=true", "sparsity is True: input should be a valid number"),
+        (PruneConfig, "sparsity='0.9'", "sparsity is '0.9': input should be a valid number"),
+        (BenchmarkConfig, "sparsities=[0.5, on]", "sparsities.1 is True: input should be a valid number"),
+        (BenchmarkConfig, "models=[mlp, {name: mlp, width: yes}]", "models.1.width is True: input should be a valid"),
+        (BenchmarkConfig, "seeds=[0, no]", "seeds.1 is False: input should be a valid integer"),
+        (ExportConfig, "input_size=[true, 3, 3]", "input_size.0 is True: input should be a valid integer"),
+        (ShrinkConfig, "ratios=[{'*': true}]", "ratios.0.* is True: input should be a valid number"),
+        (TrainConfig, f"seed={10**23}", f"seed is {10**23}: a seed is a whole number from 0 to 2^63 - 1"),
+        (TrainConfig, "seed=-1", "seed is -1: a seed is a whole number from 0"),
+        (TrainConfig, "seed=0.5", "seed is 0.5: input should be a valid integer"),
+        (TrainConfig, "seed=true", "seed is True: input should be a valid integer"),
+        (TrainConfig, "seed=1" + 5000 * "0", "the value is not YAML"),
+        (BenchmarkConfig, f"seeds=[0, {2**63}]", f"seeds.1 is {2**63}: a seed is a whole number"),
+        (TuneConfig, "tasks.seed=-5", "tasks.seed is -5: a seed is a whole number"),
         (BenchmarkConfig, "seeds=0", "seeds is 0: input should be a valid "),
         (PruneConfig, "sparsity=1.2", "sparsity is 1.2: it is the share of weights removed"),
         (PruneConfig, "sparsity=1", "sparsity is 1.0: it is the share of weights removed"),
@@ -205,7 +246,7 @@ def test_an_empty_file_is_all_defaults(tmp_path: Path) -> None:
 def test_what_is_wrong_is_said_in_one_line(schema: type, override: str, message: str) -> None:
     with pytest.raises(AutoSparseError) as caught:
         load_config(schema, None, [override])
-    assert message in str(caught.value) and str(caught.value).startswith("config: ")
+    assert message in str(caught.value) and str(caught.value).startswith(("config: ", "override "))
     assert "\n" not in str(caught.value)
 
 
@@ -233,6 +274,14 @@ def test_overrides_of_another_form_are_told(tmp_path: Path, override: str, messa
         ("- 1\n- 2", "holds a list: it must hold keys"),
         ("recipe: {epochs: 0}", "recipe.epochs is 0: give at least 1"),
         ("recipe:\n  epochs: 3\n epochs: 4", "is not YAML: "),
+        ("recipe:\n\tepochs: 3", "is not YAML: "),
+        ("seed: 1\nrecipe: {}\nseed: 2", "is not YAML: 'seed' is given twice, in lines 1 and 3: keep one"),
+        ("recipe: {lr: 1, lr: 1}", "is not YAML: 'lr' is given twice, in line 1: keep one"),
+        ("a: &b [*b]", "is not YAML: "),
+        ("seed: 1" + 5000 * "0", "is not YAML: "),
+        (3000 * "[", "is not YAML: it nests too deeply"),
+        ("? [1, 2]\n: 3", "is not YAML: the key in line 1 is no text"),
+        ("seed: !!python/object:os.system x", "is not YAML: "),
         ("command: fit\nseed: 3", "is one of autosparse fit: run that, or give another config"),
     ],
 )
@@ -248,9 +297,21 @@ def test_bytes_and_missing_files_are_told(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_bytes(b"\x89HDF\r\n\xff\xfe\x00")
     with pytest.raises(AutoSparseError, match="is not YAML"):
         load_config(TrainConfig, tmp_path / "c.yaml")
-    for path in (tmp_path / "none.yaml", tmp_path):
-        with pytest.raises(AutoSparseError, match="does not exist: give a YAML file such as those in configs/"):
+    for path, message in (
+        (tmp_path / "none.yaml", "does not exist: give a YAML file such as those in configs/"),
+        (tmp_path, "is a directory: give a file"),
+        (tmp_path / ("n" * 300), "cannot be read: File name too long"),
+        (tmp_path / "c.yaml" / "d.yaml", "does not exist"),
+    ):
+        with pytest.raises(AutoSparseError, match=message):
             load_config(TrainConfig, path)
+    for encoding, good in (("utf-8-sig", True), ("utf-16", False), ("utf-8", True)):
+        (tmp_path / "c.yaml").write_text("model: {name: mlp}  # θ\ndata: digits", encoding=encoding)
+        if good:
+            assert load_config(TrainConfig, tmp_path / "c.yaml").data.name == "digits"
+        else:
+            with pytest.raises(AutoSparseError, match="is not YAML: it is not encoded in UTF-8"):
+                load_config(TrainConfig, tmp_path / "c.yaml")
 
 
 # -- directories --------------------------------------------------------------------------------------------------------

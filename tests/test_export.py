@@ -244,9 +244,9 @@ def test_weights_of_train_fill_a_model_or_are_told(tmp_path: Path) -> None:
     save_file({"x": torch.ones(1)}, tmp_path / "x.safetensors")
     (tmp_path / "p.pt").write_bytes(b"\x80\x04K\x01.")
     for name, message in [
-        ("none", r"weights .*none does not exist: check the path"),
+        ("none", r"weights file .*none does not exist: check the path"),
         ("x.safetensors", r"has 'x', which the model has not: it is of another model than ConvNet"),
-        ("p.pt", r"cannot be read: .*truncated or not safetensors"),
+        ("p.pt", r"cannot be read as weights: .*truncated or not safetensors"),
     ]:
         with pytest.raises(AutoSparseError, match=message) as caught:
             load_weights(tmp_path / name, other)

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
+from autosparse.errors import require
+
 
 def derive(seed: int, *purpose: object) -> int:
     """A seed in [0, 2⁶³) for one purpose: the BLAKE2b hash of `seed` and what `purpose` names.
@@ -21,7 +23,12 @@ def derive(seed: int, *purpose: object) -> int:
     Args:
         seed: any integer, of any size.
         purpose: a name, such as `"ties"`, and whatever tells two uses of it apart (a step, a rank, a layer's name).
+
+    Raises:
+        AutoSparseError: the seed is a float, a bool, or no number.
     """
+    whole = hasattr(seed, "__index__") and not isinstance(seed, (bool, np.bool_))
+    require(whole, "seed", seed, "give a whole number")
     text = repr((int(seed), *purpose)).encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8, person=b"autosparse").digest(), "little") >> 1
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 import os
 import zlib
@@ -21,6 +22,21 @@ from autosparse.errors import AutoSparseError, AutoSparseFailure, first_line
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+class Unfailing(io.FileIO):
+    """A file that takes every write, whatever becomes of it, and keeps the first error."""
+
+    error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        rest = memoryview(data).cast("B")
+        while rest and self.error is None:
+            try:
+                rest = rest[super().write(rest) :]
+            except OSError as error:
+                self.error = error
+        return len(data)
 
 
 HASH = "content_sha256"

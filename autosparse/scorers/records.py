@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -13,7 +12,7 @@ import h5py
 import numpy as np
 
 from autosparse.errors import AutoSparseError
-from autosparse.files import check_file, check_seal, is_sealed, replace_file, seal
+from autosparse.files import Unfailing, check_file, check_seal, is_sealed, replace_file, seal
 from autosparse.masks.layers import Layer
 from autosparse.network.graph import Graph
 
@@ -70,7 +69,7 @@ def write_record(path: Path, record: Record) -> None:
         AutoSparseFailure: the disk is full or the directory cannot be written.
     """
     with replace_file(path) as temporary:
-        with _Disk(temporary, "w+b") as disk:
+        with Unfailing(temporary, "w+b") as disk:  # HDF5 crashes the process when a write fails
             try:
                 with h5py.File(disk, "w") as file:
                     _fill(file, record)
@@ -78,21 +77,6 @@ def write_record(path: Path, record: Record) -> None:
                 if disk.error is not None:
                     raise disk.error
         seal(temporary)
-
-
-class _Disk(io.FileIO):
-    """A file that takes every write and keeps the first error: HDF5 crashes the process when a write fails."""
-
-    error: OSError | None = None
-
-    def write(self, data: Any) -> int:
-        rest = memoryview(data)
-        while rest and self.error is None:
-            try:
-                rest = rest[super().write(rest) :]
-            except OSError as error:
-                self.error = error
-        return len(data)
 
 
 def _fill(file: h5py.File, record: Record) -> None:

@@ -20,6 +20,15 @@ class AutoSparseStateError(AutoSparseError):
     """What a stop left is of other work, of another version or damaged: it cannot be gone on from, only discarded."""
 
 
+@contextmanager
+def of_state() -> Iterator[None]:
+    """A mistake that the block finds is one of the state that a stop left: whoever goes on from it may discard it."""
+    try:
+        yield
+    except AutoSparseError as error:
+        raise AutoSparseStateError(str(error)) from error
+
+
 @dataclass_transform(frozen_default=True)
 def settings(cls: type[T]) -> type[T]:
     """Make `cls` a frozen dataclass that a YAML file can fill too.

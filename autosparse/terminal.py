@@ -40,7 +40,9 @@ def busy(text: str) -> Iterator[None]:
     """A bar that moves while the block works, and leaves no line."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-    with Progress(BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}", markup=False), transient=True) as shown:
+    with Progress(
+        BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}", markup=False), transient=True
+    ) as shown:
         shown.add_task(text, total=None)
         yield
 

@@ -21,6 +21,7 @@ from autosparse.files import HASH, read_json, read_safetensors, write_json, writ
 from autosparse.masks.layers import Layer
 from autosparse.masks.mask import MaskReport, Masks
 from autosparse.scorers.bundled import bundled
+from autosparse.scorers.card import Card
 from autosparse.scorers.records import Record, read_record, write_record
 from autosparse.scorers.scorer import Scorer, build_network, read_scorer
 from autosparse.trainability.stored import load_network, load_weights, save_network, save_weights
@@ -63,7 +64,7 @@ def scorer() -> Scorer:
     features = ("weight", "layer_depth")
     with torch.random.fork_rng():
         network = build_network("mlp", features, 1, {"hidden": [3]})
-    return Scorer("mlp", network, "mse", features, 1, 2, options={"hidden": [3]}, card={"summary": "of a test"})
+    return Scorer("mlp", network, "mse", features, 1, 2, options={"hidden": [3]}, card=Card(summary="of a test"))
 
 
 def checkpoint(path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import math
 import re
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import save_file
 
 from autosparse import AutoSparseError, Masks
 from autosparse.cli import main
@@ -22,7 +22,7 @@ from autosparse.experiment.figures import plain_power, plot_diagnosis
 from autosparse.experiment.report import build
 from autosparse.experiment.results import diagnosis_table, load_diagnosis
 from autosparse.experiment.states import State, states
-from autosparse.files import write_safetensors
+from autosparse.files import write_json, write_safetensors
 
 Run = Callable[..., tuple[int, str, str]]
 CONFIG: dict[str, Any] = {
@@ -145,12 +145,12 @@ def test_hessians_and_jacobian_may_be_left_out(run: Run) -> None:
             "criteria is 'reinit:erk': diagnose measures masks on the network's own weights",
         ),
         ({"criteria": [{"criterion": "erk", "prepare": "rei"}]}, "prepare of erk is 'rei': prepare of the config adds"),
-        ({"weights": "no.safetensors"}, "weights no.safetensors does not exist: check the path"),
+        ({"weights": "no.safetensors"}, "weights file no.safetensors does not exist: check the path"),
         ({"masks": "no.safetensors"}, "masks file no.safetensors does not exist: check the path"),
-        ({"weights": "config.yaml"}, "weights config.yaml cannot be read: "),
+        ({"weights": "config.yaml"}, "config.yaml cannot be read as weights: "),
         (
-            {"weights": "other.safetensors"},
-            "other.safetensors has 'far.weight', which the model has not: it is of another model",
+            {"weights": "plain.safetensors"},
+            "plain.safetensors has 'far.weight', which the model has not: it is of another model",
         ),
         ({"masks": "other.safetensors"}, "other.safetensors holds other, not autosparse.masks/1"),
         ({"masks": "masks.safetensors"}, "the mask names 'far.weight', which ConvNet does not have"),
@@ -160,6 +160,7 @@ def test_hessians_and_jacobian_may_be_left_out(run: Run) -> None:
 )
 def test_mistakes_are_told_in_one_line(run: Run, changes: dict[str, Any], message: str) -> None:
     write_safetensors(Path("other.safetensors"), {"far.weight": torch.ones(2)}, "other")
+    save_file({"far.weight": torch.ones(2)}, "plain.safetensors")
     Masks({"far.weight": torch.ones(2, dtype=torch.bool)}).save("masks.safetensors")
     code, _, err = run(**changes)
     assert code == 2 and message in err and len(err.strip().splitlines()) == 1, err
@@ -195,7 +196,7 @@ def write_states(path: Path, *all_layers: list[dict[str, Any]]) -> None:
         {"state": f"s{i}", "criterion": f"s{i}", "prepare": None, "network": network, "layers": layers}
         for i, layers in enumerate(all_layers)
     ]
-    path.write_text(json.dumps({"states": [{**s, "singular_values": [[2.0, 0.0]]} for s in found]}))
+    write_json(path, {"states": [{**s, "singular_values": [[2.0, 0.0]]} for s in found]})
 
 
 def test_a_figure_of_zeros_infinities_and_many_layers(tmp_path: Path) -> None:
@@ -208,14 +209,9 @@ def test_a_figure_of_zeros_infinities_and_many_layers(tmp_path: Path) -> None:
 
 
 def test_a_damaged_file_is_a_note(tmp_path: Path) -> None:
-    for name, text in (
-        ("good", ""),
-        ("bad", "{"),
-        ("worse", '{"states": [{"state": "x"}]}'),
-        ("none", '{"states": []}'),
-    ):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "diagnosis.json").write_text(text)
+    for name, states in (("bad", []), ("worse", [{"state": "x"}]), ("none", [])):
+        write_json(tmp_path / name / "diagnosis.json", {"states": states})
+    (tmp_path / "bad" / "diagnosis.json").write_text("{")
     write_states(tmp_path / "good" / "diagnosis.json", [layer("a")])
     page = build(tmp_path).read_text()
     assert page.count("diagnosis.json ignored: ") == 3

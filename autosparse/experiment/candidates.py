@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from autosparse.errors import AutoSparseError, require, settings, suggest
+from autosparse.errors import AutoSparseError, of_state, require, settings, suggest
 from autosparse.experiment.checks import CHECKS, split
 from autosparse.experiment.tracking import load_scorer
 from autosparse.files import read_json, sha256, write_json
@@ -400,9 +400,10 @@ def _ticket(work: _Work, candidate: Candidate, layers: Mapping[str, Layer], dens
     )
     start, masks, seconds = 0, None, 0.0
     if state is not None and (state / "irp.json").exists():
-        progress = read_json(state / "irp.json", "state of a cell")
-        start, seconds = progress["rounds"], progress["seconds"]
-        masks = Masks.load(state / f"round{start}.safetensors")
+        with of_state():
+            progress = read_json(state / "irp.json", "state of a cell")
+            start, seconds = progress["rounds"], progress["seconds"]
+            masks = Masks.load(state / f"round{start}.safetensors")
     with rewound(model):
         trainings = irp(
             model,

@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from autosparse.errors import AutoSparseError, AutoSparseFailure, AutoSparseStateError, require
+from autosparse.errors import AutoSparseError, AutoSparseFailure, AutoSparseStateError, of_state, require
 from autosparse.experiment.benchmark import build_model, rounded
 from autosparse.experiment.candidates import Candidate, find_masks, identity
 from autosparse.experiment.executor import INLINE, Event, ExecutorSettings, Job, run_jobs
@@ -271,14 +271,16 @@ def _make_smaller(
     if not chosen.exists():
         progress({"stage": "choosing filters"})
         _choose(thinning, model, data, example, device).save(chosen)
-    masks = Masks.load(chosen).to(data.device)
+    with of_state():
+        masks = Masks.load(chosen).to(data.device)
     removal = remove(model, masks, example)
     if not removal.removed:
         reasons = "; ".join(f"{name}: {why}" for name, why in removal.stays.items()) or "the ratios empty none"
         raise AutoSparseError(f"ratio {thinning.ratio_label} removes no filter of {thinning.model.label()} ({reasons})")
     ramped = state / "ramp.safetensors"
     if ramped.exists():
-        weights, figures = read_safetensors(ramped, _SCHEMA, "state of a cell")
+        with of_state():
+            weights, figures = read_safetensors(ramped, _SCHEMA, "state of a cell")
         put_back(model, weights)
     else:
         trained = push_out(

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from autosparse.errors import AutoSparseError, require, settings
+from autosparse.errors import AutoSparseError, of_state, require, settings
 from autosparse.files import read_safetensors, write_json, write_safetensors
 from autosparse.masks.layers import Layer, unwrap
 from autosparse.masks.mask import Masks
@@ -128,9 +128,10 @@ def dissipating(
     with rewound(model) as initial:
         if reached:
             assert state is not None
-            masks = Masks.load(state / f"masks{len(reached)}.safetensors")
-            weights = state / f"weights{len(reached)}.safetensors"
-            put_back(model, read_safetensors(weights, STATE, "state of a search")[0])
+            with of_state():
+                masks = Masks.load(state / f"masks{len(reached)}.safetensors")
+                weights = state / f"weights{len(reached)}.safetensors"
+                put_back(model, read_safetensors(weights, STATE, "state of a search")[0])
         while len(reached) < settings.epochs and masks.kept > target:
             clock, epoch = time.perf_counter(), len(reached)
             train(

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autosparse.errors import AutoSparseFailure, AutoSparseStateError, require, settings
+from autosparse.errors import AutoSparseFailure, AutoSparseStateError, of_state, require, settings
 from autosparse.files import read_json, read_safetensors, write_json, write_safetensors
 from autosparse.masks.layers import Layer, unwrap
 from autosparse.masks.mask import MaskReport, Masks
@@ -178,7 +178,8 @@ def kstarts(
     winner = present[ranking([values[i] for i in present])[0]]
     if winner not in held:
         assert state is not None
-        held[winner] = read_safetensors(state / f"start{winner}.safetensors", STATE, "state of a search")[0]
+        with of_state():
+            held[winner] = read_safetensors(state / f"start{winner}.safetensors", STATE, "state of a search")[0]
     masks = Masks(trained[winner], layers, MaskReport(origin={**origin, "start": winner}))
     return Selected(masks, len(trained) * steps / per_epoch, seconds, tuple(values), held[winner], steps)
 
@@ -306,11 +307,12 @@ def read_progress(path: Path | None, of: str, nothing: dict[str, Any]) -> dict[s
     """What an earlier call with the fingerprint `of` wrote at `path`; `nothing` if there was none.
 
     Raises:
-        AutoSparseStateError: it is another search's.
+        AutoSparseStateError: it is another search's, or damaged.
     """
     if path is None or not path.exists():
         return nothing
-    progress = read_json(path, "state of a search")
+    with of_state():
+        progress = read_json(path, "state of a search")
     if progress.get("of") != of:
         raise AutoSparseStateError(
             f"{path} is of another search (settings, recipe, density, seed, weights or data differ): "

@@ -209,8 +209,8 @@ def test_a_figure_of_zeros_infinities_and_many_layers(tmp_path: Path) -> None:
 
 
 def test_a_damaged_file_is_a_note(tmp_path: Path) -> None:
-    for name, states in (("bad", []), ("worse", [{"state": "x"}]), ("none", [])):
-        write_json(tmp_path / name / "diagnosis.json", {"states": states})
+    for name, some in (("bad", []), ("worse", [{"state": "x"}]), ("none", [])):
+        write_json(tmp_path / name / "diagnosis.json", {"states": some})
     (tmp_path / "bad" / "diagnosis.json").write_text("{")
     write_states(tmp_path / "good" / "diagnosis.json", [layer("a")])
     page = build(tmp_path).read_text()

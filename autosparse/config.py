@@ -427,7 +427,7 @@ def _check_numbers(hint: Any, value: Any, where: str) -> None:
     if isinstance(value, (Mapping, list, tuple)):
         items = value.items() if isinstance(value, Mapping) else enumerate(value)
         for option in options:
-            fields = typing.get_type_hints(option) if dataclasses.is_dataclass(option) else {}
+            fields: Mapping[Any, Any] = typing.get_type_hints(option) if dataclasses.is_dataclass(option) else {}
             args = [arg for arg in typing.get_args(option) if arg is not ...]
             for key, item in items if isinstance(value, Mapping) == (typing.get_origin(option) is not tuple) else ():
                 _check_numbers(fields.get(key, args[-1] if args else Any), item, f"{where}.{key}".lstrip("."))

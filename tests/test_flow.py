@@ -15,8 +15,9 @@ from autosparse.errors import AutoSparseError
 from autosparse.masks.layers import prunable_layers
 from autosparse.masks.schedule import densities
 from autosparse.masks.selection import select
-from autosparse.network.flow import synaptic_flow, without_flow
+from autosparse.network.flow import rescaled_flow, synaptic_flow, without_flow
 from autosparse.network.graph import trace
+from autosparse.network.reachability import effective_masks
 from autosparse.training.models import ModelSettings, create_model
 
 
@@ -306,6 +307,96 @@ def test_tied_weights_and_tokens() -> None:
     assert torch.allclose(found["a.weight"], both)
     masked = flow_of(model, torch.zeros(1, 3, dtype=torch.long), {"b.weight": torch.zeros(4, 4, dtype=torch.bool)})
     assert not masked["a.weight"].any()
+
+
+class Shifted(nn.Module):
+    """`h[:, 1:] += f(h[:, :-1])`, in place or not."""
+
+    def __init__(self, in_place: bool) -> None:
+        super().__init__()
+        self.in_place = in_place
+        self.a, self.f, self.b = nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        if self.in_place:
+            before = h[:, 1:]
+            h[:, 1:] += self.f(h[:, :-1])
+            return self.b(h * 2) + before.sum(1, keepdim=True)[..., :2]
+        h = torch.cat([h[:, :1], h[:, 1:] + self.f(h[:, :-1])], 1)
+        return self.b(h * 2) + h[:, 1:].sum(1, keepdim=True)[..., :2]
+
+
+class Buffered(nn.Module):
+    """Layer after layer into slices of one buffer, each reading what is there (as DenseNets with shared memory do)."""
+
+    def __init__(self, in_place: bool) -> None:
+        super().__init__()
+        self.in_place = in_place
+        self.steps, self.b = nn.ModuleList(nn.Linear(2 + 2 * i, 2) for i in range(40)), nn.Linear(82, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.in_place:
+            held = torch.zeros(len(x), 82)
+            held[:, :2] = x
+            for i, step in enumerate(self.steps):
+                held[:, 2 + 2 * i : 4 + 2 * i] = step(held[:, : 2 + 2 * i])
+        else:
+            held = x
+            for step in self.steps:
+                held = torch.cat([held, step(held)], 1)
+        return self.b(held)
+
+
+class Recurrent(nn.Module):
+    """A GRU of one layer, as torch has it or written out."""
+
+    def __init__(self, in_place: bool, bidirectional: bool = False) -> None:
+        super().__init__()
+        self.in_place = in_place
+        self.cell = nn.GRU(3, 4, batch_first=True, bidirectional=bidirectional)
+        self.b = nn.Linear(8 if bidirectional else 4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.in_place:
+            return self.b(self.cell(x)[0])
+        sides = [self.one_way(x, "l0")]
+        if self.cell.bidirectional:
+            sides.append(self.one_way(x.flip(1), "l0_reverse").flip(1))
+        return self.b(torch.cat(sides, -1))
+
+    def one_way(self, x: Tensor, key: str) -> Tensor:
+        (wi, wh), (bi, bh) = ([getattr(self.cell, f"{kind}_{p}h_{key}") for p in "ih"] for kind in ("weight", "bias"))
+        h, found = x.new_zeros(len(x), 4), []
+        for t in range(x.shape[1]):
+            (r, z, n), (hr, hz, hn) = F.linear(x[:, t], wi, bi).chunk(3, -1), F.linear(h, wh, bh).chunk(3, -1)
+            r, z = torch.sigmoid(r + hr), torch.sigmoid(z + hz)
+            n = torch.tanh(n + r * hn)
+            h = (h - n) * z + n
+            found.append(h)
+        return torch.stack(found, 1)
+
+
+@pytest.mark.parametrize("kind", ["shifted", "buffered", "gru", "bidirectional gru"])
+def test_writes_through_views_give_the_flow_of_the_network_without(kind: str) -> None:
+    def make(in_place: bool) -> nn.Module:
+        torch.manual_seed(0)
+        if "gru" in kind:
+            return Recurrent(in_place, "bi" in kind)
+        return Shifted(in_place) if kind == "shifted" else Buffered(in_place)
+
+    x = torch.randn(1, 2) if kind == "buffered" else torch.randn(1, 5, 3)
+    written, plain = make(in_place=True), make(in_place=False)
+    assert torch.allclose(written(x), plain(x), atol=1e-5)
+    layers = prunable_layers(written, operands=trace(written, x).operands)
+    for measured in (synaptic_flow, rescaled_flow):
+        found, expected = (measured(model, layers, x) for model in (written, plain))
+        for name in layers:
+            assert expected[name].sum() > 0
+            torch.testing.assert_close(found[name], expected[name], rtol=1e-9, atol=0, msg=name)
+    kept = {name: torch.rand(layer.shape) > 0.7 for name, layer in layers.items()}
+    one, other = (effective_masks(model, kept, x) for model in (written, plain))
+    assert all(torch.equal(one[name], other[name]) for name in layers)
 
 
 def test_writes_in_place_and_reparametrisations() -> None:

@@ -60,7 +60,7 @@ def coupled_filters(model: nn.Module, layers: Mapping[str, Layer], example_input
     tape = observe(unwrap(model), example_input, Tape, EXAMPLES)
     following = _Following(tape, layers)
     for index, step in enumerate(tape.steps):
-        following.step(step, index in following.shared)
+        following.step(step, index in tape.seen_elsewhere)
     found: dict[int, list[str]] = {}
     for name, start in following.start.items():
         found.setdefault(following.root(start), []).append(name)
@@ -71,7 +71,6 @@ class _Following:
     """The channels of every tensor of a tape, and the classes of layers that have met so far."""
 
     def __init__(self, tape: Tape, layers: Mapping[str, Layer]) -> None:
-        self.shared = tape.writes_seen_through_views()
         self.tape = tape
         self.parent: list[int] = []
         self.channels: dict[int, Channels] = {}  # by id of the tensor

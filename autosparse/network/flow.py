@@ -16,7 +16,6 @@ What an operator becomes there (`|θ|` stands for `|θ ⊙ m|`, x for a non-nega
 All of this is linear in the activations, so each is held as `x·2^k` with its own whole number k: products rescale their
 result, operands of a sum are brought to the same k. This changes neither a bit of the mantissa nor the weighting of
 branches, and keeps networks of any depth finite; gradients are then those of `R·2^(−k)`, one factor for all layers.
-Only networks that write into a tensor which they read through another view have k = 0 throughout.
 """
 
 from __future__ import annotations
@@ -230,11 +229,19 @@ class _Flow(Replay[_Value]):
 
     def total(self) -> tuple[Tensor, int]:
         """`R` as a number and the power of two that it is to be multiplied by."""
-        outputs = [v for v in self.run() if v.role == "data"]
+        try:
+            outputs = [v for v in self.run() if v.role == "data"]
+        except NotImplementedError as error:
+            raise AutoSparseError(
+                f"synaptic flow cannot follow {self.name} ({first_line(error)}): use another criterion"
+            ) from error
         if not outputs:
             return torch.zeros((), dtype=self.dtype, device=self.device), 0
         aligned = _aligned(outputs)
         return torch.stack([v.tensor.sum() for v in aligned]).sum(), aligned[0].exponent
+
+    def aligned(self, values: list[_Value]) -> list[_Value]:
+        return _aligned(values)
 
     def constant(self, tensor: Tensor) -> _Value:
         return _Value(tensor.to(self.dtype) if tensor.is_floating_point() else tensor, "constant")
@@ -291,9 +298,6 @@ class _Flow(Replay[_Value]):
         values = [
             v if t.is_floating_point() else gate for v, t, gate in zip(found, step.results, gates, strict=False)
         ] + gates[len(found) :]
-        if self.shared:  # tensors are written into later, so they may not be shared, and keep one exponent
-            own = not getattr(step.func, "is_view", False)
-            return [dataclasses.replace(v, tensor=v.tensor.clone()) if own else v for v in values]
         return [_rescaled(v) if step.name in FACTORS and role == "data" else v for v in values]
 
 

@@ -279,6 +279,7 @@ def _independent(part: Sequence[Call], whole: Sequence[Call]) -> bool:
     The same operators run. What comes from tensors with fewer elements has fewer elements too, so none is combined over
     the batch; products contract dimensions of the same size, and convolutions and pools slide over such.
     """
+    part, whole = ([c for c in calls if not _moves_only(base_name(c.func))] for calls in (part, whole))
     if [c.func for c in part] != [c.func for c in whole]:
         return False
     for few, all_of_them in zip(part, whole, strict=True):
@@ -295,6 +296,11 @@ def _independent(part: Sequence[Call], whole: Sequence[Call]) -> bool:
                 if b and math.prod(a) >= math.prod(b) > 0:
                     return False
     return True
+
+
+def _moves_only(name: str) -> bool:
+    """Torch leaves some of these out, as strides allow, and detaches results of factories that an observer keeps."""
+    return name in _SAME or KIND.get(name) == "reshape"
 
 
 def _observed(model: nn.Module, example: Any, device: torch.device, seen: O) -> O:

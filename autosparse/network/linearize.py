@@ -6,6 +6,7 @@ import dataclasses
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import field
+from functools import cached_property
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
@@ -74,24 +75,26 @@ class Tape(Observer):
         results = results or written
         self.steps.append(Step(func, base_name(func), args, kwargs, results, written, [t.shape for t in results]))
 
-    def writes_seen_through_views(self) -> set[int]:
-        """The steps that write into a tensor whose memory is read later through another tensor made before."""
+    @cached_property
+    def seen_elsewhere(self) -> dict[int, list[Tensor]]:
+        """The steps that write into memory that is read later through other tensors, made before; and these tensors."""
         made: dict[int, int] = {}
         read: dict[int, int] = {id(t): len(self.steps) for t in self.outputs}
-        sharing: defaultdict[int, set[int]] = defaultdict(set)
+        sharing: defaultdict[int, dict[int, Tensor]] = defaultdict(dict)
         for i, step in enumerate(self.steps):
             for t in (*step.operands, *step.results):
                 made.setdefault(id(t), i)
-                sharing[t.untyped_storage()._cdata].add(id(t))
+                sharing[shared_storage(t)][id(t)] = t
             for t in step.operands:
                 read[id(t)] = max(i, read.get(id(t), i))
-        return {
-            i
-            for i, step in enumerate(self.steps)
-            for t in step.written
-            for other in sharing[t.untyped_storage()._cdata]
-            if other != id(t) and made[other] < i < read.get(other, -1)
-        }
+        found: dict[int, list[Tensor]] = {}
+        for i, step in enumerate(self.steps):
+            for t in step.written:
+                others = sharing[shared_storage(t)].values()
+                seen = [o for o in others if o is not t and made[id(o)] < i < read.get(id(o), -1)]
+                if seen:
+                    found.setdefault(i, []).extend(seen)
+        return found
 
 
 def record(model: nn.Module, example_input: Any) -> Tape:
@@ -145,7 +148,6 @@ class Replay(Generic[V]):
     def __init__(self, tape: Tape, device: torch.device) -> None:
         self.tape = tape
         self.device = device
-        self.shared = tape.writes_seen_through_views()
         self.values: dict[int, V] = {}
 
     def step(self, step: Step) -> list[V]:
@@ -161,10 +163,13 @@ class Replay(Generic[V]):
         for i, step in enumerate(self.tape.steps):
             values = self.step(step)
             for t, value in zip(step.results, values, strict=True):
-                if i in self.shared and any(t is w for w in step.written):
-                    self._write_through(t, value)
-                else:
-                    self.values[id(t)] = value
+                before = self.values.get(id(t))
+                self.values[id(t)] = value
+                constant = before is not None and before.tensor is value.tensor  # the operator itself wrote into it
+                if i in self.tape.seen_elsewhere and not constant and any(t is w for w in step.written):
+                    for other in self.tape.seen_elsewhere[i]:
+                        if shared_storage(other) == shared_storage(t):
+                            self.values[id(other)] = self._overwritten(other, t)
         return [self.value(t) for t in self.tape.outputs]
 
     def value(self, t: Tensor) -> V:
@@ -195,19 +200,31 @@ class Replay(Generic[V]):
         values = [self.value(t) for t in step.operands]
         return self.call(step) if all(v.role == "constant" or v.known is not None for v in values) else []
 
-    def _write_through(self, t: Tensor, value: V) -> None:
-        """Write into the memory that stands for `t`'s, because other tensors of the tape look at it too."""
-        old = self.values[id(t)]
-        if value.tensor is old.tensor:  # constants are written by the operator itself
-            return
-        if old.role == "constant":
-            (old.tensor if old.tensor._base is None else old.tensor._base).zero_()
-        old.tensor.copy_(value.tensor)
-        if value.role != old.role:
-            for step in self.tape.steps:
-                for other in (*step.operands, *step.results):
-                    if id(other) in self.values and shared_storage(other) == shared_storage(t):
-                        self.values[id(other)] = dataclasses.replace(self.values[id(other)], role=value.role)
+    def aligned(self, values: list[V]) -> list[V]:
+        """The same values in one unit, so that their elements can be mixed."""
+        return values
+
+    def _overwritten(self, other: Tensor, t: Tensor) -> V:
+        """The value of `other` after a write into `t`, where they share memory; nothing is written in place, for autograd."""
+        old, new = self.aligned([self.value(other), self.value(t)])
+        if (other.dtype, other.shape, t.shape) != (t.dtype, old.tensor.shape, new.tensor.shape):
+            raise NotImplementedError("a write into a tensor that is read as one of another form")
+        size = t.untyped_storage().nbytes() // t.element_size()
+        place = torch.full((size,), -1, device=self.device)
+        place.as_strided(t.shape, t.stride(), t.storage_offset()).copy_(
+            torch.arange(t.numel(), device=self.device).view(t.shape)
+        )
+        source = place.as_strided(other.shape, other.stride(), other.storage_offset())
+        if not bool((source >= 0).any()):
+            return old
+        role = max(old.role, new.role, key=_ROLES.index)
+        dtype = next(v.tensor.dtype for v in (new, old) if v.role == role)
+        written, stays = (v.tensor if v.role == role else torch.zeros_like(v.tensor, dtype=dtype) for v in (new, old))
+        mixed = torch.where(source >= 0, written.flatten()[source.clamp(min=0)], stays)
+        return dataclasses.replace(old if old.role == role else new, tensor=mixed, known=None)
+
+
+_ROLES = ("constant", "gate", "weight", "data")  # of values that are mixed the later one counts
 
 
 def first_names(model: nn.Module, tensors: Mapping[str, Tensor], what: str = "mask") -> dict[str, str]:

@@ -222,10 +222,8 @@ class _Replay(Replay[_Value]):
             tensors = []
         if [t.shape for t in tensors] != step.shapes:
             tensors = [_any_to_any(sources, shape) for shape in step.shapes]
-        # Values are shared among tensors freely, unless some are written into later and must not change the others.
-        own = bool(self.shared) and not getattr(step.func, "is_view", False)
         known: list[Any] = self.known(step) or [None] * len(tensors)
-        return [_Value(t.clone() if own else t, "data", known=k) for t, k in zip(tensors, known, strict=True)]
+        return [_Value(t, "data", known=k) for t, k in zip(tensors, known, strict=True)]
 
     def _product(self, step: Step) -> _Value:
         """A product or convolution: of data with weights, of two activations (either is a path), or of two weights."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from autosparse.errors import AutoSparseError, AutoSparseFailure
-from autosparse.processes import let_threads_sleep
+from autosparse.processes import let_threads_sleep, start_server
 from autosparse.streams import readable, streams
 from autosparse.terminal import Live, bars, busy, words
 
@@ -434,6 +434,8 @@ def quickstart(
 
         chosen = load_config(QuickstartConfig, config, overrides or [])
         directory = claim_directory(chosen)
+        if chosen.executor.kind == "local":
+            start_server()
         plan = _quickstart_plan(chosen, directory, begun)
     _say(plan)
     common: dict[str, Any] = {"device": chosen.device, "tracking": chosen.tracking}
@@ -484,7 +486,8 @@ def quickstart(
         write_report=False,
     )
     _report(directory)
-    _say(f"took {words(time.monotonic() - begun)}")
+    minutes, seconds = divmod(round(time.monotonic() - begun), 60)
+    _say(f"took {minutes} min {seconds} s")
 
 
 def _quickstart_plan(chosen: QuickstartConfig, directory: Path, begun: float) -> str:
@@ -507,7 +510,7 @@ def _quickstart_plan(chosen: QuickstartConfig, directory: Path, begun: float) ->
         return "everything is trained already"
     seconds = seconds_of_trainings(counts, data, chosen.recipe, chosen.executor, chosen.device)
     workers = jobs_at_once(chosen.executor, chosen.device, trainings)
-    return f"{trainings} trainings, {workers} at a time: about {words(seconds + 5 * loading)}, as fast as this machine is now"
+    return f"{trainings} trainings, {workers} at a time: about {words(seconds + 7 * loading)}, as fast as this machine is now"
 
 
 # -- the three jobs, from checked configs -------------------------------------------------------------------------------

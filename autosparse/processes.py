@@ -64,6 +64,15 @@ def start_context() -> Any:
     return context
 
 
+def start_server() -> None:
+    """Let the process that the others are forked from import torch already, while this one does something else."""
+    from multiprocessing import forkserver
+
+    if start_context().get_start_method() == "forkserver":
+        with uninterrupted():
+            forkserver.ensure_running()
+
+
 @contextmanager
 def uninterrupted() -> Iterator[None]:
     """Processes started inside leave Ctrl-C to this one."""

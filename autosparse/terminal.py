@@ -61,7 +61,10 @@ class Live:
         self._what, self._total, self._done = what, total, done
         self._workers: dict[int, Any] = {}
         self._shares: dict[str, float] = {}
-        self.advance(done, what)
+        if done:
+            self.advance(done, what)
+        else:
+            shown.update(self._all, description=f"{what}: starting, {total} to do")  # moves until the first has news
 
     def show(self, event: Event) -> None:
         from autosparse.experiment.status import doing
@@ -76,7 +79,7 @@ class Live:
             self._shares[event.key] = share
             text = f"worker {event.worker} {event.device}: {event.key}: {doing(event.values)}"
             self._bars.update(self._workers[event.worker], description=text)
-            self._bars.update(self._all, completed=self._done + sum(self._shares.values()))
+            self._update()
             if "note" in event.values:
                 self._bars.console.print(f"note: {event.key}: {event.values['note']}", markup=False)
         else:
@@ -90,8 +93,11 @@ class Live:
     def advance(self, done: int, text: str) -> None:
         """So many jobs are done."""
         self._done = done
-        completed = done + sum(self._shares.values())
-        self._bars.update(self._all, total=self._total, completed=completed, description=text)
+        self._update(description=text)
+
+    def _update(self, **more: Any) -> None:
+        completed = self._done + sum(self._shares.values())
+        self._bars.update(self._all, total=self._total, completed=completed, **more)
 
     def end(self, text: str) -> None:
         for line in self._workers.values():

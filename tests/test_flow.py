@@ -414,8 +414,7 @@ def test_writes_in_place_and_reparametrisations() -> None:
             return out
 
     model = Net()
-    layers = prunable_layers(model, operands=trace(model, torch.randn(1, 2)).operands)
-    found = synaptic_flow(model, layers, torch.randn(1, 2))
+    found = synaptic_flow(model, trace(model, torch.randn(1, 2)).operands, torch.randn(1, 2))
     assert len(found) == 2
     for name, score in found.items():
         assert torch.allclose(score, model.get_parameter(name).detach().double().abs())

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from autosparse.errors import AutoSparseError
+from autosparse.masks.parametrized import parametrized
 
 _PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
@@ -92,12 +93,20 @@ def prunable_layers(
     `exclude` are shell patterns on names (`"layer1.*"`; one or several), each of which must match something.
 
     Raises:
-        AutoSparseError: nothing is prunable, a lazy parameter has no shape yet, or a pattern matches nothing.
+        AutoSparseError: nothing is prunable, a lazy parameter has no shape yet, a weight is parametrized (give a `fused`
+            model), or a pattern matches nothing.
     """
     model = unwrap(model)
     for name, parameter in model.named_parameters():
         if isinstance(parameter, nn.parameter.UninitializedParameter):
             raise AutoSparseError(f"parameter {name!r} is uninitialized: run the lazy model once before pruning it")
+    for name, place in parametrized(model).items():
+        raw = [n for n, p in model.named_parameters() if any(p is t for t in place.originals())]
+        if _layer(name, place.key, place.module, (1, 1)) or any(n in (operands or {}) for n in raw):
+            raise AutoSparseError(
+                f"weight {name!r} is computed by a parametrization, so what would be changed here is not what the network "
+                f"uses: call torch.nn.utils.parametrize.remove_parametrizations(module, {place.key!r}) first"
+            )
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))}
     owners: dict[int, Layer] = {}
     for prefix, module in model.named_modules():

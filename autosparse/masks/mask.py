@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from autosparse.errors import AutoSparseError, first_line
 from autosparse.masks.layers import Layer, unwrap
+from autosparse.masks.parametrized import Place, parametrized
 from autosparse.masks.random import make_generator
 
 SCHEMA = "autosparse.masks/1"
@@ -167,20 +168,30 @@ class Masks(Mapping[str, Tensor]):
             shuffled[name] = tensor.flatten()[order.to(tensor.device)].view_as(tensor)
         return Masks(shuffled, self.layer_info or None, MaskReport(origin={**self.report.origin, "shuffled": seed}))
 
-    def _parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        own = dict(unwrap(model).named_parameters())
+    def _weights(self, model: nn.Module) -> dict[str, nn.Parameter | Place]:
+        """What each mask is for: a parameter, or a tensor that a parametrization computes."""
+        model = unwrap(model)
+        own, computed = dict(model.named_parameters()), parametrized(model)
+        sources = {id(t): name for name, place in computed.items() for t in place.originals()}
+        found: dict[str, nn.Parameter | Place] = {}
         for name, tensor in self._tensors.items():
-            if name not in own:
+            found[name] = weight = computed[name] if name in computed else own.get(name)  # type: ignore[assignment]
+            if weight is None:
                 raise AutoSparseError(
-                    f"the mask names {name!r}, which {type(unwrap(model)).__name__} does not have: "
+                    f"the mask names {name!r}, which {type(model).__name__} does not have: "
                     "it was made for another model"
                 )
-            if own[name].shape != tensor.shape:
+            if (used := sources.get(id(weight))) is not None:
                 raise AutoSparseError(
-                    f"the mask of {name!r} has shape {tuple(tensor.shape)}, the model's weight {tuple(own[name].shape)}: "
+                    f"the mask names {name!r}, from which {used!r} is computed: make a mask of {used!r}, which is used"
+                )
+            shape = tuple(weight.value().shape if isinstance(weight, Place) else weight.shape)
+            if shape != tuple(tensor.shape):
+                raise AutoSparseError(
+                    f"the mask of {name!r} has shape {tuple(tensor.shape)}, the model's weight {shape}: "
                     "it was made for another model"
                 )
-        return {name: own[name] for name in self._tensors}
+        return found
 
     def check(self, model: nn.Module) -> None:
         """Nothing, where every mask fits a weight of `model`.
@@ -188,18 +199,24 @@ class Masks(Mapping[str, Tensor]):
         Raises:
             AutoSparseError: the mask was made for another model.
         """
-        self._parameters(model)
+        self._weights(model)
 
     @torch.no_grad()
     def apply_(self, model: nn.Module) -> None:
         """Zero the pruned weights of `model` now: `θ ← θ ⊙ m`.
 
+        A weight that `torch.nn.utils.parametrize` computes (weight norm, orthogonal, …) gets the mask as its last
+        parametrization, in place of one before, and so stays zero; the parameters that it is computed from stay as they
+        are.
+
         Raises:
             AutoSparseError: the mask was made for another model.
         """
-        for name, parameter in self._parameters(model).items():
-            # masked_fill, not a product: a pruned weight that is infinite or NaN becomes 0 too
-            parameter.masked_fill_(~self._tensors[name].to(parameter.device), 0)
+        for name, weight in self._weights(model).items():
+            if isinstance(weight, Place):
+                weight.mask(self._tensors[name])
+            else:  # masked_fill, not a product: a pruned weight that is infinite or NaN becomes 0 too
+                weight.masked_fill_(~self._tensors[name].to(weight.device), 0)
 
     def enforce(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> torch.utils.hooks.RemovableHandle:
         """Zero the pruned weights now and after every step of `optimizer`, whatever momentum and weight decay do.
@@ -211,8 +228,9 @@ class Masks(Mapping[str, Tensor]):
             AutoSparseError: the mask was made for another model.
         """
         self.apply_(model)
-        weights, zero = list(self._parameters(model).values()), Zeroing(self._tensors.values())
-        return optimizer.register_step_post_hook(lambda *_: zero(weights))
+        weights = {n: w for n, w in self._weights(model).items() if not isinstance(w, Place)}
+        zero = Zeroing(self._tensors[n] for n in weights)
+        return optimizer.register_step_post_hook(lambda *_: zero(weights.values()))
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file: the boolean tensors, layers and report; atomically."""

@@ -31,6 +31,7 @@ from autosparse.network.saliency import (
     shares,
     twice_differentiable,
 )
+from autosparse.network.used import check_used, fused
 
 MOST_OUTPUTS = 4096  # the Gram matrix of the Jacobian is dense, outputs × outputs, in float64
 _CHUNK = 2**22  # elements of a Jacobian that are in float64 at once
@@ -113,7 +114,8 @@ def diagnose(
 
     Of each prunable weight `W = θ ⊙ m`, with `‖·‖` the Euclidean norm:
 
-    - `spectral_norm`: `σ`, the largest singular value of `W.reshape(out, n)`, n the fan-in;
+    - `spectral_norm`: `σ`, the largest singular value of `W.reshape(out, n)`, n the fan-in; NaN, as `lipschitz`, where the
+      forward pass computes another weight from W;
     - `lipschitz`: an estimate of the Lipschitz constant of the layer and the norm that takes its output,
       `max|γ|·σ/√(0.5·n·Var(W))` for rectified Gaussian inputs; `σ` where no norm does;
     - `operator_norm`: the Lipschitz constant of the layer as a map of its whole input, `max ‖W * x‖ / ‖x‖`: of a convolution
@@ -151,10 +153,11 @@ def diagnose(
     DiagnosticSettings(samples=samples, iterations=iterations, tolerance=tolerance)  # checks them
     if not batches:
         raise AutoSparseError("batches are empty: give at least one pair (inputs, targets)")
-    model, chosen = unwrap(model), loss or F.cross_entropy
+    model, chosen = fused(unwrap(model)), loss or F.cross_entropy
     if masks is not None:
         Masks(masks).check(model)
     graph = trace(model, batches[0][0])
+    check_used(model, masks or {}, graph, batches[0][0])
     known = prunable_layers(model, operands=graph.operands)
     layers = {n: known[n] for n in dict.fromkeys((*graph.layers(), *known)) if n in known}
     own = dict(model.named_parameters())
@@ -173,7 +176,7 @@ def diagnose(
         exact = weights[name].double()
         gamma = norms[name].gamma
         sigma = constant = math.nan
-        if bool(exact.isfinite().all()):
+        if bool(exact.isfinite().all()) and name not in graph.recomputed:
             sigma = spectral_norm(exact, layer)
             constant = estimate(exact, sigma, layer, norms[name], None if gamma is None else own[gamma].detach())
         convolution = seen.convolutions.get(name)

@@ -104,11 +104,13 @@ class Graph:
     """The operations of one forward pass in execution order, and the raw parameters that act as weights in it.
 
     `operands` holds those parameters that belong to no Conv, Linear or attention module but were a factor of a matrix
-    product or convolution: what `prunable_layers` takes to make them prunable.
+    product or convolution: what `prunable_layers` takes to make them prunable. `recomputed` names the weights that are not
+    such a factor themselves, moved or cast, but computed into one: by weight standardization, weight norm, a scale.
     """
 
     operations: tuple[Operation, ...]
     operands: dict[str, Layer] = field(default_factory=dict)
+    recomputed: tuple[str, ...] = ()
 
     def layers(self) -> tuple[str, ...]:
         """Names of the weights that are a factor of a product or convolution, in execution order, once each."""
@@ -182,6 +184,7 @@ class Graph:
         return cls(
             operations=tuple(Operation(**_tuples(op)) for op in data["operations"]),
             operands={name: Layer(**_tuples(layer)) for name, layer in data["operands"].items()},
+            recomputed=tuple(data.get("recomputed", ())),
         )
 
 
@@ -199,7 +202,7 @@ def trace(model: nn.Module, example_input: Any) -> Graph:
         AutoSparseError: the model does not take this input, or returns no tensor.
     """
     provenance = observe(model, example_input, _Provenance, EXAMPLES)
-    return Graph(tuple(provenance.operations), provenance.operands)
+    return Graph(tuple(provenance.operations), provenance.operands, tuple(provenance.recomputed))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -352,7 +355,7 @@ class _Origin(NamedTuple):
     """Where a tensor comes from.
 
     `operations` whose results, and parameters that it holds. `fixed`: it is made of parameters and buffers alone (a
-    weight, as far as products are concerned), not of data. `bits` is set while the tensor is a rearrangement of one raw
+    weight, as far as products are concerned), not of data. `recomputed`: by more than moves and casts. `bits` is set while the tensor is a rearrangement of one raw
     parameter: per element, bit d tells whether its index in dimension d of that parameter is above 0.
     """
 
@@ -360,6 +363,7 @@ class _Origin(NamedTuple):
     parameters: tuple[str, ...] = ()
     fixed: bool = True
     bits: Tensor | None = None
+    recomputed: bool = False
 
 
 class _Provenance(Observer):
@@ -374,6 +378,7 @@ class _Provenance(Observer):
         super().__init__(model)
         self.operations: list[Operation] = []
         self.operands: dict[str, Layer] = {}
+        self.recomputed: dict[str, None] = {}  # in order
         self._parameters = {name: tuple(p.shape) for name, p in model.named_parameters()}
         self._owned = owned(model)
         self._origins: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -405,7 +410,7 @@ class _Provenance(Observer):
         if name in _SAME and len(known) == 1:
             new = known[0][1]
         elif joined.fixed and not is_product:
-            new = joined
+            new = joined if _only_moves(func, name) else joined._replace(recomputed=True)
         elif is_product:
             new = self._product(name, func, arguments, joined, results[0])
         else:
@@ -436,6 +441,7 @@ class _Provenance(Observer):
         if any(weight in self._owned for weight in weights):
             # Then a raw parameter beside it is its input (learned queries), not a weight.
             weights = {weight: use for weight, use in weights.items() if weight in self._owned}
+        self.recomputed |= dict.fromkeys(weight for weight, (_, _, origin) in weights.items() if origin.recomputed)
         for weight, (tensor, dim, origin) in weights.items():
             if weight not in self._owned and weight not in self.operands:
                 if name == "convolution":
@@ -522,7 +528,13 @@ def _join(origins: Any) -> _Origin:
         tuple(sorted({i for o in listed for i in o.operations})),
         tuple(dict.fromkeys(p for o in listed for p in o.parameters)),
         all(o.fixed for o in listed),
+        recomputed=any(o.recomputed for o in listed),
     )
+
+
+def _only_moves(func: Any, name: str) -> bool:
+    """Whether the operator gives the values of its operands, elsewhere or in another precision."""
+    return getattr(func, "is_view", False) or name in VIEWS or KIND.get(name) in ("reshape", "slice", "concat")
 
 
 def _index_bits(shape: torch.Size) -> Tensor:

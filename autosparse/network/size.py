@@ -10,6 +10,7 @@ from torch import nn
 
 from autosparse.masks.layers import prunable_layers, unwrap
 from autosparse.network.graph import EXAMPLES, trace
+from autosparse.network.used import fused
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ def layer_macs(model: nn.Module, example_input: Any) -> dict[str, int]:
     two activations, norms and activations are not counted. Where dimension 0 of the example is no batch, the whole of it
     is one example. Arguments and errors as of `size`.
     """
-    model = unwrap(model)
+    model = fused(unwrap(model))
     graph = trace(model, example_input)
     layers = prunable_layers(model, operands=graph.operands)
     macs = dict.fromkeys(layers, 0)

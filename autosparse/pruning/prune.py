@@ -18,10 +18,11 @@ from autosparse.masks.random import derive
 from autosparse.masks.schedule import check_sparsity, densities
 from autosparse.masks.selection import NM, Channel, Granularity, Scope, parse_granularity, select, whole_layers
 from autosparse.network.coupling import coupled_filters
-from autosparse.network.graph import trace
+from autosparse.network.graph import Graph, trace
 from autosparse.network.reachability import reachability
 from autosparse.network.running import Batch, Loss, take_batches
 from autosparse.network.signals import FIXED, FROM_BATCHES, Signals, images_seen, measure
+from autosparse.network.used import check_used, fused
 from autosparse.pruning.criteria import Context, Criterion, Preset, preset_for
 
 
@@ -47,7 +48,8 @@ def prune(
     """Choose the weights that stay; nothing of `model` changes.
 
     In each of `steps` steps the signals are measured on `θ ⊙ m`, the criterion scores them, and the highest stay, down
-    to exactly `round((1 − sparsity)·N)` of the N prunable weights in the last.
+    to exactly `round((1 − sparsity)·N)` of the N prunable weights in the last. A weight that `torch.nn.utils.parametrize`
+    computes is scored and masked as the network uses it, under the name of the computed tensor (`"conv.weight"`).
 
     Args:
         sparsity: share of the prunable weights removed, in [0, 1); with an N:M pattern `None`, or what the pattern sets;
@@ -75,7 +77,8 @@ def prune(
 
     Raises:
         AutoSparseError: bad arguments, a model without prunable weights, batches that it cannot take, scores that are
-            not finite or all zero.
+            not finite or all zero; a weight that the forward pass computes from a parameter and that is not zero where the
+            mask is (weight standardization; `torch.nn.utils.weight_norm`, whose emptied filters are 0/0).
 
     >>> import torch, autosparse
     >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 2))
@@ -83,7 +86,7 @@ def prune(
     >>> masks.kept, masks.total
     (80, 160)
     """
-    model, seed = unwrap(model), int(seed)
+    model, seed = fused(unwrap(model)), int(seed)
     preset = _preset(criterion)
     pattern = parse_granularity(granularity)
     given = sparsity is None and isinstance(scope, Mapping)  # then the layer densities say it
@@ -123,6 +126,8 @@ def prune(
     masks: Masks | None = None
     measured = 0
     for target in path:
+        if masks is not None and graph is not None:
+            check_used(model, masks, graph, example)
         shape = pattern
         if isinstance(pattern, NM):  # steps thin the pattern out, so that the last finds it whole
             n = max(pattern.n, math.ceil(target * pattern.m - 1e-9))
@@ -172,18 +177,32 @@ def prune(
             "seed": seed,
         },
     )
-    return describe(model, masks, example)
+    return describe(model, masks, example, graph)
 
 
-def describe(model: nn.Module, masks: Masks, example: Any) -> Masks:
-    """Fill in the report of `masks`: dead layers, effective sparsity, notes; and warn where the mask means little."""
+def describe(model: nn.Module, masks: Masks, example: Any, graph: Graph | None = None) -> Masks:
+    """Fill in the report of `masks`: dead layers, effective sparsity, notes; and warn where the mask means little.
+
+    Raises:
+        AutoSparseError: the network computes a weight anew, and what it uses is not zero where the mask is.
+    """
     report = masks.report
     notes = list(report.notes)
     empty = tuple(layer.name for layer in masks.layers() if layer.kept == 0)
     dead, effective = empty, None
     if example is None:
-        notes.append("no example_input: effective sparsity and cut-off layers are not known")
+        notes.append(
+            "no example_input: effective sparsity, cut-off layers and weights that are computed anew are not known"
+        )
     else:
+        model = fused(unwrap(model))
+        graph = graph or trace(model, example)
+        check_used(model, masks, graph, example)
+        notes += [
+            f"{' and '.join(op.weights)} are multiplied with each other before data: the product is dense"
+            for op in graph.operations
+            if len(op.weights) > 1 and not op.inputs and set(op.weights) & set(masks)
+        ]
         found = reachability(model, masks, example)
         effective = found.effective_sparsity
         dead = found.dead_layers

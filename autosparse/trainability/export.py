@@ -36,7 +36,9 @@ from autosparse.files import replace_file
 from autosparse.masks.layers import unwrap
 from autosparse.masks.mask import Masks
 from autosparse.masks.random import make_generator
+from autosparse.network.graph import trace
 from autosparse.network.restore import private_copy, restored
+from autosparse.network.used import check_used, fused
 from autosparse.trainability.cost import Cost, cost, take_turns, threads
 from autosparse.trainability.shrink import shrink
 from autosparse.trainability.stored import NetworkSettings, load_network, save_network
@@ -177,7 +179,8 @@ def export(
     """Write `model` under `masks` in each of the forms into `directory`, check and time them; the model stays as it is.
 
     Every file is read back, and the outputs of what it holds compared with the masked network's, `max |a − b| / max |b|`
-    against `TOLERANCE`, on the CPU, before the file gets its name. A form that cannot be made is told in `failures`; the
+    against `TOLERANCE`, on the CPU, before the file gets its name. Weights that `torch.nn.utils.parametrize` computes are
+    written as plain ones, of the values that the network uses. A form that cannot be made is told in `failures`; the
     others are made all the same.
 
     Args:
@@ -189,7 +192,8 @@ def export(
         on_form: is called with what is being done.
 
     Raises:
-        AutoSparseError: the masks are another model's, or the model does not take the images.
+        AutoSparseError: the masks are another model's, or the model does not take the images, or computes a weight anew that
+            is not zero where the mask is.
     """
     model = unwrap(model)
     with restored(model, but=model.parameters()):  # what hooks of the copies write to is the model's too
@@ -217,13 +221,14 @@ def _export(
     device: torch.device,
     say: Callable[[str], None],
 ) -> Export:
-    dense = private_copy(model).cpu().eval().requires_grad_(False)
+    dense = private_copy(fused(model)).cpu().eval().requires_grad_(False)
     masked = private_copy(dense)
     masks.to("cpu").apply_(masked)
     images = _images(example_input, 3)
     for module in (dense, masked):
         _run(module, images)  # what a model builds in its first pass is there when it is written
     expected = _outputs(masked, images)
+    check_used(dense, masks, trace(dense, images), images)
     job = _Job("masked", masked, dense, masks.to("cpu"), directory, options, network, images, device)
     jobs = [job if smaller is None else job.of("channels", private_copy(smaller).cpu().eval().requires_grad_(False))]
     costs = {"dense": cost(dense, None, images[:1]), "masked": cost(masked, job.masks, images[:1])}
@@ -443,7 +448,7 @@ def semi_structured(model: nn.Module, masks: Masks, precision: str = "float16") 
     Raises:
         AutoSparseError: the model is not on an NVIDIA GPU of compute capability 8.0 or above, or no layer fits.
     """
-    model = unwrap(model)
+    model = fused(unwrap(model))
     fits = fits_semi_structured(model, masks)
     device = next(model.parameters()).device
     if device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device) < (8, 0):

@@ -15,6 +15,7 @@ from autosparse.masks.mask import MaskReport, Masks
 from autosparse.masks.random import make_generator
 from autosparse.network.graph import Operation, trace
 from autosparse.network.lipschitz import Pair, estimate, pairs, spectral_norm
+from autosparse.network.used import refuse_recomputed
 from autosparse.pruning.prune import describe
 from autosparse.trainability.preparation import Preparation, PreparedLayer
 
@@ -232,10 +233,11 @@ def _targets(model: nn.Module, masks: Masks | None, example_input: Any, gain: fl
     """The weights as matrices, with the masks (`None`: all ones), which are applied."""
     require(gain > 0 and math.isfinite(gain), "gain", gain, "give a positive number, such as 1, or √2 before a ReLU")
     model = unwrap(model)
-    if masks is not None:
-        masks.apply_(model)
     graph = trace(model, example_input)
     layers = prunable_layers(model, operands=graph.operands)
+    refuse_recomputed(model, graph, layers if masks is None else masks)
+    if masks is not None:
+        masks.apply_(model)
     parameters = dict(model.named_parameters())
     norms = pairs(graph, layers, parameters)
     uses = {name: op for op in reversed(graph.operations) for name in op.weights}

@@ -14,6 +14,7 @@ from autosparse.masks.layers import Layer, prunable_layers, unwrap
 from autosparse.masks.mask import Masks
 from autosparse.network.graph import trace
 from autosparse.network.lipschitz import Pair, constant, estimate, pairs, spectral_norm
+from autosparse.network.used import refuse_recomputed
 from autosparse.trainability.preparation import Preparation, PreparedLayer
 
 MODES = ("weights", "gamma", "both")
@@ -117,6 +118,7 @@ def _look(model: nn.Module, example_input: Any, masks: Masks | None) -> _Network
     model = unwrap(model)
     graph = trace(model, example_input)
     layers = prunable_layers(model, operands=graph.operands)
+    refuse_recomputed(model, graph, layers)
     parameters = dict(model.named_parameters())
     if masks is None:
         masks = Masks({name: torch.ones(layer.shape, dtype=torch.bool) for name, layer in layers.items()}, layers)

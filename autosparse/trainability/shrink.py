@@ -30,6 +30,7 @@ from autosparse.network.graph import trace
 from autosparse.network.inputs import as_call, cast_like, first_of_batch, map_tensors, tensors_in
 from autosparse.network.restore import private_copy, restored
 from autosparse.network.running import NORMS, untouched
+from autosparse.network.used import fused
 
 TOLERANCE = 1e-5
 _PROBES = 4  # examples on which two networks are compared
@@ -71,6 +72,8 @@ def shrink(model: nn.Module, masks: Masks, example_input: Any) -> nn.Module:
 def remove(model: nn.Module, masks: Masks, example_input: Any) -> Removal:
     """Remove the filters that `masks` empty from a copy of `model`, see this module; the model stays as it is.
 
+    Weights that `torch.nn.utils.parametrize` computes become plain ones.
+
     Which channels belong together is found by torch-pruning (Fang et al. 2023, "DepGraph"); that the smaller network
     computes what the zeroed one does is then measured, see `output_difference`.
 
@@ -83,7 +86,7 @@ def remove(model: nn.Module, masks: Masks, example_input: Any) -> Removal:
         AutoSparseFailure: the network cannot be followed, or the smaller one computes something else; the message names
             the layer.
     """
-    model = unwrap(model)
+    model = fused(unwrap(model))
     example = cast_like(model, first_of_batch(example_input, 2))
     layers = prunable_layers(model, operands=trace(model, example).operands)
     masks.check(model)

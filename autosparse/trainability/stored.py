@@ -129,6 +129,8 @@ def load_network(path: str | Path, model: nn.Module | None = None) -> tuple[nn.M
         assert network is not None  # save_network sees to it
         model = shrink(model, masks, network.example())
     _fill(path, unwrap(model), tensors)
+    if not smaller:
+        masks.apply_(model)  # to weights that are computed, by parametrizations
     return model.eval(), masks
 
 

@@ -355,7 +355,7 @@ def train(
         handles.append(masks.enforce(model, optimizer.optimizer))
     # Weights that are not there must not take part in the gradient's norm.
     own = dict(unwrap(model).named_parameters())
-    pruned = [own[n] for n in masks or {}]
+    pruned = [own.get(n) for n in masks or {}]  # of a parametrized weight the gradient has the mask already
     zero = Zeroing((masks or {}).values())
     gpus = [fabric.device.index or 0] if fabric.device.type == "cuda" else []
 
@@ -398,7 +398,7 @@ def train(
                 if on_gradient is not None:
                     on_gradient(result.steps)
                 if recipe.clip_norm is not None:
-                    zero(parameter.grad for parameter in pruned)
+                    zero(None if parameter is None else parameter.grad for parameter in pruned)
                     # To raise on a norm that is not finite would wait for the device at every step.
                     fabric.clip_gradients(network, optimizer, max_norm=recipe.clip_norm, error_if_nonfinite=False)
                 optimizer.step()

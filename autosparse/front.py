@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 from autosparse.experiment.tracking import load_scorer
@@ -21,10 +22,10 @@ def _with_scorers(prune: Callable[P, T]) -> Callable[P, T]:
     def named(*args: P.args, **kwargs: P.kwargs) -> T:
         place = [*args[:3]]
         chosen = place[2] if len(place) == 3 else kwargs.get("criterion")
-        if isinstance(chosen, str) and is_scorer(chosen):
+        if isinstance(chosen, Path) or (isinstance(chosen, str) and is_scorer(chosen)):
             if len(place) == 3:
-                return prune(*place[:2], load_scorer(chosen), *args[3:], **kwargs)  # type: ignore[arg-type]
-            kwargs["criterion"] = load_scorer(chosen)
+                return prune(*place[:2], load_scorer(str(chosen)), *args[3:], **kwargs)  # type: ignore[arg-type]
+            kwargs["criterion"] = load_scorer(str(chosen))
         return prune(*args, **kwargs)
 
     return named

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import fnmatch
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
@@ -64,18 +66,77 @@ class Layer:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The user's own module inside `torch.compile`, DDP or Fabric wrappers, whose names are those of the masks."""
-    while True:
-        if "_orig_mod" in model._modules:  # torch.compile
-            inner = model._modules["_orig_mod"]
-        elif "_forward_module" in model._modules:  # Fabric
-            inner = model._modules["_forward_module"]
-        elif type(model).__name__ in ("DistributedDataParallel", "DataParallel") and "module" in model._modules:
-            inner = model._modules["module"]
-        else:
-            return model
-        assert inner is not None
-        model = inner
+    """The user's own module inside `torch.compile`, DDP, Fabric or checkpoint wrappers, whose names are those of the masks.
+
+    Where a module inside is wrapped, the result is another module without these wrappers that holds the same parameters and
+    buffers, so that the names are those of the plain network.
+    """
+    return _unwrapped(model, {})
+
+
+def _unwrapped(model: nn.Module, known: dict[nn.Module, nn.Module]) -> nn.Module:
+    if model in known:
+        return known[model]
+    inner = next((model._modules[name] for name in _WRAPPED if name in model._modules), None)
+    if inner is None and type(model).__name__ in ("DistributedDataParallel", "DataParallel"):
+        inner = model._modules.get("module")
+    if inner is not None:
+        known[model] = _unwrapped(inner, known)
+        return known[model]
+    children = {name: None if m is None else _unwrapped(m, known) for name, m in model._modules.items()}
+    found = model
+    if any(child is not model._modules[name] for name, child in children.items()):
+        found = type(model).__new__(type(model))
+        vars(found).update(vars(model), _modules=children)
+    known[model] = found
+    return found
+
+
+_WRAPPED = ("_orig_mod", "_forward_module", "_checkpoint_wrapped_module")  # torch.compile, Fabric, checkpoint_wrapper
+
+
+def check_model(model: nn.Module) -> None:
+    """Raise `AutoSparseError` where a model has nothing that masks could be made for: TorchScript, or a lazy module."""
+    if isinstance(model, torch.jit.ScriptModule):
+        raise AutoSparseError(
+            f"{type(model).__name__} is a TorchScript program, whose weights cannot be replaced: give the nn.Module it was made of"
+        )
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise AutoSparseError(f"parameter {name!r} is uninitialized: run the lazy model once before pruning it")
+
+
+def check_values(model: nn.Module) -> None:
+    """Raise `AutoSparseError` where parameters have no values, on the meta device."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise AutoSparseError(
+                f"parameter {name!r} is on the meta device and has no values: build the model on a real device, or load its weights"
+            )
+
+
+def check_real(model: nn.Module, names: Iterable[str], what: str, way_out: str = "") -> None:
+    """Raise `AutoSparseError` where one of the weights is complex and `what` is for real ones."""
+    own = dict(model.named_parameters())
+    for name in names:
+        if own[name].is_complex():
+            raise AutoSparseError(f"weight {name!r} is complex, and {what} is for real weights only{way_out}")
+
+
+def _check_memory(model: nn.Module, names: Iterable[str]) -> None:
+    """Two Parameters in the same memory: what a mask prunes of one goes from the other too, and no figure would be right."""
+    spans = []
+    for name, p in model.named_parameters():
+        if p.numel() and not p.is_meta and p.layout is torch.strided:
+            size = 1 + sum((n - 1) * stride for n, stride in zip(p.shape, p.stride(), strict=True))
+            spans.append((p.untyped_storage()._cdata, p.storage_offset(), p.storage_offset() + size, name))
+    wanted = set(names)
+    for (memory, _, end, a), (other, start, _, b) in itertools.pairwise(sorted(spans)):
+        if memory == other and start < end and {a, b} & wanted:
+            raise AutoSparseError(
+                f"{a!r} and {b!r} are two Parameters in the same memory, which no optimizer or mask can tell apart: make them "
+                "one Parameter (a.weight = b.weight), or give one its own memory (clone)"
+            )
 
 
 def prunable_layers(
@@ -94,12 +155,10 @@ def prunable_layers(
 
     Raises:
         AutoSparseError: nothing is prunable, a lazy parameter has no shape yet, a weight is parametrized (give a `fused`
-            model), or a pattern matches nothing.
+            model), a pattern matches nothing, two Parameters share memory, or the model is a TorchScript program.
     """
     model = unwrap(model)
-    for name, parameter in model.named_parameters():
-        if isinstance(parameter, nn.parameter.UninitializedParameter):
-            raise AutoSparseError(f"parameter {name!r} is uninitialized: run the lazy model once before pruning it")
+    check_model(model)
     for name, place in parametrized(model).items():
         raw = [n for n, p in model.named_parameters() if any(p is t for t in place.originals())]
         if _layer(name, place.key, place.module, (1, 1)) or any(n in (operands or {}) for n in raw):
@@ -127,7 +186,9 @@ def prunable_layers(
         raise AutoSparseError(
             f"{type(model).__name__} has no prunable weights: give a model with Conv, Linear or attention layers"
         )
-    return _filter(found, include, exclude)
+    found = _filter(found, include, exclude)
+    _check_memory(model, found)
+    return found
 
 
 def _layer(name: str, key: str, module: nn.Module, shape: tuple[int, ...]) -> Layer | None:

@@ -9,18 +9,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from autosparse.errors import AutoSparseError, require, settings
-from autosparse.masks.layers import prunable_layers, unwrap
+from autosparse.masks.layers import check_real, check_values, prunable_layers, unwrap
 from autosparse.masks.mask import Masks
 from autosparse.masks.random import make_generator, seeded
 from autosparse.network.graph import FACTORS, base_name, named_arguments, trace
 from autosparse.network.inputs import first_of_batch
 from autosparse.network.lipschitz import estimate, pairs, spectral_norm
-from autosparse.network.running import NORMS, Batch, Loss, batch_loss, batch_size, forward, untouched
+from autosparse.network.running import NORMS, Batch, Loss, batch_loss, batch_size, cross_entropy, forward, untouched
 from autosparse.network.saliency import (
     Weights,
     batch_statistics,
@@ -153,13 +152,15 @@ def diagnose(
     DiagnosticSettings(samples=samples, iterations=iterations, tolerance=tolerance)  # checks them
     if not batches:
         raise AutoSparseError("batches are empty: give at least one pair (inputs, targets)")
-    model, chosen = fused(unwrap(model)), loss or F.cross_entropy
+    model, chosen = fused(unwrap(model)), loss or cross_entropy
+    check_values(model)
     if masks is not None:
         Masks(masks).check(model)
     graph = trace(model, batches[0][0])
     check_used(model, masks or {}, graph, batches[0][0])
     known = prunable_layers(model, operands=graph.operands)
     layers = {n: known[n] for n in dict.fromkeys((*graph.layers(), *known)) if n in known}
+    check_real(model, layers, "a diagnosis")
     own = dict(model.named_parameters())
     kept = {n: masks[n].to(own[n].device) for n in layers if masks is not None and n in masks}
     weights = {n: torch.where(kept[n], own[n].detach(), 0) if n in kept else own[n].detach().clone() for n in layers}
@@ -243,7 +244,7 @@ def hessian_norms(
     masks: Weights | None = None,
     iterations: int = 20,
     tolerance: float = 0.02,
-    loss: Loss = F.cross_entropy,
+    loss: Loss = cross_entropy,
     seed: int = 0,
 ) -> dict[str, tuple[float, bool]]:
     """The largest |eigenvalue| of each weight's own block `H_ll` of the Hessian of L, and whether it has converged.

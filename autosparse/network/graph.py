@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from autosparse.errors import AutoSparseError, raise_out_of_memory
-from autosparse.masks.layers import Layer, unwrap
+from autosparse.masks.layers import Layer, check_model, unwrap
 from autosparse.masks.random import forked
 from autosparse.network.inputs import as_call, cast_like, first_of_batch, map_tensors, refusal, shapes_of, tensors_in
 from autosparse.network.running import untouched
@@ -255,6 +255,7 @@ def observe(model: nn.Module, example_input: Any, observer: Callable[[nn.Module]
     The first `batch` examples do instead of all of them where dimension 0 is a batch, see `_independent`.
     """
     model = unwrap(model)
+    check_model(model)
     device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
     example = cast_like(model, example_input)
     few = first_of_batch(example, batch)

@@ -84,6 +84,7 @@ def reachable(model: nn.Module) -> list[Any]:
 
 def _parts(thing: Any) -> list[Any]:
     """What an object holds directly."""
+    kind: Any = type(thing)
     if isinstance(thing, types.ModuleType):
         return []
     if isinstance(thing, type):
@@ -92,8 +93,8 @@ def _parts(thing: Any) -> list[Any]:
         named = [value for name, value in vars(thing).items() if name == "__call__" or not name.startswith("__")]
         return [*named, *thing.__bases__]
     if isinstance(thing, types.FunctionType):
-        held = [*(thing.__closure__ or ()), thing.__defaults__, thing.__kwdefaults__, thing.__dict__]
-        return held + [v for v in _globals(thing).values() if v is not _ABSENT]
+        named = [v for v in _globals(thing).values() if v is not _ABSENT]
+        return [*(thing.__closure__ or ()), thing.__defaults__, thing.__kwdefaults__, thing.__dict__, *named]
     if isinstance(thing, types.CellType):
         return [] if _content(thing) is _ABSENT else [thing.cell_contents]
     if isinstance(thing, types.MethodType):
@@ -108,20 +109,21 @@ def _parts(thing: Any) -> list[Any]:
         return [thing.__func__]
     if isinstance(thing, weakref.ReferenceType):
         return [thing()]
-    held = []
+    held: list[Any] = []
     if isinstance(thing, (dict, types.MappingProxyType, *_WEAK)):
         held = [*thing.keys(), *thing.values()]
     elif isinstance(thing, (list, tuple, set, frozenset, deque)):
         held = list(thing)
     elif isinstance(thing, Tensor):
         held = [thing.grad] if thing.is_leaf and not isinstance(thing, nn.Parameter) else []
-    if isinstance(thing, (nn.Module, Tensor)) or not _foreign(type(thing)):
-        held += [getattr(thing, "__dict__", None), type(thing), *_slots(thing).values()]
+    if isinstance(thing, (nn.Module, Tensor)) or not _foreign(kind):
+        held += [getattr(thing, "__dict__", None), kind, *_slots(thing).values()]
     return held
 
 
 def _undo(thing: Any, saved: set[Any]) -> list[Callable[[], None]]:
     """How to set an object back to what it holds now; storages in `saved` are passed over."""
+    kind: Any = type(thing)
     if isinstance(thing, types.FunctionType):
         return [functools.partial(_put_names, thing.__globals__, thing.__globals__, _globals(thing))]
     if isinstance(thing, type):
@@ -144,14 +146,14 @@ def _undo(thing: Any, saved: set[Any]) -> list[Callable[[], None]]:
     elif isinstance(thing, np.ndarray):
         undo.append(functools.partial(_put_array, thing, thing.copy()))
     elif isinstance(thing, torch.Generator):
-        undo.append(functools.partial(thing.set_state, thing.get_state()))
+        undo.append(functools.partial(_put_state, thing, thing.get_state()))
     elif isinstance(thing, random.Random):
         undo.append(functools.partial(thing.setstate, thing.getstate()))
     elif isinstance(thing, np.random.RandomState):
         undo.append(functools.partial(thing.set_state, thing.get_state()))
     elif isinstance(thing, np.random.Generator):
         undo.append(functools.partial(setattr, thing.bit_generator, "state", thing.bit_generator.state))
-    if not _foreign(type(thing)) and (slots := _slots(thing)):
+    if not _foreign(kind) and (slots := _slots(thing)):
         undo.append(functools.partial(_put_slots, thing, slots))
     return undo
 
@@ -215,8 +217,9 @@ def _slot_names(kind: type) -> tuple[Any, ...]:
 
 
 def _slots(thing: Any) -> dict[Any, Any]:
+    kind: Any = type(thing)
     found = {}
-    for descriptor in _slot_names(type(thing)):
+    for descriptor in _slot_names(kind):
         with suppress(AttributeError):
             found[descriptor] = descriptor.__get__(thing)
     return found
@@ -261,6 +264,10 @@ def _put_array(live: np.ndarray, before: np.ndarray) -> None:
         live[...] = before
 
 
+def _put_state(generator: torch.Generator, before: Tensor) -> None:
+    generator.set_state(before)
+
+
 def _put_content(cell: types.CellType, before: Any) -> None:
     if _content(cell) is not before:
         if before is _ABSENT:
@@ -282,7 +289,8 @@ def _put_tensor(tensor: Tensor, before: Tensor, gradient: Tensor | None) -> None
 
 
 def _put_slots(thing: Any, before: Mapping[Any, Any]) -> None:
-    for descriptor in _slot_names(type(thing)):
+    kind: Any = type(thing)
+    for descriptor in _slot_names(kind):
         if descriptor in before:
             descriptor.__set__(thing, before[descriptor])
         else:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils import checkpoint
 
 from autosparse.errors import AutoSparseError, first_line, raise_out_of_memory
@@ -64,6 +65,22 @@ def forward(model: nn.Module, state: Mapping[str, Tensor], inputs: Any) -> Any:
         ) from error
 
 
+def cross_entropy(outputs: Any, targets: Any) -> Tensor:
+    """The default loss.
+
+    Raises:
+        AutoSparseError: there is one output for each example, whose cross-entropy is 0 whatever the weights are.
+    """
+    single = isinstance(outputs, Tensor) and outputs.dim() > 1 and outputs.shape[1] == 1
+    flat = isinstance(outputs, Tensor) and outputs.dim() == 1 and isinstance(targets, Tensor) and targets.dim() == 1
+    if single or flat:
+        raise AutoSparseError(
+            f"outputs {_describe(outputs)} are one number for each example, and the default loss is the cross-entropy of several "
+            "classes: give loss=, such as torch.nn.functional.binary_cross_entropy_with_logits or mse_loss"
+        )
+    return F.cross_entropy(outputs, targets)
+
+
 def batch_loss(model: nn.Module, state: Mapping[str, Tensor], batch: Batch, loss: Loss) -> Tensor:
     """`loss(model(inputs), targets)` with `state` in place of the model's parameters and buffers.
 
@@ -75,6 +92,8 @@ def batch_loss(model: nn.Module, state: Mapping[str, Tensor], batch: Batch, loss
     outputs = forward(model, state, inputs)
     try:
         value = loss(outputs, targets)
+    except AutoSparseError:
+        raise
     except (RuntimeError, MemoryError, ValueError, IndexError, TypeError) as error:
         raise_out_of_memory(error, f"computing the loss of outputs {_describe(outputs)}")
         raise AutoSparseError(

@@ -79,7 +79,9 @@ def hessian_gradient(
             value = batch_loss(model, state, batch, cooled)
             grads = torch.autograd.grad(value, list(leaves.values()), create_graph=True, allow_unused=True)
             terms = [
-                (g * along[n]).sum() for n, g in zip(leaves, grads, strict=True) if g is not None and g.requires_grad
+                (g * along[n].conj()).real.sum()
+                for n, g in zip(leaves, grads, strict=True)
+                if g is not None and g.requires_grad
             ]
             if terms:  # else the loss is linear in the weights
                 product = torch.stack(terms).sum()
@@ -127,7 +129,7 @@ def meta_gradient(
                     state[name] = state[name] - INNER_RATE * (masked(g, kept[name]) if name in kept else g)
         value = batch_loss(model, {**state, **_buffers(model)}, batches[INNER_STEPS % len(batches)], loss)
         found = torch.autograd.grad(value, list(scales.values()), allow_unused=True)
-    return {n: torch.zeros_like(w) if g is None else g for (n, w), g in zip(weights.items(), found, strict=True)}
+    return {n: (torch.zeros_like(w) if g is None else g).real for (n, w), g in zip(weights.items(), found, strict=True)}
 
 
 def ntk_sensitivity(
@@ -179,7 +181,7 @@ def ntk_sensitivity(
             distance = torch.stack([(a - b).square().sum() for a, b in zip(one, other, strict=True)]).sum()
             share = 1 / (batch_size((x, None)) * NTK_DRAWS)
             _add(total, torch.autograd.grad(distance, list(leaves.values()), allow_unused=True), share)
-    return {n: value * kept[n] for n, value in zip(weights, total, strict=True)}
+    return {n: (value * kept[n]).real for n, value in zip(weights, total, strict=True)}
 
 
 def float_outputs(model: nn.Module, state: Weights, inputs: Any) -> list[Tensor]:

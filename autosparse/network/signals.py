@@ -8,14 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from autosparse.errors import AutoSparseError, memory_watched, require, settings, suggest
 from autosparse.masks.layers import Layer, unwrap
 from autosparse.masks.mask import masked
 from autosparse.network import saliency
 from autosparse.network.flow import rescaled_flow, synaptic_flow, without_flow
-from autosparse.network.running import Batch, Loss, batch_size
+from autosparse.network.running import Batch, Loss, batch_size, cross_entropy
 
 Signals = dict[str, dict[str, Tensor]]  # signal -> parameter name -> tensor of the parameter's shape
 
@@ -142,7 +141,7 @@ def _measured(
     if set(FROM_BATCHES) & set(names):
         if not batches:
             raise AutoSparseError("this criterion needs gradients: give batches, pairs of (inputs, targets)")
-        chosen = loss or F.cross_entropy
+        chosen = loss or cross_entropy
         if "gradient" in names:
             signals["gradient"] = saliency.gradient(model, weights, batches, chosen, seed)
         if "hessian_gradient" in names:

@@ -177,6 +177,11 @@ def rearranged(scores: Scores, positions: str, weights: Mapping[str, Tensor], co
     return found
 
 
+def _product(weight: Tensor, gradient: Tensor) -> Tensor:
+    """`θ ⊙ g`; of complex numbers `Re(θ ⊙ ḡ)`, for torch's gradient is `∂L/∂Re θ + i·∂L/∂Im θ`."""
+    return (weight * gradient.conj()).real
+
+
 def magnitude(signals: Signals, context: Context) -> Scores:
     """`s = |θ|` (Han et al. 2015; at initialization Frankle et al. 2021)."""
     return {name: weight.abs() for name, weight in signals["weight"].items()}
@@ -185,13 +190,13 @@ def magnitude(signals: Signals, context: Context) -> Scores:
 def snip(signals: Signals, context: Context) -> Scores:
     """`s = |θ ⊙ g|`, the first-order change of the loss when a weight goes (Lee et al. 2019). One batch by default."""
     gradient = signals["gradient"]
-    return {name: (weight * gradient[name]).abs() for name, weight in signals["weight"].items()}
+    return {name: _product(weight, gradient[name]).abs() for name, weight in signals["weight"].items()}
 
 
 def force(signals: Signals, context: Context) -> Scores:
     """`s = |θ ⊙ g(θ ⊙ m)|` of all weights, pruned ones too, so that they may return (de Jorge et al. 2021)."""
     gradient = signals["gradient"]
-    return {name: (weight * gradient[name]).abs() for name, weight in signals["dense_weight"].items()}
+    return {name: _product(weight, gradient[name]).abs() for name, weight in signals["dense_weight"].items()}
 
 
 def grasp(signals: Signals, context: Context) -> Scores:
@@ -200,7 +205,7 @@ def grasp(signals: Signals, context: Context) -> Scores:
     To first order removing `θ_i` changes `½‖g‖²` by `−θ_i (Hg)_i`; the authors take 10 samples of each class.
     """
     product = signals["hessian_gradient"]
-    return {name: weight * product[name] for name, weight in signals["weight"].items()}
+    return {name: _product(weight, product[name]) for name, weight in signals["weight"].items()}
 
 
 def ntk_sap(signals: Signals, context: Context) -> Scores:
@@ -253,7 +258,7 @@ def growth0(signals: Signals, context: Context) -> Scores:
     In our own measurements `−g · sign θ` told something of survival beyond `|θ|`, `|g|` nothing. Eight batches by default.
     """
     gradient = signals["gradient"]
-    return {name: -weight * gradient[name] for name, weight in signals["weight"].items()}
+    return {name: -_product(weight, gradient[name]) for name, weight in signals["weight"].items()}
 
 
 def early_magnitude(signals: Signals, context: Context, *, warm: str) -> Scores:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from autosparse.errors import AutoSparseError, require, warn
-from autosparse.masks.layers import prunable_layers, unwrap
+from autosparse.masks.layers import check_model, check_real, check_values, prunable_layers, unwrap
 from autosparse.masks.mask import Masks
 from autosparse.masks.random import derive
 from autosparse.masks.schedule import check_sparsity, densities
@@ -23,7 +23,7 @@ from autosparse.network.reachability import reachability
 from autosparse.network.running import Batch, Loss, take_batches
 from autosparse.network.signals import FIXED, FROM_BATCHES, Signals, images_seen, measure
 from autosparse.network.used import check_used, fused
-from autosparse.pruning.criteria import Context, Criterion, Preset, preset_for
+from autosparse.pruning.criteria import Context, Criterion, HandMade, Preset, preset_for
 
 
 def prune(
@@ -101,6 +101,8 @@ def prune(
         wanted,
         f"give a whole number of at least {fewest}",
     )
+    check_model(model)
+    check_values(model)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     if batches is None and fewest:
         raise AutoSparseError(f"criterion {rule.name!r} needs gradients: give batches, pairs of (inputs, targets)")
@@ -110,6 +112,8 @@ def prune(
     layers = prunable_layers(
         model, include=include, exclude=exclude, operands=None if graph is None else graph.operands
     )
+    if not isinstance(rule, HandMade) or set(rule.signals) & {"flow", "rescaled_flow", "no_flow"}:
+        check_real(model, layers, f"criterion {rule.name!r}", ": use magnitude, snip or grasp, or exclude the weight")
     if isinstance(scope, Mapping) and given:
         density = sum(scope.get(n, 1.0) * layer.numel for n, layer in layers.items())
         density /= sum(layer.numel for layer in layers.values())
@@ -228,9 +232,16 @@ def describe(model: nn.Module, masks: Masks, example: Any, graph: Graph | None =
 def _preset(criterion: str | Criterion | Preset) -> Preset:
     if isinstance(criterion, Preset):
         return criterion
-    if not isinstance(criterion, str):
-        return Preset(criterion)
-    return preset_for(criterion)
+    if isinstance(criterion, str):
+        return preset_for(criterion)
+    fits = callable(criterion) and all(hasattr(criterion, part) for part in ("name", "signals", "n_batches"))
+    require(
+        fits,
+        "criterion",
+        criterion,
+        "give a preset's name, a scorer's name or file, a Preset, or a criterion with name, signals and n_batches",
+    )
+    return Preset(criterion)
 
 
 def _density(sparsity: float | None, pattern: Granularity) -> float:

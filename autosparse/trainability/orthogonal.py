@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from autosparse.errors import require
-from autosparse.masks.layers import Layer, prunable_layers, unwrap
+from autosparse.masks.layers import Layer, check_real, check_values, prunable_layers, unwrap
 from autosparse.masks.mask import MaskReport, Masks
 from autosparse.masks.random import make_generator
 from autosparse.network.graph import Operation, trace
@@ -235,6 +235,8 @@ def _targets(model: nn.Module, masks: Masks | None, example_input: Any, gain: fl
     model = unwrap(model)
     graph = trace(model, example_input)
     layers = prunable_layers(model, operands=graph.operands)
+    check_values(model)
+    check_real(model, layers, "a preparation")
     refuse_recomputed(model, graph, layers if masks is None else masks)
     if masks is not None:
         masks.apply_(model)

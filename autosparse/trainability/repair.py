@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from autosparse.errors import AutoSparseError, require
-from autosparse.masks.layers import Layer, prunable_layers, unwrap
+from autosparse.masks.layers import Layer, check_real, check_values, prunable_layers, unwrap
 from autosparse.masks.mask import Masks
 from autosparse.network.graph import trace
 from autosparse.network.lipschitz import Pair, constant, estimate, pairs, spectral_norm
@@ -118,6 +118,8 @@ def _look(model: nn.Module, example_input: Any, masks: Masks | None) -> _Network
     model = unwrap(model)
     graph = trace(model, example_input)
     layers = prunable_layers(model, operands=graph.operands)
+    check_values(model)
+    check_real(model, layers, "a preparation")
     refuse_recomputed(model, graph, layers)
     parameters = dict(model.named_parameters())
     if masks is None:

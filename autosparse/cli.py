@@ -116,7 +116,7 @@ def prune(config: Config, overrides: Overrides = None) -> None:
     """Write the masks of a freshly initialized network, by any criterion or scorer."""
     from autosparse.config import PruneConfig, claim_directory, load_config
     from autosparse.experiment.benchmark import build_model
-    from autosparse.experiment.candidates import find_masks, identity
+    from autosparse.experiment.candidates import find_masks, inputs
     from autosparse.masks.mask import Masks
     from autosparse.training.data import load_data
     from autosparse.training.loop import check_fits, fabric_for
@@ -129,7 +129,8 @@ def prune(config: Config, overrides: Overrides = None) -> None:
     check_fits(model, data)
     directory = claim_directory(chosen)
     path = directory / "masks.safetensors"
-    if path.exists() and Masks.load(path).report.origin.get("identity") == identity(chosen.criterion):
+    of = inputs(model, data, chosen.criterion)
+    if path.exists() and Masks.load(path).report.origin.get("inputs") == of:
         _say(f"complete: {path} is there already")
         return
     with threads_for(model, data, chosen.recipe.batch_size), _quiet_warnings(), bars() as shown:
@@ -169,10 +170,11 @@ def train(config: Config, overrides: Overrides = None, profile: Profile = False)
     from autosparse.config import TrainConfig, claim_directory, load_config, plain
     from autosparse.experiment.benchmark import build_model
     from autosparse.experiment.tracking import track
-    from autosparse.files import read_json, write_json
+    from autosparse.files import fingerprint, read_json, write_json
     from autosparse.masks.mask import Masks
     from autosparse.trainability.prepare import prepare
     from autosparse.trainability.stored import save_weights
+    from autosparse.training.content import of_network
     from autosparse.training.data import load_data
     from autosparse.training.loop import fabric_for
     from autosparse.training.loop import train as run
@@ -187,8 +189,16 @@ def train(config: Config, overrides: Overrides = None, profile: Profile = False)
         masks.check(model)
     directory = claim_directory(chosen)
     done = directory / "result.json"
-    if done.exists():
-        result = read_json(done, "result")
+    result = read_json(done, "result") if done.exists() else {}
+    inputs = {
+        "images": data.content,
+        "initial network": of_network(model),
+        "masks": fingerprint(masks and dict(masks)),
+    }
+    changed = [name for name, content in inputs.items() if result and result.get("inputs", {}).get(name) != content]
+    if changed:
+        _say(f"trained anew: the {' and the '.join(changed)} are not those of the result in {directory}")
+    elif result:
         _say(f"complete: accuracy {100 * result['accuracy']:.2f} %, {directory / 'model.safetensors'}")
         if profile:
             _say("profile: nothing was trained; give another output")
@@ -236,7 +246,7 @@ def train(config: Config, overrides: Overrides = None, profile: Profile = False)
         }
         tracker.log({"test_accuracy": trained.accuracy, "test_loss": trained.loss}, int(trained.epochs))
         tracker.artifact(directory / "model.safetensors")
-        write_json(done, figures)
+        write_json(done, {**figures, "inputs": inputs})
     _say(
         f"accuracy {100 * trained.accuracy:.2f} % after the last epoch, {trained.seconds:.1f} s, "
         f"{trained.images_per_second:,.0f} images/s; {directory / 'model.safetensors'}"
@@ -318,7 +328,6 @@ def diagnose(config: Config, overrides: Overrides = None) -> None:
             chosen.diagnostics,
             sparsity=chosen.sparsity,
             recipe=chosen.recipe,
-            weights=weights,
             seed=chosen.seed,
             device=chosen.device,
             on_state=on_state,
@@ -622,11 +631,12 @@ def _fit(config: FitConfig, tracking: Path | None = None) -> Path:
 
 def _export(config: ExportConfig) -> None:
     from autosparse.config import claim_directory
-    from autosparse.files import read_json, sha256, write_json
+    from autosparse.files import fingerprint, read_json, write_json
     from autosparse.masks.mask import Masks
     from autosparse.trainability.export import export, write_table
     from autosparse.trainability.shrink import shrink
     from autosparse.trainability.stored import NetworkSettings, load_weights
+    from autosparse.training.content import of_network
     from autosparse.training.data import load_data
     from autosparse.training.loop import fabric_for
 
@@ -643,7 +653,7 @@ def _export(config: ExportConfig) -> None:
     if config.weights is not None:
         load_weights(config.weights, model if smaller is None else smaller)
     directory = claim_directory(config)
-    sources = {file: sha256(Path(file)) for file in (config.masks, config.weights) if file is not None}
+    sources = {"network": of_network(model if smaller is None else smaller), "masks": fingerprint(dict(masks))}
     done = directory / "export.json"
     if done.exists() and read_json(done, "export")["sources"] == sources:
         _say(f"complete: {directory / 'table.csv'} is there already")
@@ -698,7 +708,7 @@ def _tune(config: TuneConfig) -> None:
     from autosparse.files import write_json
     from autosparse.network.signals import SignalSettings
     from autosparse.pruning.irp import IRPSettings
-    from autosparse.scorers.outcome import Task, Trial, do_trial, no_scorer, starting_point
+    from autosparse.scorers.outcome import Task, Trial, do_trial, no_scorer, sought, starting_point
     from autosparse.scorers.outcome import tune as search
     from data_gen.tasks import sample_tasks
 
@@ -708,7 +718,7 @@ def _tune(config: TuneConfig) -> None:
     tasks = [Task(run.model, run.data, run.recipe, run.seed) for run in drawn]
     directory = claim_directory(config)
     path, base = directory / f"{config.name}.safetensors", directory / "base.safetensors"
-    if path.exists():
+    if path.exists() and load_scorer(path).card.outcome.get("inputs") == sought(scorer, tasks, config.tune):
         _say(f"complete: {path} is there already")
         return
     scorer.save(base)
@@ -797,7 +807,7 @@ def _benchmark(
     profile: Path | None = None,
 ) -> None:
     from autosparse.config import CheckConfig, claim_directory, plain
-    from autosparse.experiment.benchmark import failures, grid, result_path, run_grid
+    from autosparse.experiment.benchmark import failures, grid, result_path, run_grid, with_inputs
     from autosparse.experiment.checks import expand, tables
     from autosparse.experiment.results import collect, summary
     from autosparse.experiment.tracking import track
@@ -810,6 +820,7 @@ def _benchmark(
     cells = grid(config.models, config.data, config.recipe, criteria, config.sparsities, config.seeds)
     place = fabric_for(config.device).device if config.executor.kind == "inline" else "cpu"
     data = load_data(config.data, place)
+    cells = with_inputs(cells, data)
     directory = claim_directory(config)
     enabled = config.tracking and not all(result_path(directory, cell).exists() for cell in cells)
     first = bars(f"{what}: getting ready")
@@ -855,6 +866,7 @@ def _benchmark(
 
 def _shrink(config: ShrinkConfig) -> None:
     from autosparse.config import claim_directory, plain
+    from autosparse.experiment.benchmark import with_inputs
     from autosparse.experiment.structured import result_path, run_thinnings, summary, thinnings
     from autosparse.experiment.tracking import track
     from autosparse.training.data import load_data
@@ -872,6 +884,7 @@ def _shrink(config: ShrinkConfig) -> None:
     )
     place = fabric_for(config.device).device if config.executor.kind == "inline" else "cpu"
     data = load_data(config.data, place)
+    todo = with_inputs(todo, data)
     directory = claim_directory(config)
     done = sum(result_path(directory, thinning).exists() for thinning in todo)
     enabled = config.tracking and done < len(todo)

@@ -7,6 +7,8 @@ JSON and safetensors under the key `content_sha256`, other files in their last l
 from __future__ import annotations
 
 import csv
+import dataclasses
+import functools
 import hashlib
 import io
 import json
@@ -237,6 +239,53 @@ def _checksum(path: Path, size: int) -> bytes:
         return hashlib.sha256(b"".join(pool.map(block, range(0, size, _BLOCK)))).hexdigest().encode()
 
 
+# -- what a result is known by ------------------------------------------------------------------------------------------
+
+
 def sha256(path: Path) -> str:
+    """Of a file's bytes, read once in a process as long as its size and time of change stay."""
+    found = path.stat()
+    return _sha256(str(path.resolve()), found.st_size, found.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=4096)
+def _sha256(path: str, size: int, changed: int) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fingerprint(*facts: Any) -> str:
+    """SHA-256 of everything that a result comes from: plain values, dataclasses, tensors, and lists and mappings of these.
+
+    Equal contents have equal fingerprints on every device and in every process; the order of a mapping does not count.
+
+    Raises:
+        TypeError: a fact of another kind, of which the text may tell nothing.
+    """
+    digest = hashlib.sha256()
+    _feed(digest, facts)
+    return digest.hexdigest()
+
+
+def _feed(digest: Any, value: Any) -> None:
+    if value is None or isinstance(value, (bool, int, float, str, bytes)):
+        digest.update(f"{type(value).__name__} {value!r}\n".encode())
+    elif dataclasses.is_dataclass(value):
+        digest.update(f"{type(value).__name__}\n".encode())
+        _feed(digest, {field.name: getattr(value, field.name) for field in dataclasses.fields(value)})
+    elif isinstance(value, Mapping):
+        digest.update(f"mapping of {len(value)}\n".encode())
+        for key in sorted(value, key=repr):
+            _feed(digest, key)
+            _feed(digest, value[key])
+    elif isinstance(value, (list, tuple)):
+        digest.update(f"sequence of {len(value)}\n".encode())
+        for item in value:
+            _feed(digest, item)
+    elif type(value).__module__.partition(".")[0] == "torch" and hasattr(value, "untyped_storage"):
+        import torch
+
+        digest.update(f"{value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    else:
+        raise TypeError(f"{type(value).__name__} has no fingerprint")

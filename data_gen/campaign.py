@@ -80,15 +80,15 @@ def generate(
     campaign = Campaign()
     paths = {run.label(): record_path(directory, run) for run in todo}
     pending = [run for run in todo if not is_complete(paths[run.label()])]
-    images = {data: shared_data(data, "cpu") for data in {run.data: None for run in pending}}
+    images = {data: shared_data(data, "cpu") for data in {run.data: None for run in todo}}
     for model, data in {(run.model.label(), run.data): (run.model, images[run.data]) for run in pending}.values():
         _check(model, data)  # wrong input is told before hours are spent
-    given = images if executor.kind == "inline" else {}
-    jobs = {
-        run.label(): Job(run.label(), do_run, {"run": run, "path": paths[run.label()], "data": given.get(run.data)})
-        for run in todo
-    }
     open_labels = {run.label() for run in pending}
+    jobs = {}
+    for run in todo:  # what is complete is looked at here: whether its images and initial weights are still the same
+        here = executor.kind == "inline" or run.label() not in open_labels
+        arguments = {"run": run, "path": paths[run.label()], "data": images[run.data] if here else None}
+        jobs[run.label()] = Job(run.label(), do_run, arguments)
     with journal(directory, paths) as book:
 
         def tell(event: Event) -> None:
@@ -134,7 +134,7 @@ def do_run(
             values |= {"density": outcome.density, "accuracy": trained.accuracy, "loss": trained.loss}
         progress(values)
 
-    if data is None and not is_complete(path):
+    if data is None:
         data = shared_data(run.data, str(fabric_for(device).device))
     generate_record(
         run, path, device=device, data=data, on_round=on_round, on_epoch=lambda row: progress({**at, **row})

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from autosparse.errors import AutoSparseError
 from autosparse.files import read_json, read_safetensors, write_json, write_safetensors
@@ -24,6 +24,7 @@ from autosparse.network.signals import SignalSettings, measure
 from autosparse.pruning.irp import IRPSettings, Round, irp
 from autosparse.pruning.warmup import WarmupSettings, warmup
 from autosparse.scorers.records import Record, read_record, write_record
+from autosparse.training.content import of_start
 from autosparse.training.data import DataSettings, ImageData, load_data
 from autosparse.training.loop import Recipe, fabric_for
 from autosparse.training.models import ModelSettings, create_model
@@ -103,28 +104,38 @@ def generate_record(
         on_round: called with the round, R, and what it gave (`None` for rounds found done).
 
     Raises:
-        AutoSparseError: the record at `path` is another run's, or another process is writing it.
+        AutoSparseError: the record at `path` is of other settings, images or initial weights, or another process is
+            writing it.
         AutoSparseFailure: a training diverged or the disk is full; the rounds before are kept.
     """
+    images = load_data(run.data) if data is None else data
+    size = {"in_channels": images.channels, "classes": images.classes, "image_size": images.image_size}
+    model = create_model(run.model, **size, seed=run.seed)
+    config = {**run.config(), "inputs": of_start(model, images)}
     with sole_writer(path):
         done = read_record(path) if path.exists() else None
         if done is not None:
-            _check_same(run, done, path)
+            _check_same(config, done, path)
         if done is not None and done.complete:
             shutil.rmtree(_state_of(path), ignore_errors=True)  # a kill may have come before the end of the last start
             if on_round is not None:
                 on_round(run.irp.rounds, run.irp.rounds, None)
             return done
-        return _continue(run, path, done, device, data, on_round, on_epoch)
+        return _continue(run, config, model, images, path, done, device, on_round, on_epoch)
 
 
 def _state_of(path: Path) -> Path:
     return path.with_name(f"{path.stem}.state")
 
 
-def _check_same(run: Run, record: Record, path: Path) -> None:
-    mine, other = _flat(run.config()), _flat(dict(record.config))
-    for key in sorted(mine.keys() | other.keys()):
+def _check_same(config: Mapping[str, Any], record: Record, path: Path) -> None:
+    mine, other = _flat(config), _flat(record.config)
+    for key in sorted(mine.keys() | other.keys(), key=lambda key: (key == "inputs", key)):
+        if key == "inputs" and mine[key] != other.get(key):
+            raise AutoSparseError(
+                f"record {path} was made from other images or initial weights: choose another output directory, or "
+                "delete the record"
+            )
         if mine.get(key) != other.get(key):
             raise AutoSparseError(
                 f"record {path} was made with {key} = {other.get(key)!r}, now it is {mine.get(key)!r}: "
@@ -141,29 +152,24 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _continue(
     run: Run,
+    config: Mapping[str, Any],
+    model: nn.Module,
+    images: ImageData,
     path: Path,
     done: Record | None,
     device: str,
-    data: ImageData | None,
     on_round: Callable[[int, int, Round | None], None] | None,
     on_epoch: Callable[[dict[str, float]], None] | None,
 ) -> Record:
     place = fabric_for(device).device
-    images = (load_data(run.data) if data is None else data).to(place)
-    model = create_model(
-        run.model,
-        in_channels=images.channels,
-        classes=images.classes,
-        image_size=images.image_size,
-        seed=run.seed,
-    ).to(place)
+    images, model = images.to(place), model.to(place)
     with threads_for(model, images, run.recipe.batch_size):
         state = _state_of(path)
         rewind: dict[str, Tensor] | None = None
         if done is None:
-            record = _begin(run, model, images, device)
+            record = _begin(run, config, model, images, device)
             masks, start = None, 0
-            _claim_state(state, run)
+            _claim_state(state, config)
             if (state / "rewind.safetensors").exists():
                 rewind = _load_state(state / "rewind.safetensors", path)
         else:
@@ -198,15 +204,15 @@ def _continue(
         return record
 
 
-def _claim_state(state: Path, run: Run) -> None:
+def _claim_state(state: Path, config: Mapping[str, Any]) -> None:
     """Keep what a stop in the first round left, when it is this run's."""
     owner = state / "run.json"
-    if not owner.exists() or read_json(owner, "state of a run") != run.config():
+    if not owner.exists() or read_json(owner, "state of a run") != config:
         shutil.rmtree(state, ignore_errors=True)
-        write_json(owner, run.config())
+        write_json(owner, config)
 
 
-def _begin(run: Run, model: torch.nn.Module, images: ImageData, device: str) -> Record:
+def _begin(run: Run, config: Mapping[str, Any], model: nn.Module, images: ImageData, device: str) -> Record:
     """The record before the first round: layers, graph, and the signals of `θ₀`."""
     batches = images.sample(run.signals.batch_size, run.signals.n_batches, run.seed)
     graph = trace(model, batches[0][0][:2])
@@ -225,7 +231,7 @@ def _begin(run: Run, model: torch.nn.Module, images: ImageData, device: str) -> 
         density=np.empty(0),
         accuracy=np.empty(0),
         loss=np.empty(0),
-        config=run.config(),
+        config=config,
         seed=run.seed,
         operations=tuple(json.dumps(dataclasses.asdict(op)) for op in graph.operations),
         edges=graph.edges(),

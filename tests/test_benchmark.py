@@ -14,7 +14,16 @@ import torch
 
 from autosparse.errors import AutoSparseError
 from autosparse.experiment import benchmark, candidates
-from autosparse.experiment.benchmark import COLUMNS, Cell, build_model, failures, grid, run_grid, write_results
+from autosparse.experiment.benchmark import (
+    COLUMNS,
+    Cell,
+    build_model,
+    failures,
+    grid,
+    run_grid,
+    with_inputs,
+    write_results,
+)
 from autosparse.experiment.candidates import Candidate, find_masks
 from autosparse.masks.mask import Masks
 from autosparse.pruning import irp as irp_module
@@ -351,7 +360,7 @@ def test_irp_goes_on_where_it_was_stopped(
 def test_a_state_that_does_not_fit_is_discarded_and_told(
     tmp_path: Path, data: ImageData, candidate: Candidate, name: str, content: bytes
 ) -> None:
-    cells = cells_of(candidate)
+    cells = with_inputs(cells_of(candidate), data)
     state = benchmark.result_path(tmp_path, cells[1]).with_suffix(".state")
     state.mkdir(parents=True)
     (state / name).write_bytes(content)

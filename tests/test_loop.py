@@ -371,6 +371,10 @@ def test_checkpoints_that_do_not_fit(digits: ImageData, convnet: Make, tmp_path:
         with pytest.raises(AutoSparseError, match=r"c\.pt cannot be resumed: it is of another training.*delete it"):
             train(model, digits, recipe, **stopped(**options))
         assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items())
+    test = replace(digits.test, images=digits.test.images.flip(0))
+    for model, data in ((convnet(seed=1), digits), (convnet(), replace(digits, test=test))):
+        with pytest.raises(AutoSparseError, match=r"of another training.*initial weights or data differ"):
+            train(model, data, SHORT, masks=masks, **stopped())
     for content in (whole[:100], whole[: len(whole) // 2], b"", b"text"):
         path.write_bytes(content)
         with pytest.raises(AutoSparseError, match=r"c\.pt cannot be resumed: .*; delete it to train from the start"):

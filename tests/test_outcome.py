@@ -128,7 +128,7 @@ def test_failed_trials_are_left_out_and_too_many_end_it(tmp_path: Path) -> None:
 def test_a_trial_trains_under_the_mask_and_is_not_done_twice(tmp_path: Path) -> None:
     base = tmp_path / "base.safetensors"
     scorer().save(base)
-    trial = Trial(TASKS[0], str(base), (("layer_depth", 2.0),), 0.8, 0.01)
+    trial = Trial(TASKS[0], str(base), (("layer_depth", 2.0),), 0.8, 0.01, "of")
     path = tmp_path / "trial.json"
     found = do_trial(trial, path, device="cpu", progress=lambda row: None)
     assert found.keys() == {"loss", "accuracy", "dead"} and 0 <= found["accuracy"] <= 1 and found["loss"] > 0
@@ -137,6 +137,7 @@ def test_a_trial_trains_under_the_mask_and_is_not_done_twice(tmp_path: Path) -> 
     assert do_trial(trial, path, device="cpu", progress=lambda row: None) == found
     moved = replace(trial, scorer=str(tmp_path / "elsewhere" / "base.safetensors"))
     assert moved.key == trial.key and replace(trial, sparsity=0.9).key != trial.key
+    assert replace(trial, inputs="another").key != trial.key
 
 
 def test_a_trial_needs_validation_images(tmp_path: Path) -> None:
@@ -144,7 +145,7 @@ def test_a_trial_needs_validation_images(tmp_path: Path) -> None:
     scorer().save(base)
     task = replace(TASKS[0], data=replace(DATA, validation=0.0))
     with pytest.raises(AutoSparseError, match=r"data.validation is 0.0: trials are judged on validation images"):
-        do_trial(Trial(task, str(base), (), 0.8, 0.0), tmp_path / "t.json", device="cpu", progress=lambda row: None)
+        do_trial(Trial(task, str(base), (), 0.8, 0.0, ""), tmp_path / "t.json", device="cpu", progress=lambda row: None)
 
 
 def test_a_rule_moves_whole_layers_and_is_kept_in_the_file(tmp_path: Path) -> None:
@@ -265,6 +266,10 @@ device: cpu
     assert read_scorer(tmp_path / "out" / "tuned.safetensors").rule == tuned.rule
     main_or_exit(["tune", str(config)])
     assert "complete" in capsys.readouterr().out
+    replace(scorer(), positions="spread").save(base)  # another scorer under the same name
+    main_or_exit(["tune", str(config)])
+    assert "complete" not in capsys.readouterr().out
+    assert len(list((tmp_path / "out" / "trials").glob("*.json"))) >= 2 * len(trials) - 2
 
 
 def main_or_exit(arguments: list[str]) -> None:

@@ -100,7 +100,12 @@ def test_what_a_record_says(whole: dict[str, Path], data: ImageData) -> None:
     assert record.density.tolist() == pytest.approx(wanted, abs=1e-12)
     assert record.removal_densities.tolist() == pytest.approx(wanted[1:], abs=1e-12)
     assert len(record.accuracy) == len(record.loss) == 4 and (record.accuracy > 0.1).all()
-    assert record.config == json.loads(json.dumps(RUN.config())) and "root" not in record.config["data"]
+    own = {key: value for key, value in record.config.items() if key != "inputs"}
+    assert (
+        own == json.loads(json.dumps(RUN.config()))
+        and len(record.config["inputs"]) == 64
+        and "root" not in record.config["data"]
+    )
     assert record.graph().layers() == tuple(record.layers)
     for r in range(4):
         assert masks_of_round(record.survival, record.layers, r).density == pytest.approx(record.density[r])
@@ -365,6 +370,15 @@ def test_another_run_at_the_same_path_is_refused(whole: dict[str, Path], data: I
     assert whole["magnitude"].read_bytes() == before
 
 
+def test_other_images_under_the_same_name_are_another_run(whole: dict[str, Path], data: ImageData) -> None:
+    images = data.train.images.clone()
+    images[0, 0, 0, 0] ^= 1
+    other = replace(data, train=replace(data.train, images=images))
+    with pytest.raises(AutoSparseError, match=r"was made from other images or initial weights: choose another output"):
+        generate_record(RUN, whole["magnitude"], device="cpu", data=other)
+    assert generate_record(RUN, whole["magnitude"], device="cpu", data=data).complete
+
+
 def test_where_the_data_lie_is_no_other_run(whole: dict[str, Path], data: ImageData) -> None:
     moved = replace(RUN, data=replace(RUN.data, root="elsewhere"))
     assert generate_record(moved, whole["magnitude"], device="cpu", data=data).complete
@@ -453,13 +467,14 @@ def test_survival_of_a_record_is_nested(whole: dict[str, Path]) -> None:
             assert all(bool((now[n] | ~later[n]).all()) for n in now)
 
 
-def test_a_finished_campaign_needs_no_data(tmp_path: Path, data: ImageData, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_finished_campaign_is_still_that_of_its_images(
+    tmp_path: Path, data: ImageData, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "records" / f"{RUN.label()}.h5"
     record = generate_record(RUN, path, device="cpu", data=data)
     assert record.complete and is_complete(path) and not is_complete(tmp_path / "none.h5")
-
-    def no(*_: object) -> None:
-        raise AssertionError("the data were loaded")
-
-    monkeypatch.setattr("data_gen.campaign.shared_data", no)
+    monkeypatch.setattr("data_gen.campaign.shared_data", lambda *_: data)
     assert generate([RUN], tmp_path, device="cpu").records == [path]
+    monkeypatch.setattr("data_gen.campaign.shared_data", lambda *_: replace(data, augment="crop"))
+    with pytest.raises(AutoSparseError, match="was made from other images or initial weights"):
+        generate([RUN], tmp_path, device="cpu")

@@ -175,10 +175,10 @@ def test_another_config_does_not_take_the_directory(run: Run) -> None:
 def test_names_and_order_of_states() -> None:
     found = states([Candidate("erk"), Candidate("snip", label="s")], None, ["repair", "rei"])
     assert [s.name for s in found] == ["dense", "erk", "erk+repair", "erk+rei", "s", "s+repair", "s+rei"]
-    keys = {state.key(None) for state in found}
+    keys = {state.key("") for state in found}
     assert len(keys) == 7 and all(re.fullmatch(r"[A-Za-z0-9.+_-]+", key) for key in keys)
     # What it is called does not count, what it does counts.
-    named = [State(Candidate("erk", label="a", steps=n)).key(None).rpartition("_")[2] for n in (1, 1, 2)]
+    named = [State(Candidate("erk", label="a", steps=n)).key("").rpartition("_")[2] for n in (1, 1, 2)]
     assert named[0] == named[1] != named[2]
     with pytest.raises(AutoSparseError, match="state is 'erk\\+repair': it is there twice"):
         states([Candidate("erk")], None, ["repair", "repair"])

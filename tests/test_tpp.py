@@ -16,6 +16,7 @@ from torch import nn
 
 from autosparse import AutoSparseError, Masks, prune
 from autosparse.experiment import structured
+from autosparse.experiment.benchmark import with_inputs
 from autosparse.experiment.executor import Event
 from autosparse.experiment.structured import candidate, result_path, run_thinnings, summary, thinnings
 from autosparse.network.size import size
@@ -251,7 +252,7 @@ def test_the_comparison(tmp_path: Path, digits: ImageData) -> None:
             **({"features.8.weight": 4} if half else {}),
         }
         assert not result["stays"] and result["parameters"] < result["parameters_before"] == dense["parameters"]
-        path = result_path(tmp_path, thinning)
+        path = result_path(tmp_path, *with_inputs([thinning], digits))
         masks = Masks.load(path.with_suffix(".masks.safetensors"))
         example = digits.normalise(digits.train.images[:2])
         model = create_model(thinning.model, in_channels=1, image_size=8)
@@ -294,7 +295,8 @@ def test_after_any_stops_it_gives_the_same(tmp_path: Path, digits: ImageData, mo
     assert stops > 5
     assert max(map(epochs.count, epochs)) == 2, "no more is lost than since the last checkpoint"
     for thinning in todo:
-        a, b = (result_path(tmp_path / d, thinning).with_suffix(".safetensors") for d in ("whole", "parts"))
+        (known,) = with_inputs([thinning], digits)
+        a, b = (result_path(tmp_path / d, known).with_suffix(".safetensors") for d in ("whole", "parts"))
         assert a.read_bytes() == b.read_bytes()
 
 

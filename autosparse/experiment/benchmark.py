@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -23,12 +23,13 @@ from autosparse.errors import AutoSparseStateError, require
 from autosparse.experiment.candidates import Candidate, Found, find_masks, identity, prepare_found, resolve
 from autosparse.experiment.executor import INLINE, Event, ExecutorSettings, Job, run_jobs
 from autosparse.experiment.status import FOLDER, journal, kept_up
-from autosparse.files import read_json, replace_file, write_json
+from autosparse.files import fingerprint, read_json, replace_file, write_json
 from autosparse.masks.layers import prunable_layers
 from autosparse.masks.mask import Masks
 from autosparse.masks.random import derive
 from autosparse.masks.schedule import check_sparsity
 from autosparse.network.graph import trace
+from autosparse.training.content import of_start
 from autosparse.training.data import DataSettings, ImageData, shared_data
 from autosparse.training.loop import Recipe, Trained, check_fits, fabric_for, put_back, steps_per_epoch, train
 from autosparse.training.models import ModelSettings, create_model
@@ -58,12 +59,18 @@ COLUMNS = (
 )
 
 
+Work = TypeVar("Work", bound=Any)  # a cell, or another job that begins with the network of a model and a seed
+
+
 # -- the grid -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One training: everything that its result depends on. `candidate` is `None` for the dense network."""
+    """One training: everything that its result depends on. `candidate` is `None` for the dense network.
+
+    `inputs`: fingerprint of its images and initial network, see `with_inputs`.
+    """
 
     model: ModelSettings
     data: DataSettings
@@ -71,6 +78,7 @@ class Cell:
     candidate: Candidate | None
     sparsity: float
     seed: int
+    inputs: str = ""
 
     @property
     def criterion(self) -> str:
@@ -79,17 +87,11 @@ class Cell:
     def config(self) -> dict[str, Any]:
         values = json.loads(json.dumps(dataclasses.asdict(self)))
         values["data"].pop("root")
-        if self.candidate is not None:  # what is not given does not count, nor what it is called
-            given = {k: v for k, v in values["candidate"].items() if v is not None and v is not False and k != "label"}
-            values["candidate"] = given
-            values["candidate"]["criterion"] = identity(self.candidate)
-            if (other := self.candidate.layer_densities) is not None:
-                values["candidate"]["scope"] = f"densities:{identity(other)}"
-        return values
+        return values | {"candidate": None if self.candidate is None else identity(self.candidate)}
 
     def key(self) -> str:
-        """File name: readable, and unique through a hash of the settings."""
-        digest = hashlib.sha256(json.dumps(self.config(), sort_keys=True).encode()).hexdigest()[:10]
+        """File name: readable, and unique through a hash of the settings and inputs."""
+        digest = fingerprint(self.config())[:10]
         name = re.sub(r"[^A-Za-z0-9.-]+", "_", self.criterion)
         return f"{self.model.label()}_{name}_{self.sparsity:g}_s{self.seed}_{digest}"
 
@@ -125,6 +127,16 @@ def grid(
 def build_model(model: ModelSettings, data: ImageData, seed: int = 0) -> nn.Module:
     """A freshly initialized network that fits the data."""
     return create_model(model, in_channels=data.channels, classes=data.classes, image_size=data.image_size, seed=seed)
+
+
+def with_inputs(cells: Sequence[Work], data: ImageData) -> list[Work]:
+    """The cells, known by the content of their images and initial networks as well as by their settings."""
+    known: dict[tuple[str, int], str] = {}
+    for cell in cells:
+        key = (cell.model.label(), cell.seed)
+        if key not in known:
+            known[key] = of_start(build_model(cell.model, data, cell.seed), data)
+    return [dataclasses.replace(cell, inputs=known[cell.model.label(), cell.seed]) for cell in cells]
 
 
 def check_prunable(model: nn.Module, data: ImageData) -> None:
@@ -302,6 +314,7 @@ def run_grid(
     Raises:
         AutoSparseError: a model or a scorer cannot work, or another process works on the directory.
     """
+    cells = with_inputs(cells, data)
     paths = [result_path(directory, cell) for cell in cells]
     results = {path: read_json(path, "result") for path in paths if path.exists()}
     fresh = {path: cell for path, cell in zip(paths, cells, strict=True) if path not in results}

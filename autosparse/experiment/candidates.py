@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -13,8 +14,8 @@ from torch import Tensor, nn
 
 from autosparse.errors import AutoSparseError, of_state, require, settings, suggest
 from autosparse.experiment.checks import CHECKS, split
-from autosparse.experiment.tracking import load_scorer
-from autosparse.files import read_json, sha256, write_json
+from autosparse.experiment.tracking import find_scorer, load_scorer
+from autosparse.files import fingerprint, sha256, write_json
 from autosparse.masks.layers import Layer, prunable_layers
 from autosparse.masks.mask import Masks
 from autosparse.masks.schedule import SCHEDULES, check_sparsity
@@ -24,11 +25,13 @@ from autosparse.network.signals import parse_warmup
 from autosparse.pruning.criteria import PRESETS, Criterion, Inverted, Preset, preset_for
 from autosparse.pruning.dissipating import DissipatingSettings, combined, dissipating
 from autosparse.pruning.irp import IRPSettings, irp
-from autosparse.pruning.kstarts import KStartsSettings, kstarts
+from autosparse.pruning.kstarts import KStartsSettings, kstarts, read_progress
+from autosparse.pruning.kstarts import fingerprint as search_of
 from autosparse.pruning.prune import describe, prune
 from autosparse.pruning.warmup import WarmupSettings, warmup
-from autosparse.scorers.bundled import bundled, is_scorer
+from autosparse.scorers.bundled import is_scorer
 from autosparse.trainability.prepare import check_preparation, prepare
+from autosparse.training.content import of_start
 from autosparse.training.data import ImageData
 from autosparse.training.loop import Recipe, rewound, steps_per_epoch
 
@@ -219,19 +222,20 @@ def resolve(text: str) -> str | Criterion:
     return load_scorer(text) if is_scorer(text) else text
 
 
-def identity(candidate: Candidate) -> str:
-    """What its criterion is, for telling whether a result is still its own: a scorer is what its file holds, not its
-    path.
+def identity(candidate: Candidate) -> dict[str, Any]:
+    """What a result depends on, as plain values: what is given but for its label, and for a scorer what its file holds.
 
     Raises:
         AutoSparseError: the scorer's file does not exist.
     """
-    path = bundled().get(candidate.base, Path(candidate.base))
-    if path.suffix != ".safetensors":
-        return candidate.criterion
-    if not path.is_file():
-        raise AutoSparseError(f"scorer file {path} does not exist: fit it first, or check the path")
-    return ("" if candidate.variant is None else f"{candidate.variant}:") + sha256(path)
+    values = json.loads(json.dumps(dataclasses.asdict(candidate)))
+    given = {k: v for k, v in values.items() if v is not None and v is not False and k != "label"}
+    if is_scorer(candidate.base):
+        variant = "" if candidate.variant is None else f"{candidate.variant}:"
+        given["criterion"] = variant + sha256(find_scorer(candidate.base))
+    if (other := candidate.layer_densities) is not None:
+        given["scope"] = {"densities": identity(other)}
+    return given
 
 
 def find_masks(
@@ -268,10 +272,14 @@ def find_masks(
         masks = _scored(replace(work, scope=densities), candidate, inverted=True).masks
         found = replace(found, masks=masks)  # a check, so at the cost of what it checks
     masks = found.masks
-    masks.report = replace(
-        masks.report, origin={**masks.report.origin, "candidate": candidate.name, "identity": identity(candidate)}
-    )
+    origin = {**masks.report.origin, "candidate": candidate.name, "inputs": inputs(model, data, candidate)}
+    masks.report = replace(masks.report, origin=origin)
     return found
+
+
+def inputs(model: nn.Module, data: ImageData, candidate: Candidate) -> str:
+    """Fingerprint of what the masks of a candidate come from, beside sparsity, seed and recipe."""
+    return fingerprint(of_start(model, data), identity(candidate))
 
 
 def prepare_found(model: nn.Module, data: ImageData, how: str, found: Found, seed: int = 0) -> Found:
@@ -399,9 +407,11 @@ def _ticket(work: _Work, candidate: Candidate, layers: Mapping[str, Layer], dens
         floor=candidate.floor,
     )
     start, masks, seconds = 0, None, 0.0
-    if state is not None and (state / "irp.json").exists():
-        with of_state():
-            progress = read_json(state / "irp.json", "state of a cell")
+    of = search_of(model, data, "irp", chosen, recipe, work.scope, work.seed)
+    with of_state():
+        progress = read_progress(state and state / "irp.json", of, {"rounds": 0, "seconds": 0.0})
+        if progress["rounds"]:
+            assert state is not None
             start, seconds = progress["rounds"], progress["seconds"]
             masks = Masks.load(state / f"round{start}.safetensors")
     with rewound(model):
@@ -424,7 +434,7 @@ def _ticket(work: _Work, candidate: Candidate, layers: Mapping[str, Layer], dens
             assert masks is not None
             if state is not None:
                 masks.save(state / f"round{start}.safetensors")
-                write_json(state / "irp.json", {"rounds": start, "seconds": seconds})
+                write_json(state / "irp.json", {"of": of, "rounds": start, "seconds": seconds})
     assert masks is not None
     masks.report = replace(masks.report, origin={"rounds": rounds})
     return Found(masks, seconds, rounds * recipe.length(data) / per_epoch)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import hashlib
-import json
 import math
 import re
 import warnings
@@ -18,10 +16,11 @@ from torch import nn
 
 from autosparse.errors import AutoSparseError, require
 from autosparse.experiment.candidates import Candidate, Found, find_masks, identity, prepare_found
-from autosparse.files import read_json, replace_file, sha256, write_json
+from autosparse.files import fingerprint, read_json, replace_file, sha256, write_json
 from autosparse.masks.mask import Masks
 from autosparse.network.diagnostics import Diagnosis, DiagnosticSettings, diagnose
 from autosparse.network.restore import private_copy
+from autosparse.training.content import of_start
 from autosparse.training.data import ImageData
 from autosparse.training.loop import Recipe
 
@@ -45,16 +44,10 @@ class State:
     def name(self) -> str:
         return self.criterion if self.prepare is None else f"{self.criterion}+{self.prepare}"
 
-    def key(self, weights: Path | None) -> str:
-        """File name: readable, and unique through a hash of what the state depends on beside the config."""
-        origin: Any = None
-        if isinstance(self.pruned, Path):
-            origin = sha256(self.pruned)
-        elif self.pruned is not None:
-            given = {k: v for k, v in dataclasses.asdict(self.pruned).items() if k not in ("criterion", "label")}
-            origin = [identity(self.pruned), given]
-        text = json.dumps([origin, self.prepare, None if weights is None else sha256(weights)], sort_keys=True)
-        return f"{re.sub(r'[^A-Za-z0-9.+-]+', '_', self.name)}_{hashlib.sha256(text.encode()).hexdigest()[:10]}"
+    def key(self, of: str) -> str:
+        """File name: readable, and unique through a hash of the state and of what it depends on beside, `of`."""
+        pruned: Any = sha256(self.pruned) if isinstance(self.pruned, Path) else self.pruned and identity(self.pruned)
+        return f"{re.sub(r'[^A-Za-z0-9.+-]+', '_', self.name)}_{fingerprint(pruned, self.prepare, of)[:10]}"
 
 
 def states(criteria: Sequence[Candidate], masks: Path | None, prepare: Sequence[str]) -> list[State]:
@@ -84,7 +77,6 @@ def run_states(
     *,
     sparsity: float | None,
     recipe: Recipe,
-    weights: Path | None = None,
     seed: int = 0,
     device: str = "auto",
     on_state: Callable[[int, dict[str, Any]], None] | None = None,
@@ -96,18 +88,18 @@ def run_states(
 
     Args:
         data: on the device of `model`.
-        weights: the file that the model's weights are from, for telling states apart.
         on_state: is told the place of each state in `todo`, and its result.
     """
     results = []
+    of = of_start(model, data)
     for number, state in enumerate(todo):
-        path = directory / "states" / f"{state.key(weights)}.json"
+        path = directory / "states" / f"{state.key(of)}.json"
         if path.exists():
             result = read_json(path, "state")
         else:
             found, network = None, model
             if state.pruned is not None:
-                found = _masks(state, directory, weights, model, data, sparsity, recipe, seed, device)
+                found = _masks(state, directory, of, model, data, sparsity, recipe, seed, device)
             if state.prepare is not None:
                 assert found is not None
                 network = private_copy(model)
@@ -138,7 +130,7 @@ def run_states(
 def _masks(
     state: State,
     directory: Path,
-    weights: Path | None,
+    of: str,
     model: nn.Module,
     data: ImageData,
     sparsity: float | None,
@@ -152,7 +144,7 @@ def _masks(
         masks.check(model)
         return Found(masks, 0.0, 0.0)
     assert state.pruned is not None
-    key = State(state.pruned).key(weights)
+    key = State(state.pruned).key(of)
     path = directory / "masks" / f"{key}.safetensors"
     if path.exists():
         return Found(Masks.load(path).to(data.device), 0.0, 0.0)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import hashlib
 import io
 import json
 import re
@@ -18,12 +17,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from autosparse.errors import AutoSparseError, AutoSparseFailure, AutoSparseStateError, of_state, require
-from autosparse.experiment.benchmark import build_model, rounded
+from autosparse.experiment.benchmark import build_model, rounded, with_inputs
 from autosparse.experiment.candidates import Candidate, find_masks, identity
 from autosparse.experiment.executor import INLINE, Event, ExecutorSettings, Job, run_jobs
 from autosparse.experiment.results import Table, in_percent, stat
 from autosparse.experiment.status import journal, kept_up
-from autosparse.files import read_json, read_safetensors, replace_file, write_json, write_safetensors
+from autosparse.files import fingerprint, read_json, read_safetensors, replace_file, write_json, write_safetensors
 from autosparse.masks.mask import Masks
 from autosparse.network.size import size
 from autosparse.trainability.shrink import remove
@@ -68,7 +67,10 @@ def candidate(method: str) -> Candidate:
 
 @dataclass(frozen=True)
 class Thinning:
-    """One network made smaller: everything that its result depends on; the dense training has no `method` and the rest."""
+    """One network made smaller: everything that its result depends on; the dense training has no `method` and the rest.
+
+    `inputs`: fingerprint of its images and initial network, see `benchmark.with_inputs`.
+    """
 
     model: ModelSettings
     data: DataSettings
@@ -78,6 +80,7 @@ class Thinning:
     ratio: Ratio = 0.0
     tpp: TPPSettings | None = None
     finetune: Recipe | None = None
+    inputs: str = ""
 
     @property
     def ratio_label(self) -> str:
@@ -90,17 +93,17 @@ class Thinning:
 
     def dense(self) -> Thinning:
         """The dense training that it begins with, which all methods and ratios share."""
-        return Thinning(self.model, self.data, self.recipe, self.seed)
+        return Thinning(self.model, self.data, self.recipe, self.seed, inputs=self.inputs)
 
     def key(self) -> str:
-        """File name: readable, and unique through a hash of the settings."""
+        """File name: readable, and unique through a hash of the settings and inputs."""
         values = json.loads(json.dumps(dataclasses.asdict(self)))
         values["data"].pop("root")
         name = "dense"
         if self.method is not None:
             values["criterion"] = identity(candidate(self.method))
             name = f"{self.method}_{self.ratio_label}"
-        digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:10]
+        digest = fingerprint(values)[:10]
         return f"{self.model.label()}_{re.sub(r'[^A-Za-z0-9.-]+', '_', name)[:60]}_s{self.seed}_{digest}"
 
 
@@ -158,6 +161,7 @@ def run_thinnings(
         AutoSparseError: the network cannot take the images, a ratio fits no layer, or another process works on the
             directory.
     """
+    todo = with_inputs(todo, data)
     paths = [result_path(directory, thinning) for thinning in todo]
     results = {path: read_json(path, "result") for path in paths if path.exists()}
     fresh = {path: thinning for path, thinning in zip(paths, todo, strict=True) if path not in results}

@@ -189,12 +189,24 @@ def load_scorer(source: str | Path, directory: Path | None = None) -> Scorer:
 
     AutoSparseError: no such file or model, or one that is no scorer of this version.
     """
-    from autosparse.scorers.bundled import bundled
     from autosparse.scorers.scorer import read_scorer
 
+    return read_scorer(find_scorer(source, directory))
+
+
+def find_scorer(source: str | Path, directory: Path | None = None) -> Path:
+    """The file of a scorer that is named as for `load_scorer`.
+
+    AutoSparseError: no such file or model.
+    """
+    from autosparse.scorers.bundled import bundled
+
     if str(source).startswith("models:/"):
-        source = download_scorer(str(source), directory)
-    return read_scorer(bundled().get(str(source), source))
+        return download_scorer(str(source), directory)
+    path = Path(bundled().get(str(source), source))
+    if not path.is_file():
+        raise AutoSparseError(f"scorer file {path} does not exist: fit it first, or check the path")
+    return path
 
 
 def require_mlflow() -> None:

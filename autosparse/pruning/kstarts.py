@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import statistics
 import time
@@ -15,12 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from autosparse.errors import AutoSparseFailure, AutoSparseStateError, of_state, require, settings
+from autosparse.files import fingerprint as content
 from autosparse.files import read_json, read_safetensors, write_json, write_safetensors
 from autosparse.masks.layers import Layer, unwrap
 from autosparse.masks.mask import MaskReport, Masks
 from autosparse.masks.random import derive, make_generator
 from autosparse.masks.schedule import check_density
 from autosparse.masks.selection import Scope, select
+from autosparse.training.content import of_network
 from autosparse.training.data import ImageData
 from autosparse.training.loop import Recipe, full_state, put_back, rewound, steps_per_epoch, train
 
@@ -296,11 +297,7 @@ def child(parents: Sequence[Masks], mutation: float, seed: int) -> Masks:
 
 def fingerprint(model: nn.Module, data: ImageData, *facts: Any, masks: Mapping[str, Tensor] | None = None) -> str:
     """What the state of a search belongs to: its settings, the weights and masks it starts from, the data."""
-    digest = hashlib.sha256(repr((facts, data.augment, data.classes)).encode())
-    labels = (data.train.labels, data.validation.labels)
-    for tensor in (*full_state(model).values(), *(masks or {}).values(), *labels):
-        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    return content(facts, data.content, of_network(model, source=False), masks and dict(masks))
 
 
 def read_progress(path: Path | None, of: str, nothing: dict[str, Any]) -> dict[str, Any]:

@@ -6,8 +6,6 @@ Here the layers' share of a scorer's scores, a few coefficients, is changed towa
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import statistics
 import time
@@ -17,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from autosparse.errors import AutoSparseError, AutoSparseFailure, require, settings, suggest
-from autosparse.files import read_json, write_json
+from autosparse.files import fingerprint, read_json, write_json
 from autosparse.masks.layers import prunable_layers
 from autosparse.masks.random import make_generator
 from autosparse.masks.schedule import check_sparsity
@@ -31,7 +30,8 @@ from autosparse.pruning.warmup import WarmupSettings, warmup
 from autosparse.scorers.features import contexts
 from autosparse.scorers.mlp import NoNetwork
 from autosparse.scorers.scorer import DENSITIES, Scorer, read_scorer
-from autosparse.training.data import DataSettings, shared_data
+from autosparse.training.content import of_start
+from autosparse.training.data import DataSettings, ImageData, shared_data
 from autosparse.training.loop import Recipe, evaluate, fabric_for, train
 from autosparse.training.models import ModelSettings, create_model
 from autosparse.training.threads import threads_for
@@ -108,21 +108,36 @@ Run = Callable[[Sequence["Trial"]], Mapping[str, dict[str, float]]]  # what each
 
 @dataclass(frozen=True)
 class Trial:
-    """One training of a task under the mask of the scorer with a rule; `scorer`: its file."""
+    """One training of a task under the mask of the scorer with a rule; `scorer`: its file.
+
+    `inputs`: fingerprint of what the scorer holds, and of the images and the initial network of the task.
+    """
 
     task: Task
     scorer: str
     rule: tuple[tuple[str, float], ...]
     sparsity: float
     floor: float
+    inputs: str
 
     @property
     def key(self) -> str:
         """A hash of what determines its result; not among it where the data and the scorer lie."""
         values = asdict(self)
         values["task"]["data"].pop("root")
-        values["scorer"] = Path(self.scorer).name
-        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+        values.pop("scorer")
+        return fingerprint(values)[:16]
+
+
+def inputs_of(task: Task) -> str:
+    """Fingerprint of the images and of the initial network of a task."""
+    data = shared_data(task.data, "cpu")
+    return of_start(_network(task, data), data)
+
+
+def _network(task: Task, data: ImageData) -> nn.Module:
+    size = {"in_channels": data.channels, "classes": data.classes, "image_size": data.image_size}
+    return create_model(task.model, **size, seed=task.seed)
 
 
 def no_scorer(name: str) -> Scorer:
@@ -150,9 +165,7 @@ def do_trial(
     data = shared_data(task.data, str(place))
     if len(data.validation) == 0:
         raise AutoSparseError(f"data.validation is {task.data.validation}: trials are judged on validation images")
-    model = create_model(
-        task.model, in_channels=data.channels, classes=data.classes, image_size=data.image_size, seed=task.seed
-    ).to(place)
+    model = _network(task, data).to(place)
     with threads_for(model, data, task.recipe.batch_size):
         scorer = replace(read_scorer(trial.scorer), rule=dict(trial.rule))
         batches = data.sample(scorer.batch_size, max(scorer.n_batches, 1), task.seed)
@@ -218,9 +231,12 @@ def tune(
     history: list[dict[str, Any]] = []
     course = []
 
+    content = scorer.content()
+    inputs = {id(task): fingerprint(content, inputs_of(task)) for task in tasks}
+
     def trial(task: Task, at: torch.Tensor, sparsity: float) -> Trial:
         moved = {n: round(float(v) / scales[n], 6) for n, v in zip(chosen.features, at, strict=True)}
-        return Trial(task, str(file), tuple({**scorer.rule, **moved}.items()), sparsity, chosen.floor)
+        return Trial(task, str(file), tuple({**scorer.rule, **moved}.items()), sparsity, chosen.floor, inputs[id(task)])
 
     for generation in range(chosen.generations):
         generator = make_generator(chosen.seed, "directions", generation)
@@ -251,6 +267,7 @@ def tune(
     found = run([one for pair in both for one in pair])
     judged = [(found[a.key], found[b.key]) for a, b in both if a.key in found and b.key in found]
     outcome = {
+        "inputs": sought(scorer, tasks, chosen),
         "settings": asdict(chosen),
         "tasks": len(learning),
         "history": history,
@@ -262,12 +279,18 @@ def tune(
     return replace(scorer, rule={**scorer.rule, **rule}, card=replace(scorer.card, outcome=outcome))
 
 
+def sought(scorer: Scorer, tasks: Sequence[Task], chosen: OutcomeSettings) -> str:
+    """Fingerprint of everything that `tune` makes its result from."""
+    parts = [[inputs_of(task), task.model.label(), asdict(task.recipe), task.seed] for task in tasks]
+    return fingerprint(scorer.content(), parts, chosen)
+
+
 def feature_scales(tasks: Sequence[Task], names: Sequence[str]) -> dict[str, float]:
     """Standard deviation of the features over the layers of all tasks; 1 where there is none."""
     values: dict[str, list[float]] = {name: [] for name in names}
     for task in {task.model.label(): task for task in tasks}.values():
         data = shared_data(task.data, "cpu")
-        model = create_model(task.model, in_channels=data.channels, classes=data.classes, image_size=data.image_size)
+        model = _network(replace(task, seed=0), data)
         graph = trace(model, data.normalise(data.train.images[:2]))
         layers = prunable_layers(model, operands=graph.operands)
         weights = {"weight": {n: p.detach() for n, p in model.named_parameters() if n in layers}}

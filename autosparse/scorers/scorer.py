@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from autosparse.errors import AutoSparseError, require
-from autosparse.files import read_safetensors, write_safetensors
+from autosparse.files import fingerprint, read_safetensors, write_safetensors
 from autosparse.network.signals import Signals
 from autosparse.pruning.criteria import Context, Scores, ranks_within, rearranged
 from autosparse.scorers import heads
@@ -89,6 +89,11 @@ class Scorer:
             constants = view.contexts[name].constants
             scores[name] = scores[name] + sum(weight * constants[key] for key, weight in self.rule.items())
         return scores
+
+    def content(self) -> str:
+        """Fingerprint of all that its scores depend on: not its name, nor its card."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("network", "card", "name")}
+        return fingerprint(values, self.network.state_dict())
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file that holds the weights, their own configuration, feature names and card."""

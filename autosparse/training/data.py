@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from autosparse.errors import AutoSparseError, first_line, require, settings, suggest
+from autosparse.files import fingerprint
 from autosparse.masks.random import derive, make_generator, make_numpy_generator
 
 AUGMENTATIONS = ("none", "crop", "crop+flip")
@@ -68,6 +69,17 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @functools.cached_property
+    def content(self) -> str:
+        """Fingerprint of images and labels, made once."""
+        return fingerprint(self.images, self.labels)
+
+    def to(self, device: torch.device | str) -> Split:
+        moved = Split(self.images.to(device), self.labels.to(device))
+        if "content" in self.__dict__:
+            moved.__dict__["content"] = self.content
+        return moved
+
 
 @dataclass(frozen=True)
 class ImageData:
@@ -93,12 +105,16 @@ class ImageData:
     def device(self) -> torch.device:
         return self.train.images.device
 
+    @property
+    def content(self) -> str:
+        """Fingerprint of all images and labels, and of what is done to them; the same on every device."""
+        splits = [split.content for split in (self.train, self.validation, self.test)]
+        return fingerprint(splits, self.classes, self.mean, self.std, self.augment)
+
     def to(self, device: torch.device | str) -> ImageData:
         if torch.device(device) == self.device:
             return self
-        train, validation, test = (
-            Split(s.images.to(device), s.labels.to(device)) for s in (self.train, self.validation, self.test)
-        )
+        train, validation, test = (split.to(device) for split in (self.train, self.validation, self.test))
         return ImageData(train, validation, test, self.classes, self.mean.to(device), self.std.to(device), self.augment)
 
     def without(self, *splits: str) -> ImageData:

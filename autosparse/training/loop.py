@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import itertools
 import logging
@@ -14,7 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, distributed, nn
 from torch.nn import functional as F
@@ -28,12 +26,13 @@ from autosparse.errors import (
     require,
     settings,
 )
-from autosparse.files import check_seal, replace_file, seal
+from autosparse.files import check_seal, fingerprint, replace_file, seal
 from autosparse.masks.layers import unwrap
 from autosparse.masks.mask import Masks, Zeroing
 from autosparse.masks.random import derive, seed_global
 from autosparse.network.restore import restored
 from autosparse.network.running import eval_mode
+from autosparse.training.content import of_network
 from autosparse.training.data import ImageData
 from autosparse.training.devices import device_names
 from autosparse.training.profile import parts
@@ -294,7 +293,7 @@ def train(
         device: `"auto"`, `"cpu"`, `"cuda"`, `"cuda:1"`, or several, `"cuda:0,1"`; the model ends up on it, or the first.
         start_step, stop_step: train this part of the recipe's steps only (late rewinding).
         checkpoint: file to write at epoch ends, `checkpoint_every` seconds apart or more, and to resume from; it is
-            removed at the end. It must be of this very training: recipe, seed, masks, steps and data.
+            removed at the end. It must be of this very training: recipe, seed, masks, steps, initial weights and data.
         validate: measure accuracy and loss on the validation images after each epoch; nothing else depends on it.
         on_epoch: called with each new row of the history.
         on_gradient: called before each step of the optimizer with the number of steps done, when the gradients of the
@@ -346,7 +345,10 @@ def train(
     per_epoch, length = steps_per_epoch(data, recipe.batch_size), recipe.length(data)
     stop = length if stop_step is None else min(stop_step, length)
     result = Trained(steps=start_step)
-    of = "" if checkpoint is None else _fingerprint(data, recipe, masks, seed, start_step, stop)
+    of = ""
+    if checkpoint is not None:  # with anything else it would go on silently wrong
+        network_now = of_network(model, source=False)  # a script that was edited may go on
+        of = fingerprint(data.content, network_now, recipe, masks and dict(masks), seed, start_step, stop)
     if checkpoint is not None and checkpoint.exists():
         _restore(checkpoint, of, model, optimizer.optimizer, result)
     handles = []
@@ -456,18 +458,6 @@ def _check_finite(total: Tensor | float, result: Trained, recipe: Recipe) -> Non
         )
 
 
-def _fingerprint(
-    data: ImageData, recipe: Recipe, masks: Masks | None, seed: int, start_step: int, stop_step: int
-) -> str:
-    """What a checkpoint belongs to: with anything else it would go on silently wrong."""
-    digest = hashlib.sha256(repr((recipe, seed, start_step, stop_step, data.augment, data.classes)).encode())
-    digest.update(data.train.labels.cpu().numpy().tobytes())
-    for name, mask in sorted((masks or {}).items()):
-        digest.update(name.encode())
-        digest.update(np.packbits(mask.cpu().numpy()).tobytes())
-    return digest.hexdigest()
-
-
 def _save(path: Path, of: str, model: nn.Module, optimizer: torch.optim.Optimizer, result: Trained) -> None:
     state = {
         "of": of,
@@ -489,7 +479,7 @@ def _restore(path: Path, of: str, model: nn.Module, optimizer: torch.optim.Optim
         content = path.read_bytes()[: check_seal(path, "checkpoint")]
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         if state.get("of") != of:
-            raise ValueError("it is of another training (recipe, seed, masks, steps or data differ)")
+            raise ValueError("it is of another training (recipe, seed, masks, steps, initial weights or data differ)")
         result.steps, result.seconds, result.history = state["steps"], state["seconds"], state["history"]
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])

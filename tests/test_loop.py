@@ -24,8 +24,18 @@ from autosparse.masks.layers import prunable_layers
 from autosparse.masks.mask import Masks
 from autosparse.pruning.prune import prune
 from autosparse.training.data import ImageData, Split
-from autosparse.training.loop import Recipe, Trained, evaluate, fabric_for, learning_rate, steps_per_epoch
+from autosparse.training.loop import (
+    Recipe,
+    Trained,
+    check_fits,
+    evaluate,
+    fabric_for,
+    learning_rate,
+    steps_per_epoch,
+    training_loss,
+)
 from autosparse.training.loop import train as train_anywhere
+from autosparse.training.models import create_model
 
 Make = Callable[..., nn.Module]
 SHORT = Recipe(epochs=3, batch_size=16, lr=0.05, schedule="cosine")
@@ -583,3 +593,49 @@ def test_prunable_layers_are_the_same_after_training(digits: ImageData, convnet:
     before = prunable_layers(model)
     train(model, digits, Recipe(steps=1, batch_size=16))
     assert prunable_layers(model) == before
+
+
+# -- auxiliary outputs and lazy models ----------------------------------------------------------------------------------
+
+
+class TwoHeads(nn.Module):
+    """In train mode a tuple: logits, those of an auxiliary classifier, and `None` where one is switched off."""
+
+    def __init__(self, in_channels: int, classes: int) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(in_channels, 4, 3), nn.BatchNorm2d(4)
+        self.main, self.auxiliary = nn.LazyLinear(classes), nn.Linear(4, classes)
+
+    def forward(self, x: Tensor) -> Any:
+        h = torch.relu(self.norm(self.conv(x))).mean((2, 3))
+        return (self.main(h), self.auxiliary(h), None) if self.training else self.main(h)
+
+
+def test_the_loss_of_auxiliary_classifiers_counts_three_tenths() -> None:
+    labels = torch.tensor([0])
+    logits = torch.tensor([[0.0, 0.0]])  # cross-entropy log 2
+    assert float(training_loss(logits, labels)) == pytest.approx(math.log(2))
+    assert float(training_loss((logits, logits, None), labels)) == pytest.approx(1.3 * math.log(2))
+
+
+def test_a_lazy_model_with_auxiliary_outputs_is_pruned_and_trained(digits: ImageData) -> None:
+    model = create_model(f"{__name__}:TwoHeads", in_channels=digits.channels, classes=digits.classes, image_size=8)
+    before = copy.deepcopy(model.state_dict())
+    check_fits(model, digits)
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items()) and model.training
+    masks = prune(model, 0.5, "snip", batches=digits.sample(8, 1, 0))
+    auxiliary = model.auxiliary.bias.detach().clone()
+    trained = train(model, digits, Recipe(steps=2, lr=0.1), masks=masks)
+    assert trained.steps == 2 and 0 <= trained.accuracy <= 1 and not torch.equal(auxiliary, model.auxiliary.bias)
+
+
+def test_what_a_model_gives_in_train_mode_is_checked_before_it_starts(digits: ImageData) -> None:
+    class Odd(TwoHeads):
+        def forward(self, x: Tensor) -> Any:
+            found = super().forward(x)
+            return (found[0], x) if self.training else found
+
+    with pytest.raises(AutoSparseError, match="in train mode: it must give logits"):
+        model = Odd(digits.channels, digits.classes)
+        model.eval()(torch.zeros(2, digits.channels, 8, 8))
+        check_fits(model, digits)

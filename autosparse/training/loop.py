@@ -29,7 +29,7 @@ from autosparse.errors import (
 from autosparse.files import check_seal, fingerprint, replace_file, seal
 from autosparse.masks.layers import unwrap
 from autosparse.masks.mask import Masks, Zeroing
-from autosparse.masks.random import derive, seed_global
+from autosparse.masks.random import derive, forked, seed_global
 from autosparse.network.restore import restored
 from autosparse.network.running import eval_mode
 from autosparse.training.content import of_network
@@ -208,26 +208,48 @@ def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     )
 
 
+AUXILIARY = 0.3  # weight of each auxiliary classifier in the loss
+
+
 @torch.no_grad()
 def check_fits(model: nn.Module, data: ImageData) -> None:
-    """Raise `AutoSparseError` unless the model takes the images and has an output for every class."""
+    """Raise `AutoSparseError` unless the model takes the images and has an output for every class, in both modes."""
     device = next(model.parameters()).device
     images = data.normalise(data.train.images[:2].to(data.device)).to(device)
     try:
-        with eval_mode(model), torch.random.fork_rng(devices=[]):
+        with restored(model), forked([device]):
+            model.eval()
             outputs = model(images)
+            model.train()
+            trained = model(images)
     except (RuntimeError, MemoryError, ValueError, AssertionError, IndexError, TypeError) as error:
         raise_out_of_memory(error, f"running {type(model).__name__} on two images")
         raise AutoSparseError(
             f"{type(model).__name__} cannot take batches of shape {tuple(images.shape)}: {first_line(error)}; "
             "change data.image_size, or give a model for these images"
         ) from error
-    if not isinstance(outputs, Tensor) or outputs.dim() != 2 or outputs.shape[1] < data.classes:
-        got = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
-        raise AutoSparseError(
-            f"{type(model).__name__} gives outputs {got} for {len(images)} images of {data.classes} classes: "
-            f"it must give logits of shape ({len(images)}, {data.classes})"
-        )
+    for mode, found in (("eval", [outputs]), ("train", logits_of(trained))):
+        for logits in found:
+            if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[1] < data.classes:
+                got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+                raise AutoSparseError(
+                    f"{type(model).__name__} gives outputs {got} for {len(images)} images of {data.classes} classes in {mode} "
+                    f"mode: it must give logits of shape ({len(images)}, {data.classes}), and beside them auxiliary logits at most"
+                )
+
+
+def logits_of(outputs: Any) -> list[Any]:
+    """The logits that a model gives in train mode, and after them those of its auxiliary classifiers, if it has any."""
+    return [found for found in outputs if found is not None] if isinstance(outputs, tuple) else [outputs]
+
+
+def training_loss(outputs: Any, labels: Tensor, smoothing: float = 0.0) -> Tensor:
+    """Cross-entropy of the logits, and 0.3 times that of each auxiliary classifier.
+
+    Source: Szegedy et al. 2015, "Going deeper with convolutions" (GoogLeNet), where the weight is 0.3.
+    """
+    loss, *auxiliary = (F.cross_entropy(logits, labels, label_smoothing=smoothing) for logits in logits_of(outputs))
+    return loss + AUXILIARY * torch.stack(auxiliary).sum() if auxiliary else loss
 
 
 @torch.no_grad()
@@ -392,8 +414,8 @@ def train(
                     torch.compiler.cudagraph_mark_step_begin()
                 seed_global(seed, "training step", result.steps, rank, device=fabric.device)
                 begin("forward")
-                logits = network(_layout(images, recipe.channels_last))
-                loss = F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
+                outputs = network(_layout(images, recipe.channels_last))
+                loss = training_loss(outputs, labels, recipe.label_smoothing)
                 begin("backward")
                 fabric.backward(loss)
                 begin("optimizer")

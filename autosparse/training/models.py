@@ -14,9 +14,11 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from autosparse.errors import AutoSparseError, first_line, require, settings, suggest
 from autosparse.masks.random import seeded
+from autosparse.network.running import eval_mode
 from autosparse.training.cells import CellNet, soften_branches
 
 M = TypeVar("M", bound=nn.Module)
@@ -274,7 +276,7 @@ def create_model(
     chosen = ModelSettings(model) if isinstance(model, str) else model
     with seeded(seed, "initialization"):
         try:
-            return _build(chosen, in_channels, classes, image_size)
+            return _filled(_build(chosen, in_channels, classes, image_size), (2, in_channels, image_size, image_size))
         except TypeError as error:
             raise AutoSparseError(
                 f"model {chosen.name!r} does not take options {dict(chosen.options)} and width {chosen.width}: {error}"
@@ -287,6 +289,15 @@ def create_model(
                 f"model {chosen.name!r} cannot be built for images of {in_channels}×{image_size}×{image_size} with options "
                 f"{dict(chosen.options)}: {reason}; change data.image_size or the options"
             ) from error
+
+
+@torch.no_grad()
+def _filled(network: nn.Module, shape: tuple[int, ...]) -> nn.Module:
+    """`network`, of whose lazy modules the shapes are set by one pass."""
+    if any(isinstance(p, UninitializedParameter) for p in network.parameters()):
+        with eval_mode(network):
+            network(torch.zeros(shape))
+    return network
 
 
 def _build(model: ModelSettings, in_channels: int, classes: int, image_size: int) -> nn.Module:

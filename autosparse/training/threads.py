@@ -32,8 +32,8 @@ def threads_for(model: nn.Module, data: ImageData, batch_size: int) -> Iterator[
         yield before
         return
     with FlopCounterMode(display=False) as counter:
-        check_fits(model, data)  # a forward pass of two images; two FLOPs are one multiply-accumulate
-    macs = counter.get_total_flops() // 4 * batch_size
+        check_fits(model, data)  # two images forward in either mode; two FLOPs are one multiply-accumulate
+    macs = counter.get_total_flops() // 8 * batch_size
     count = max(1, min(before, macs // _MACS))
     torch.set_num_threads(count)
     try:

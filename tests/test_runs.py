@@ -294,6 +294,7 @@ def test_killed_at_three_random_moments(tmp_path: Path, rewind_step: int) -> Non
         **SLOW,
         "irp": {**SLOW["irp"], "rewind_step": rewind_step},
         "signals": {"n_batches": 1},
+        "executor": "inline",
         "device": "cpu",
         "tracking": False,
     }
@@ -306,7 +307,7 @@ def test_killed_at_three_random_moments(tmp_path: Path, rewind_step: int) -> Non
     for moment in moments:
         process = start(config)
         while process.poll() is None and rounds_in(record) < moment:
-            time.sleep(0.01)
+            time.sleep(0.05)
         time.sleep(chance.uniform(0, 0.05))
         process.send_signal(signal.SIGKILL)
         killed.append(process.wait() == -signal.SIGKILL)

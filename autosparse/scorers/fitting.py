@@ -40,6 +40,7 @@ from autosparse.scorers.mlp import Moments
 from autosparse.scorers.records import Record, open_record, read_record
 from autosparse.scorers.scorer import FITTED, Scorer, build_network
 from autosparse.scorers.splits import UNITS, Parts, folds, split_records
+from autosparse.training.threads import threads_of_step
 
 _BLOCK = 1 << 16  # rows that are read at a time
 
@@ -402,9 +403,12 @@ def fit_parts(
             network = build_network(
                 fit_settings.scorer, features, heads.outputs(fit_settings.head), fit_settings.options()
             )
-        history, kept = _train(
-            network, part(parts.fit), part(parts.validation), fit_settings, torch.device(device), on_epoch
-        )
+        # A weight of a row's network is used once for each row; an image's for each of its points.
+        uses = 1_000_000 if fit_settings.scorer == "image" else fit_settings.batch_size
+        with threads_of_step(sum(p.numel() for p in network.parameters()) * uses):
+            history, kept = _train(
+                network, part(parts.fit), part(parts.validation), fit_settings, torch.device(device), on_epoch
+            )
         if isinstance(network, image.ImageScorer):
             network = network.table(_TABLE)
     network.cpu().eval()

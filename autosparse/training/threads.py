@@ -18,11 +18,25 @@ _MACS = 100_000_000
 
 
 @contextmanager
-def threads_for(model: nn.Module, data: ImageData, batch_size: int) -> Iterator[int]:
-    """As many threads of torch as a step of `model` keeps busy, never more than before; afterwards as many as before.
+def threads_of_step(macs: int) -> Iterator[int]:
+    """As many threads of torch as a step with so many multiply-accumulates forward keeps busy; afterwards as many as before.
 
-    `max(1, min(threads, M·B // 10⁸))`, with M multiply-accumulates of the forward pass of an image and B = `batch_size`: so a
-    small network takes one, and trains to the same bits wherever it does. Yields the number. On a GPU nothing changes.
+    `max(1, min(threads before, macs // 10⁸))`. Yields the number.
+    """
+    before = torch.get_num_threads()
+    count = max(1, min(before, macs // _MACS))
+    torch.set_num_threads(count)
+    try:
+        yield count
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def threads_for(model: nn.Module, data: ImageData, batch_size: int) -> Iterator[int]:
+    """`threads_of_step` of a batch of `data`: so a small network takes one thread, and trains to the same bits wherever it does.
+
+    On a GPU nothing changes. Yields the number.
 
     Raises:
         AutoSparseError: the model does not take the images.
@@ -33,10 +47,5 @@ def threads_for(model: nn.Module, data: ImageData, batch_size: int) -> Iterator[
         return
     with FlopCounterMode(display=False) as counter:
         check_fits(model, data)  # two images forward in either mode; two FLOPs are one multiply-accumulate
-    macs = counter.get_total_flops() // 8 * batch_size
-    count = max(1, min(before, macs // _MACS))
-    torch.set_num_threads(count)
-    try:
+    with threads_of_step(counter.get_total_flops() // 8 * batch_size) as count:
         yield count
-    finally:
-        torch.set_num_threads(before)

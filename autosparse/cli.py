@@ -242,7 +242,8 @@ def train(config: Config, overrides: Overrides = None, profile: Profile = False)
         save_weights(directory / "model.safetensors", model)
         write_json(directory / "history.json", {"epochs": trained.history})
         figures = {
-            k: getattr(trained, k) for k in ("accuracy", "loss", "steps", "epochs", "seconds", "images_per_second")
+            k: getattr(trained, k)
+            for k in ("accuracy", "loss", "steps", "epochs", "seconds", "images_per_second", "arithmetic")
         }
         tracker.log({"test_accuracy": trained.accuracy, "test_loss": trained.loss}, int(trained.epochs))
         tracker.artifact(directory / "model.safetensors")

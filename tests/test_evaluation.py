@@ -14,6 +14,7 @@ from torch import Tensor
 from autosparse.masks.layers import Layer
 from autosparse.network.signals import Signals
 from autosparse.pruning.criteria import CRITERIA, Context, Criterion, HandMade
+from autosparse.scorers import evaluation
 from autosparse.scorers.card import FIGURES, OWN
 from autosparse.scorers.evaluation import RIVALS, compare, evaluate, figures, means
 from autosparse.scorers.records import read_record
@@ -122,3 +123,23 @@ def test_rivals_stand_beside_where_their_signals_are_stored(path: Path) -> None:
     found = compare([scores(TICKET["a"][0].tolist(), TICKET["b"][0].tolist())], read_record(path))
     assert list(found) == ["known", "magnitude", "snip", "growth0"], "no flow in this record"
     assert found["known"]["overlap"] == 1 and found["magnitude"] == judge(CRITERIA["magnitude"], path)
+
+
+@pytest.mark.parametrize("values", [2, 5, 1000])
+@pytest.mark.parametrize("size", [1, 2, 19, 20, 21, 137])
+def test_the_auc_within_bins_is_the_mean_of_scikit_learns(size: int, values: int) -> None:
+    """Weighted by pairs; with few values there are many ties, within bins and over their edges."""
+    from sklearn.metrics import roc_auc_score
+
+    for seed in range(5):
+        rng = np.random.default_rng(seed)
+        scores, labels = rng.integers(0, values, size).astype(np.float32), rng.random(size) < 0.3
+        weight = rng.integers(0, 4, size)
+        parts = np.array_split(np.argsort(weight, kind="stable"), max(1, size // 20))
+        bins = evaluation._bins(weight)
+        assert all(set(bins[part]) == {number} for number, part in enumerate(parts))
+        both = [part for part in parts if 0 < labels[part].sum() < len(part)]
+        pairs = [labels[part].sum() * (~labels[part]).sum() for part in both]
+        wanted = np.average([roc_auc_score(labels[p], scores[p]) for p in both], weights=pairs) if both else math.nan
+        found = evaluation._mean_auc([(labels, scores, bins)])
+        assert found == pytest.approx(wanted, abs=1e-12, nan_ok=True)

@@ -639,3 +639,26 @@ def test_what_a_model_gives_in_train_mode_is_checked_before_it_starts(digits: Im
         model = Odd(digits.channels, digits.classes)
         model.eval()(torch.zeros(2, digits.channels, 8, 8))
         check_fits(model, digits)
+
+
+@pytest.mark.parametrize("tf32", [False, True])
+def test_a_training_leaves_the_arithmetic_as_the_user_set_it(digits: ImageData, convnet: Make, tf32: bool) -> None:
+    cudnn, seen = torch.backends.cudnn, []
+    before = cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic
+    cudnn.allow_tf32, cudnn.benchmark = tf32, True
+
+    def look(row: dict[str, float]) -> None:
+        seen.append((cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic, cudnn.enabled))
+
+    try:
+        found = train(convnet(), digits, Recipe(epochs=1, batch_size=32), on_epoch=look)
+        after = cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic
+    finally:
+        cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic = before
+    assert seen == [(tf32, False, True, True)] and after == (tf32, True, before[2])
+    assert found.arithmetic == {
+        "matmul_precision": torch.get_float32_matmul_precision(),
+        "cudnn_tf32": tf32,
+        "cudnn_benchmark": False,
+        "cudnn_deterministic": True,
+    }

@@ -275,6 +275,7 @@ def _result(cell: Cell, found: Found | None, trained: Trained, epochs: float) ->
         "notes": [] if masks is None else list(masks.report.notes),
         "layers": [] if masks is None else [{"name": r.name, "kept": r.kept, "total": r.total} for r in masks.layers()],
         "history": trained.history,
+        "arithmetic": trained.arithmetic,
     }
 
 

@@ -257,6 +257,7 @@ def _train_dense(
         "macs": before.macs,
         "seconds": trained.seconds,
         "history": trained.history,
+        "arithmetic": trained.arithmetic,
     }
 
 
@@ -331,6 +332,7 @@ def _make_smaller(
         "filters": {name: len(filters) for name, filters in removal.removed.items()},
         "stays": dict(removal.stays),
         "history": trained.history,
+        "arithmetic": trained.arithmetic,
     }
 
 

@@ -66,9 +66,9 @@ def figures(criterion: Criterion, record: Record) -> dict[str, float]:
     masks = select(scores, density, layers=record.layers)
     inside = select(scores, density, layers=record.layers, scope=shares)
     return {
-        "auc": _auc(np.concatenate(list(ticket.values())), np.concatenate(list(own.values()))),
-        "auc_within_layers": _mean_auc([(ticket[n], own[n]) for n in own]),
-        "auc_within_magnitude_bins": _mean_auc([(ticket[n][b], own[n][b]) for n in weight for b in _bins(weight[n])]),
+        "auc": _mean_auc([(np.concatenate([*ticket.values()]), np.concatenate([*own.values()]), None)]),
+        "auc_within_layers": _mean_auc([(ticket[n], own[n], None) for n in own]),
+        "auc_within_magnitude_bins": _mean_auc([(ticket[n], own[n], _bins(weight[n])) for n in weight]),
         "overlap": _overlap(ticket, masks, size),
         "overlap_within_layers": _overlap(ticket, inside, size),
         "density_error": sum(abs(int(masks[n].sum()) - kept[n]) for n in kept) / (2 * size),
@@ -85,25 +85,36 @@ def _mean(values: Sequence[float]) -> float:
     return sum(known) / len(known) if known else math.nan
 
 
-def _bins(values: np.ndarray) -> list[np.ndarray]:
-    """Some 20 neighbours in rank each: in wider bins of a sparse ticket, magnitude would tell much."""
-    return np.array_split(np.argsort(values, kind="stable"), max(1, len(values) // 20))
+def _bins(values: np.ndarray) -> np.ndarray:
+    """The bin of each value: some 20 neighbours in rank each, since in wider ones magnitude would tell much of a ticket."""
+    count, size = max(1, len(values) // 20), len(values)
+    bins = np.empty(size, np.int64)
+    # As np.array_split: the first bins have one more.
+    bins[np.argsort(values, kind="stable")] = np.repeat(
+        np.arange(count), [size // count + (i < size % count) for i in range(count)]
+    )
+    return bins
 
 
-def _auc(labels: np.ndarray, scores: np.ndarray) -> float:
-    from sklearn.metrics import roc_auc_score
+def _mean_auc(parts: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray | None]]) -> float:
+    """The share of pairs (in the ticket, not in it) that the scores order, ties worth half, over all bins of all parts.
 
-    if labels.all() or not labels.any():
-        return math.nan
-    return float(roc_auc_score(labels, scores))
-
-
-def _mean_auc(parts: Sequence[tuple[np.ndarray, np.ndarray]]) -> float:
-    """Mean over parts that hold both classes, weighted by the pairs that each compares."""
-    total, weight = 0.0, 0.0
-    for labels, scores in parts:
-        pairs = float(labels.sum()) * float((~labels).sum())
-        if pairs > 0:
-            total += pairs * _auc(labels, scores)
-            weight += pairs
-    return total / weight if weight else math.nan
+    So it is the mean of the AUC of bins that hold both, weighted by the pairs of each; NaN where there are no pairs. A part
+    has labels, scores, and bins (`None`: one). With r the mean rank within its bin, `Σ_b Σ_{labels} r − n₁(n₁ + 1)/2` are
+    the pairs in order (Mann and Whitney 1947): one sort for all bins.
+    """
+    ordered = pairs = 0.0
+    for labels, scores, bins in parts:
+        bins = np.zeros(len(scores), np.int64) if bins is None else bins
+        order = np.lexsort((scores, bins))
+        label, score, place = labels[order], scores[order], bins[order]
+        new = np.r_[True, (score[1:] != score[:-1]) | (place[1:] != place[:-1])]
+        start = np.flatnonzero(new)  # of runs of equal scores in a bin
+        length = np.diff(np.r_[start, len(score)])
+        first = np.flatnonzero(np.r_[True, place[1:] != place[:-1]])  # of bins
+        size = np.diff(np.r_[first, len(score)])
+        rank = np.repeat(start + (length + 1) / 2, length) - np.repeat(first, size)
+        ones = np.add.reduceat(label.astype(np.float64), first)
+        ordered += float((rank * label).sum() - (ones * (ones + 1) / 2).sum())
+        pairs += float((ones * (size - ones)).sum())
+    return ordered / pairs if pairs else math.nan

@@ -106,7 +106,7 @@ class Trained:
     """What a training gave: `accuracy` and `loss` on the test images after the last step, never the best epoch's.
 
     `history` has one row per epoch: epoch, step, loss (training), accuracy and validation_loss (validation; NaN where it
-    was not looked at), lr.
+    was not looked at), lr. `arithmetic`: TF32, and what else of torch's settings it depends on, as they were.
     """
 
     accuracy: float = math.nan
@@ -116,6 +116,7 @@ class Trained:
     seconds: float = 0.0
     images_per_second: float = math.nan
     history: list[dict[str, float]] = field(default_factory=list)
+    arithmetic: dict[str, Any] = field(default_factory=dict)
 
 
 def steps_per_epoch(data: ImageData, batch_size: int) -> int:
@@ -394,9 +395,10 @@ def train(
     before = result.seconds
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=gpus))
-        stack.enter_context(torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True))
+        stack.enter_context(_same_sums())
         stack.enter_context(torch._dynamo.config.patch(recompile_limit=_ARCHITECTURES))
         stack.callback(begin, "other")
+        result.arithmetic = arithmetic()
         while result.steps < stop:
             epoch = result.steps // per_epoch
             first = result.steps % per_epoch
@@ -470,6 +472,31 @@ def train(
     if checkpoint is not None and rank == 0:
         checkpoint.unlink(missing_ok=True)
     return result
+
+
+@contextmanager
+def _same_sums() -> Iterator[None]:
+    """cuDNN takes the same algorithm at every start; all else of `torch.backends` stays as the user has set it.
+
+    `torch.backends.cudnn.flags` would not leave it: what it is not given it sets, TF32 to on.
+    """
+    cudnn = torch.backends.cudnn
+    before = cudnn.benchmark, cudnn.deterministic
+    cudnn.benchmark, cudnn.deterministic = False, True
+    try:
+        yield
+    finally:
+        cudnn.benchmark, cudnn.deterministic = before
+
+
+def arithmetic() -> dict[str, Any]:
+    """The settings of torch on which the last bits of a training depend, as they are now."""
+    return {
+        "matmul_precision": torch.get_float32_matmul_precision(),
+        "cudnn_tf32": torch.backends.cudnn.allow_tf32,
+        "cudnn_benchmark": torch.backends.cudnn.benchmark,
+        "cudnn_deterministic": torch.backends.cudnn.deterministic,
+    }
 
 
 def _check_finite(total: Tensor | float, result: Trained, recipe: Recipe) -> None:

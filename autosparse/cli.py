@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from autosparse.errors import AutoSparseError, AutoSparseFailure
+from autosparse.errors import AutoSparseError, AutoSparseFailure, memory_watched
 from autosparse.processes import let_threads_sleep, start_server
 from autosparse.streams import readable, streams
 from autosparse.terminal import Live, bars, busy, words
@@ -57,7 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     let_threads_sleep()
     with streams():
         try:
-            app(args=arguments, standalone_mode=True)
+            with memory_watched("working"):
+                app(args=arguments, standalone_mode=True)
         except AutoSparseError as error:
             _fail(str(error), 2)
         except AutoSparseFailure as error:

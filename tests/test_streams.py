@@ -1,0 +1,91 @@
+"""What a command prints, wherever it goes: nothing that is computed is lost for it."""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from autosparse.errors import AutoSparseError
+from autosparse.files import Unfailing
+from autosparse.masks.random import derive
+from autosparse.streams import readable
+
+PRINTS = """
+import sys
+from autosparse.streams import streams
+with streams():
+    print("4×3 weights, θ₀ ± 0.5 − 1, Größe 語")
+    print("more", flush=True)
+    open({done!r}, "w").close()
+    sys.exit({code})
+"""
+
+
+def run(tmp_path: Path, redirect: str, code: int = 0, **environment: str) -> subprocess.CompletedProcess[bytes]:
+    """A shell in which a command prints, and then does its work."""
+    source = PRINTS.format(done=str(tmp_path / "done"), code=code)
+    command = f'set -o pipefail; "$PYTHON" -c "$SOURCE" {redirect}'
+    values = {**os.environ, **environment, "PYTHON": sys.executable, "SOURCE": source}
+    found = subprocess.run(["bash", "-c", command], env=values, capture_output=True, timeout=60)
+    assert (tmp_path / "done").exists(), found.stderr
+    return found
+
+
+@pytest.mark.parametrize(
+    ("encoding", "text"),
+    [
+        ("ascii", b"4x3 weights, theta0 +/- 0.5 - 1, Grosse ?"),
+        ("latin-1", "4×3 weights, theta0 ± 0.5 - 1, Größe ?".encode("latin-1")),
+        ("utf-8", "4×3 weights, θ₀ ± 0.5 − 1, Größe 語".encode()),
+    ],
+)
+def test_a_terminal_without_the_characters_gets_readable_ones(tmp_path: Path, encoding: str, text: bytes) -> None:
+    found = run(tmp_path, "", PYTHONIOENCODING=encoding)
+    assert found.returncode == 0 and found.stderr == b""
+    assert found.stdout.splitlines()[0] == text
+
+
+@pytest.mark.parametrize(
+    ("redirect", "code", "ends", "said"),
+    [
+        (">/dev/full", 0, 1, b"error: cannot print: No space left on device; what was computed is kept\n"),
+        (">/dev/full", 2, 2, b"error: cannot print: No space left on device; what was computed is kept\n"),
+        (">/dev/full 2>/dev/full", 0, 1, b""),
+        ("| true", 0, 0, b""),
+        (">&-", 0, 0, b""),
+        (">&- 2>&-", 3, 3, b""),
+    ],
+)
+def test_a_stream_that_takes_nothing_stops_no_work(
+    tmp_path: Path, redirect: str, code: int, ends: int, said: bytes
+) -> None:
+    found = run(tmp_path, redirect, code)
+    assert (found.returncode, found.stderr) == (ends, said)
+
+
+def test_readable_keeps_what_the_encoding_has() -> None:
+    assert readable("‖∇L‖ ≥ 1 … é", "ascii") == "||grad L|| >= 1 ... e"
+    assert readable("± é", "latin-1") == "± é"
+    assert readable("‖θ‖", "utf-8") == "‖θ‖"
+    assert readable("plain", None) == "plain"
+
+
+def test_a_file_that_takes_every_write_keeps_the_first_error(tmp_path: Path) -> None:
+    with Unfailing("/dev/full", "wb") as full:
+        assert full.write(b"abc") == 3 and full.write(b"de") == 2
+        assert full.error is not None and full.error.strerror == "No space left on device"
+    with io.BufferedWriter(Unfailing(tmp_path / "a", "wb")) as file:
+        file.write(b"abc")
+    assert (tmp_path / "a").read_bytes() == b"abc"
+
+
+@pytest.mark.parametrize("seed", [True, 1.0, 1.5, "1", None])
+def test_a_seed_is_a_whole_number(seed: object) -> None:
+    with pytest.raises(AutoSparseError, match=f"seed is {seed!r}: give a whole number"):
+        derive(seed, "test")  # type: ignore[arg-type]
+    assert 0 <= derive(10**23, "test") < 2**63 and derive(-1, "test") != derive(1, "test")

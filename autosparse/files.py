@@ -109,6 +109,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], schema: str, **
     metadata = {"schema": schema, **metadata}
     with replace_file(path) as temporary:
         save_file(stored, temporary, {**metadata, HASH: _hash_of(metadata, stored)})
+        _order_metadata(temporary)
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -117,6 +118,18 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
+
+
+def _order_metadata(path: Path) -> None:
+    """The same content makes the same file: safetensors writes its metadata in random order."""
+    with open(path, "r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode().ljust(length)
+        if len(text) == length:
+            file.seek(8)
+            file.write(text)
 
 
 def read_safetensors(

@@ -205,3 +205,9 @@ def test_the_hash_is_of_the_content_alone(folder: Path) -> None:
     ]
     hashes = {hash_of(other, x="1", y="2") for other in others} | {hash_of(first, x="1", y="3"), same}
     assert len(hashes) == 6
+
+
+def test_the_same_content_makes_the_same_bytes(folder: Path) -> None:
+    for name in ("first", "second", "third"):
+        masks().save(folder / name)
+    assert (folder / "first").read_bytes() == (folder / "second").read_bytes() == (folder / "third").read_bytes()

@@ -568,7 +568,7 @@ def test_export_does_the_rest_where_one_form_is_impossible(run: Callable[..., tu
     ("override", "message"),
     [
         ("masks=none.safetensors", "masks file none.safetensors does not exist"),
-        ("weights=none.safetensors", "weights none.safetensors does not exist: check the path"),
+        ("weights=none.safetensors", "weights file none.safetensors does not exist: check the path"),
         ("export.forms=[onnix]", "did you mean 'onnx'?"),
         ("model.width=9", "it was made for another model"),
         ("classes=null", "give input_size and classes together"),

@@ -662,3 +662,20 @@ def test_a_training_leaves_the_arithmetic_as_the_user_set_it(digits: ImageData, 
         "cudnn_benchmark": False,
         "cudnn_deterministic": True,
     }
+
+
+def test_a_parametrized_weight_trains_under_its_mask(digits: ImageData, convnet: Make, tmp_path: Path) -> None:
+    """Emptied filters of a weight norm are not 0/0, and a checkpoint holds no mask."""
+    model, again = convnet(), convnet()
+    for network in (model, again):
+        name = next(n for n, m in network.named_modules() if isinstance(m, nn.Conv2d))
+        nn.utils.parametrizations.weight_norm(network.get_submodule(name))
+    mask = torch.rand(network.get_submodule(name).weight.shape) < 0.5
+    mask[0] = False
+    masks, recipe, state = Masks({f"{name}.weight": mask}), replace(SHORT, clip_norm=1.0), tmp_path / "state"
+    assert math.isfinite(train(model, digits, recipe, masks=masks, checkpoint=state).loss)
+    weight = model.get_submodule(name).weight.detach()
+    assert weight.isfinite().all() and (weight[~mask] == 0).all() and (weight[mask] != 0).all()
+    again.load_state_dict(model.state_dict())
+    masks.apply_(again)
+    assert torch.equal(again.get_submodule(name).weight, weight)

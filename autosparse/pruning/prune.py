@@ -45,7 +45,7 @@ def prune(
     exclude: str | Sequence[str] | None = None,
     floor: float = 0.0,
 ) -> Masks:
-    """Choose the weights that stay; nothing of `model` changes.
+    """Choose the weights that stay; nothing of `model` changes, nor of what it remembers (see `network.restore.restored`).
 
     In each of `steps` steps the signals are measured on `θ ⊙ m`, the criterion scores them, and the highest stay, down
     to exactly `round((1 − sparsity)·N)` of the N prunable weights in the last. A weight that `torch.nn.utils.parametrize`

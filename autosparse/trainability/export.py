@@ -342,9 +342,14 @@ def _safetensors(job: _Job) -> _Made:
 
 def _torch_export(job: _Job) -> _Made:
     path, buffer = job.path("pt2"), io.BytesIO()
-    torch.export.save(job.program, buffer)
-    buffer.seek(0)
-    program = torch.export.load(buffer)
+    try:
+        torch.export.save(job.program, buffer)
+        buffer.seek(0)
+        program = torch.export.load(buffer)
+    except Exception as error:  # torch's own checks of what it has traced
+        raise AutoSparseFailure(
+            f"{type(job.module).__name__} cannot be saved as a program: {first_line(error)}"
+        ) from error
     _check_batches(path.name, "torch_export", job, program.module())
     _write(path, buffer.getvalue())
     if job.device.type != "cpu":

@@ -577,10 +577,12 @@ def _fit(config: FitConfig, tracking: Path | None = None) -> Path:
     from autosparse.files import read_json, sha256, write_json
     from autosparse.scorers.card import OWN, PARTS, read_card
     from autosparse.scorers.fitting import fit as run
-    from autosparse.scorers.records import find_records
+    from autosparse.scorers.records import distinct, find_records
     from autosparse.training.loop import fabric_for
 
-    records = find_records(config.records)
+    records, copies = distinct(find_records(config.records))
+    for note in copies:
+        _say(f"note: {note}")
     device = str(fabric_for(config.device).device)
     directory = claim_directory(config)
     path, card = directory / f"{config.name}.safetensors", directory / "scorer.json"

@@ -431,3 +431,13 @@ def test_a_tag_holds_out_every_record_that_has_it(records: list[Path]) -> None:
     card = fit_parts(sources, parts, settings)[0].card
     assert card.part("test") == ["0.h5", "2.h5"] and card.notes == [parts.note]
     assert card.epoch == 1 and "validation_loss" not in card.history[0]
+
+
+def test_the_same_record_given_twice_counts_once(records: list[Path], tmp_path: Path) -> None:
+    copy = tmp_path / "copy.h5"
+    copy.write_bytes(records[0].read_bytes())
+    with pytest.warns(UserWarning, match=r"copy\.h5 is the same as .*0\.h5: it counts once"):
+        card = fit([*records, copy], replace(QUICK, epochs=1)).card
+    alone = fit(records, replace(QUICK, epochs=1)).card
+    assert [r["name"] for r in card.records] == ["0.h5", "1.h5", "2.h5"]
+    assert (card.corpus, card.history, card.test) == (alone.corpus, alone.history, alone.test)

@@ -418,12 +418,13 @@ def collect(directory: Path) -> Found:
     found = Found()
     cells: list[tuple[Path, dict[str, Any]]] = []
     rows: list[Result] = []
-    rows_at: dict[Path, list[Result]] = defaultdict(list)
+    rows_at: dict[tuple[Path, tuple[str, str, int]], list[Result]] = defaultdict(list)
 
     def read_results(path: Path, name: str) -> None:
         loaded, notes = load_results(path)
         rows.extend(loaded)
-        rows_at[path.parent].extend(loaded)
+        for row in loaded:
+            rows_at[path.parent, (row.model, row.criterion, row.seed)].append(row)
         found.notes += [f"{name}: {note}" for note in notes]
 
     def read_cell(path: Path, name: str) -> None:
@@ -462,7 +463,8 @@ def collect(directory: Path) -> Found:
     stale = 0
     for path, cell in cells:
         try:
-            match = row_of_cell(rows_at[path.parent.parent], cell)
+            name = (cell["model"], cell["criterion"], int(cell["seed"]))
+            match = row_of_cell(rows_at.get((path.parent.parent, name), ()), cell)
             layers = {str(layer["name"]): int(layer["kept"]) / int(layer["total"]) for layer in cell["layers"]}
         except (ValueError, KeyError, TypeError, ArithmeticError) as error:
             found.notes.append(f"{'/'.join(path.relative_to(directory).parts)} ignored: {first_line(error)}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 from autosparse.errors import AutoSparseError
 from autosparse.files import read_json, sha256, write_json
 from autosparse.network.graph import Graph
-from autosparse.scorers.records import Record, find_records, read_record
+from autosparse.scorers.records import Record, distinct, find_records, read_record
 from autosparse.training.data import DataSettings
 
 SCHEMA = "autosparse.corpus/1"
@@ -133,7 +134,10 @@ def write_index(directory: Path) -> Corpus:
     Raises:
         AutoSparseError: there is no record, or one is damaged.
     """
-    corpus = Corpus(directory, tuple(_entry(directory, path) for path in find_records([directory])))
+    once, notes = distinct(find_records([directory]))
+    for note in notes:
+        warnings.warn(note, stacklevel=2)
+    corpus = Corpus(directory, tuple(_entry(directory, path) for path in once))
     rows = [{**asdict(entry), "tags": sorted(entry.tags)} for entry in corpus.entries]
     write_json(directory / INDEX, {"schema": SCHEMA, "sha256": corpus.sha256, "records": rows})
     return corpus

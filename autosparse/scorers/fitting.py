@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +38,7 @@ from autosparse.scorers.features import (
     signals_of,
 )
 from autosparse.scorers.mlp import Moments
-from autosparse.scorers.records import Record, open_record, read_record
+from autosparse.scorers.records import Record, distinct, open_record, read_record
 from autosparse.scorers.scorer import FITTED, Scorer, build_network
 from autosparse.scorers.splits import UNITS, Parts, folds, split_records
 from autosparse.training.threads import threads_of_step
@@ -375,7 +376,10 @@ def features_of(fit_settings: FitSettings) -> tuple[str, ...]:
 def open_sources(records: Sequence[Path], fit_settings: FitSettings) -> list[Source]:
     features, graph = features_of(fit_settings), fit_settings.scorer == "gnn"
     tags = fit_settings.split.startswith("tag:")
-    return [open_source(path, features, graph=graph, tags=tags) for path in records]
+    once, notes = distinct(records)
+    for note in notes:
+        warnings.warn(note, stacklevel=3)
+    return [open_source(path, features, graph=graph, tags=tags) for path in once]
 
 
 def fit_parts(

@@ -12,7 +12,7 @@ import h5py
 import numpy as np
 
 from autosparse.errors import AutoSparseError
-from autosparse.files import Unfailing, check_file, check_seal, is_sealed, replace_file, seal
+from autosparse.files import Unfailing, check_file, check_seal, is_sealed, replace_file, seal, sha256
 from autosparse.masks.layers import Layer
 from autosparse.network.graph import Graph
 
@@ -207,6 +207,17 @@ def is_complete(path: Path) -> bool:
             return bool(file.attrs["complete"])
     except (AutoSparseError, OSError, KeyError):
         return False
+
+
+def distinct(paths: Iterable[Path]) -> tuple[list[Path], list[str]]:
+    """The records once each by their content, and a line for each that is a copy of another."""
+    first: dict[str, Path] = {}
+    notes = []
+    for path in paths:
+        known = first.setdefault(sha256(path), path)
+        if known is not path:
+            notes.append(f"record {path} is the same as {known}: it counts once")
+    return list(first.values()), notes
 
 
 def _leaves(group: h5py.Group, prefix: str = "") -> list[tuple[str, h5py.Group]]:

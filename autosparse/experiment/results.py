@@ -463,8 +463,8 @@ def collect(directory: Path) -> Found:
     stale = 0
     for path, cell in cells:
         try:
-            name = (cell["model"], cell["criterion"], int(cell["seed"]))
-            match = row_of_cell(rows_at.get((path.parent.parent, name), ()), cell)
+            start = (cell["model"], cell["criterion"], int(cell["seed"]))
+            match = row_of_cell(rows_at.get((path.parent.parent, start), ()), cell)
             layers = {str(layer["name"]): int(layer["kept"]) / int(layer["total"]) for layer in cell["layers"]}
         except (ValueError, KeyError, TypeError, ArithmeticError) as error:
             found.notes.append(f"{'/'.join(path.relative_to(directory).parts)} ignored: {first_line(error)}")

@@ -326,7 +326,7 @@ def test_nothing_is_warned_of_without_reason() -> None:
         ({"batches": [(torch.ones(2, 9), torch.tensor([0, 1]))]}, r"Sequential cannot .*\(2, 9\)"),
         ({"include": ["conv*"]}, r"include pattern 'conv\*' matches no"),
         ({"model": nn.ReLU()}, "ReLU has no prunable weights"),
-        ({"model": nn.Sequential(nn.LazyLinear(4))}, "uninitialized parameter"),
+        ({"model": nn.Sequential(nn.LazyLinear(4))}, "is uninitialized: run the lazy model once"),
     ],
     ids=str,
 )

@@ -122,7 +122,7 @@ def test_synflow_is_the_flow_but_where_none_can_come() -> None:
     """Of the four weights without flow the half of the largest magnitude goes above all others."""
     found = CRITERIA["synflow"](
         {
-            "weight": {"a": torch.tensor([[1.0, -3.0, 0.0, 2.0]]), "b": torch.tensor([[1.0], [1.0]])},
+            "dense_weight": {"a": torch.tensor([[1.0, -3.0, 0.0, 2.0]]), "b": torch.tensor([[1.0], [1.0]])},
             "flow": {"a": torch.zeros(1, 4).double(), "b": torch.tensor([[5.0], [7.0]]).double()},
             "no_flow": {"a": torch.ones(1, 4, dtype=torch.bool), "b": torch.zeros(2, 1, dtype=torch.bool)},
         },

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -54,6 +55,11 @@ class MaskReport:
 def masked(tensor: Tensor, mask: Tensor) -> Tensor:
     """`tensor` where the mask keeps it, 0 elsewhere: also where it is NaN or infinite, which a product would keep."""
     return torch.where(mask.to(device=tensor.device, dtype=torch.bool), tensor, 0)
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether no element is NaN or infinite: by their sum, which is far faster, unless that overflows."""
+    return math.isfinite(float(tensor.sum())) or bool(torch.isfinite(tensor).all())
 
 
 _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # as wide as an element of so many bytes

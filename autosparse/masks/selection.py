@@ -13,7 +13,7 @@ from torch import Tensor
 
 from autosparse.errors import AutoSparseError, require
 from autosparse.masks.layers import Layer
-from autosparse.masks.mask import MaskReport, Masks
+from autosparse.masks.mask import MaskReport, Masks, all_finite, masked
 from autosparse.masks.random import make_generator
 from autosparse.masks.schedule import check_density
 
@@ -173,6 +173,8 @@ def select(
         return _select_nm(scores, granularity, layers, within, seed)
     if isinstance(granularity, Channel) and (coupled or dense):
         return _select_coupled(scores, density, layers, scope, floor, within, seed, coupled, dense)
+    if granularity is None and floor == 0:
+        return _single_weights(scores, density, layers, scope, within, seed)
     units = {name: _units(s, layers[name], granularity) for name, s in scores.items()}
     allowed = None if within is None else {n: _units(within[n], layers[n], granularity)[0] > 0 for n in units}
     keys = {n: u[0] if allowed is None else u[0].masked_fill(~allowed[n], -math.inf) for n, u in units.items()}
@@ -189,15 +191,7 @@ def select(
             raise AutoSparseError(
                 f"floor {floor} asks for {sum(least.values())} weights over all layers, the density keeps {total}: lower it"
             )
-    if scope == "global":
-        groups = [(list(scores), total)]
-    else:
-        if isinstance(scope, Mapping):
-            wanted = dict(scope)
-        else:
-            wanted = erk_densities(layers, density) if scope == "erk" else dict.fromkeys(sizes, density)
-        counts = apportion({n: wanted[n] * sizes[n] for n in sizes}, total, least, room)
-        groups = [([n], c) for n, c in counts.items()]
+    groups = _shared_out(scope, density, layers, total, least, room)
     tied, chosen = 0, {}
     for names, count in groups:
         flat = torch.cat([keys[n] for n in names])
@@ -212,6 +206,109 @@ def select(
         notes.append(f"whole {type(granularity).__name__.lower()}s keep {masks.kept} weights, {total} were asked")
     masks.report = MaskReport(ties=tied / sum(u[0].numel() for u in units.values()), notes=tuple(notes))
     return masks
+
+
+def _shared_out(
+    scope: Scope,
+    density: float,
+    layers: Mapping[str, Layer],
+    total: int,
+    least: Mapping[str, int],
+    room: Mapping[str, int],
+) -> list[tuple[list[str], int]]:
+    """The layers whose weights are ranked together, and how many weights they keep."""
+    if scope == "global":
+        return [(list(room), total)]
+    sizes = {n: layers[n].numel for n in room}
+    if isinstance(scope, Mapping):
+        wanted = dict(scope)
+    else:
+        wanted = erk_densities(layers, density) if scope == "erk" else dict.fromkeys(sizes, density)
+    counts = apportion({n: wanted[n] * sizes[n] for n in sizes}, total, least, room)
+    return [([n], c) for n, c in counts.items()]
+
+
+def _single_weights(
+    scores: Mapping[str, Tensor],
+    density: float,
+    layers: Mapping[str, Layer],
+    scope: Scope,
+    within: Mapping[str, Tensor] | None,
+    seed: int,
+) -> Masks:
+    """`select` for single weights without a floor, by a few passes over the scores where they lie.
+
+    Copies of all scores would take longer than the forward and backward pass that they come from.
+    """
+    flat = {n: _floating(s).flatten() for n, s in scores.items()}
+    allowed = None if within is None else {n: within[n].to(flat[n].device).flatten() for n in flat}
+    room = {n: s.numel() if allowed is None else int(allowed[n].count_nonzero()) for n, s in flat.items()}
+    weights = sum(s.numel() for s in flat.values())
+    total = round(density * weights)
+    if total > sum(room.values()):
+        raise AutoSparseError(f"{total} weights cannot be kept: earlier steps left only {sum(room.values())}")
+    generator = make_generator(seed, "ties")
+    tied, chosen = 0, {}
+    for names, count in _shared_out(scope, density, layers, total, dict.fromkeys(room, 0), room):
+        inside = None if allowed is None else [allowed[n] for n in names]
+        kept, ties = _highest([flat[n] for n in names], inside, count, generator)
+        tied += ties
+        chosen.update({n: k.view(layers[n].shape) for n, k in zip(names, kept, strict=True)})
+    masks = Masks({n: chosen[n] for n in scores}, {n: layers[n] for n in scores})
+    masks.report = MaskReport(ties=tied / weights)
+    return masks
+
+
+def _highest(
+    scores: Sequence[Tensor], allowed: Sequence[Tensor] | None, count: int, generator: torch.Generator
+) -> tuple[list[Tensor], int]:
+    """The `count` highest of several vectors, of those `allowed`, as booleans; and how many tie at the cut.
+
+    A sample tells between which two scores the cut lies. What is above stays, and only what lies between is ranked.
+    """
+    if count == 0:
+        return [torch.zeros_like(s, dtype=torch.bool) for s in scores], 0
+    for low, high in (_bracket(scores, allowed, count), (-math.inf, math.inf)):
+        above, places, values = [], [], []
+        for i, s in enumerate(scores):
+            over, within = s > high, s >= low
+            if allowed is not None:
+                over &= allowed[i]
+                within &= allowed[i]
+            place = within.logical_xor_(over).nonzero().flatten()
+            above.append(over)
+            places.append(place)
+            values.append(s[place])
+        need = count - sum(int(over.count_nonzero()) for over in above)
+        between = torch.cat(values)
+        if 0 < need <= between.numel():
+            break
+    cut = between.kthvalue(between.numel() - need + 1).values
+    win, level = between > cut, (between == cut).nonzero().flatten()
+    need -= int(win.count_nonzero())
+    some = need < level.numel()
+    win[level[torch.randperm(level.numel(), generator=generator)[:need].to(level.device)] if some else level] = True
+    for over, place, won in zip(above, places, win.split([len(p) for p in places]), strict=True):
+        over[place] = won
+    return above, level.numel() if some else 0
+
+
+_SAMPLE = 1 << 16
+
+
+def _bracket(scores: Sequence[Tensor], allowed: Sequence[Tensor] | None, count: int) -> tuple[float, float]:
+    """Two scores between which the one of rank `count` lies almost surely, by a sample; the extremes where there are few."""
+    size = sum(s.numel() for s in scores)
+    if size <= 4 * _SAMPLE:
+        return -math.inf, math.inf
+    stride = size // _SAMPLE | 1  # odd: along rows whose lengths are powers of two it meets all columns
+    taken = [s[::stride] if allowed is None else s[::stride][allowed[i][::stride]] for i, s in enumerate(scores)]
+    sample = torch.cat(taken).sort(descending=True).values
+    at, margin = count / stride, 4 * math.sqrt(_SAMPLE)
+    first, last = math.floor(at - margin), math.ceil(at + margin)
+    high = float(sample[first]) if 0 <= first < len(sample) else math.inf
+    low = float(sample[last]) if 0 <= last < len(sample) else -math.inf
+    return low, high
 
 
 def _select_coupled(
@@ -323,13 +420,13 @@ def _check(scores: Mapping[str, Tensor], layers: Mapping[str, Layer], within: Ma
             )
     some = False
     for name, score in scores.items():
-        if not torch.isfinite(score).all():
+        if not all_finite(score):
             bad = int((~torch.isfinite(score)).sum())
             raise AutoSparseError(
                 f"{bad} of {score.numel()} scores of {name!r} are not finite: the weights or batches hold NaN or inf, "
                 "or the criterion overflows (try float64 or fewer layers)"
             )
-        some = some or bool((score if within is None else score[within[name]]).any())
+        some = some or bool((score if within is None else masked(score, within[name])).any())
     if not some and within is not None:
         raise AutoSparseError(
             "all scores of the weights that earlier steps left are zero: those steps cut the network through; "

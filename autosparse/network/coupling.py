@@ -24,9 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autosparse.masks.layers import Layer, unwrap
-from autosparse.network.graph import EXAMPLES, FACTORS, KIND, VIEWS, observe
-from autosparse.network.linearize import Step, Tape, is_pointwise, shared_storage
+from autosparse.masks.layers import Layer
+from autosparse.network.graph import EXAMPLES, FACTORS, KIND, VIEWS
+from autosparse.network.linearize import Step, Tape, is_pointwise, record, shared_storage
 
 Channels = tuple[int | None, ...]  # per dimension of a tensor: the class of layers whose channels it holds
 
@@ -57,7 +57,7 @@ def coupled_filters(model: nn.Module, layers: Mapping[str, Layer], example_input
     >>> coupled_filters(model, prunable_layers(model), torch.zeros(1, 3, 32, 32))[0]
     ('conv1.weight', 'layer1.0.conv2.weight', 'layer1.1.conv2.weight')
     """
-    tape = observe(unwrap(model), example_input, Tape, EXAMPLES)
+    tape = record(model, example_input, EXAMPLES)
     following = _Following(tape, layers)
     for index, step in enumerate(tape.steps):
         following.step(step, index in tape.seen_elsewhere)

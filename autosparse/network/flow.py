@@ -22,7 +22,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,19 +34,21 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from autosparse.errors import AutoSparseError, first_line, raise_out_of_memory
 from autosparse.masks.layers import Layer, unwrap
-from autosparse.masks.mask import masked
+from autosparse.masks.mask import all_finite, masked
 from autosparse.network.graph import FACTORS, KIND, VIEWS, takes_no_values
 from autosparse.network.linearize import (
     MOVES,
     Replay,
     Step,
     Tape,
+    Traced,
     Value,
     either_factor,
     first_names,
     is_pointwise,
     multiply,
     record,
+    shared_storage,
 )
 
 
@@ -84,12 +87,13 @@ def synaptic_flow(
     """
     model = unwrap(model)
     tape = record(model, example_input)
+    memory = example_input.memory if isinstance(example_input, Traced) else {}
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     cuda = [device.index or 0] if device.type == "cuda" else []
     with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(cuda):
-        absolute = _absolute(model, layers, masks or {}, weights or {}, dtype)
-        leaves = {name: absolute[name].requires_grad_() for name in layers}
-        total, exponent = _Flow(tape, model, absolute, device, dtype).total()
+        absolute = _absolute(model, layers, masks or {}, weights or {}, dtype, memory)
+        leaves = {name: absolute[name].detach().requires_grad_() for name in layers}
+        total, exponent = _Flow(tape, model, absolute | leaves, device, dtype).total()
         gradients: Any = [None] * len(leaves)
         if total.requires_grad:
             gradients = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
@@ -97,15 +101,32 @@ def synaptic_flow(
     scale = 2.0 ** max(-limit, min(limit, exponent))
     with torch.no_grad():
         flow = {
-            name: torch.zeros_like(leaf) if g is None else leaf * g * scale
-            for (name, leaf), g in zip(leaves.items(), gradients, strict=True)
+            name: torch.zeros_like(leaf) if g is None else _times(leaf, g, scale, owned)
+            for (name, leaf), g, owned in zip(leaves.items(), gradients, _own_memory(gradients), strict=True)
         }
     for name, score in flow.items():
-        if not torch.isfinite(score).all():
+        if not all_finite(score):
             raise AutoSparseError(
                 f"synaptic flow of {name!r} is not finite in {dtype}: check that the weights are finite"
             )
     return {name: score.detach() for name, score in flow.items()}
+
+
+def _times(leaf: Tensor, gradient: Tensor, scale: float, owned: bool) -> Tensor:
+    """`leaf·gradient·scale`, in the gradient's memory if it is its own: new memory costs more than the product."""
+    product = gradient.mul_(leaf) if owned else leaf * gradient
+    return product if scale == 1 else product.mul_(scale)
+
+
+def _own_memory(tensors: Sequence[Tensor | None]) -> list[bool]:
+    """Which of the tensors share no memory with another, nor hold an element twice."""
+    stored = Counter(shared_storage(t) for t in tensors if t is not None)
+    return [
+        t is not None
+        and stored[shared_storage(t)] == 1
+        and t.untyped_storage().nbytes() == t.numel() * t.element_size()
+        for t in tensors
+    ]
 
 
 def rescaled_flow(
@@ -158,16 +179,22 @@ def _absolute(
     masks: Mapping[str, Tensor],
     weights: Mapping[str, Tensor],
     dtype: torch.dtype,
+    memory: dict[str, Tensor],
 ) -> dict[str, Tensor]:
-    """`|θ ⊙ m|` of every parameter, by first names."""
+    """`|θ ⊙ m|` of every parameter, by first names; in `memory`, which the next call with the same writes over."""
     chosen = {first: weights[name] for name, first in first_names(model, weights, "weight").items()}
     kept = {first: masks[name] for name, first in first_names(model, masks).items()}
     found = {}
     for name, parameter in model.named_parameters():
-        value = chosen.get(name, parameter).detach().to(parameter.device, dtype).abs()
-        if name in layers and not value.any():
-            value = torch.ones_like(value)
-        found[name] = masked(value, kept[name]) if name in kept else value
+        value = memory.setdefault(name, torch.empty_like(parameter, dtype=dtype, requires_grad=False))
+        value.copy_(chosen.get(name, parameter).detach()).abs_()
+        if name in layers and not (value.flatten()[:1].any() or value.any()):  # as a rule the first tells
+            value.fill_(1)
+        if name in kept and all_finite(value):  # a product is far faster than a choice, but would keep NaN
+            value.mul_(kept[name].to(parameter.device, torch.bool))
+        elif name in kept:
+            value.copy_(masked(value, kept[name]))
+        found[name] = value
     return found
 
 
@@ -267,6 +294,9 @@ class _Flow(Replay[_Value]):
             ) from error
         return values
 
+    def _gates(self, step: Step) -> list[_Value]:
+        return [self._ones(shape, "gate") for shape in step.shapes]
+
     def _like(self, weights: list[_Value], shape: torch.Size) -> _Value:
         """What becomes of weights in an unknown map of parameters alone: the one of the same shape, or else ones."""
         return next((v for v in weights if v.tensor.shape == shape), self._ones(shape, "constant"))
@@ -278,13 +308,12 @@ class _Flow(Replay[_Value]):
             return [self._ones(shape, "constant") for shape in step.shapes]
         if roles <= {"constant"} or takes_no_values(step.name):
             return [self.constant(t) for t in self.call(step)]
-        gates = [self._ones(shape, "gate") for shape in step.shapes]
         if known := self.known(step):
-            return [dataclasses.replace(gate, known=t) for gate, t in zip(gates, known, strict=True)]
+            return [dataclasses.replace(self._ones(t.shape, "gate"), known=t) for t in known]
         if roles <= {"constant", "gate"} or step.name in _STATISTICS or step.name == "view_as_complex":
-            return gates
+            return self._gates(step)
         if not any(t.is_floating_point() or t.is_complex() for t in step.results):  # comparisons, indices, tokens
-            return gates
+            return self._gates(step)
         if "data" not in roles and "gate" in roles:
             if step.name in _LOOKUPS:  # of tokens: this is where their flow starts
                 return [self._ones(shape, "data") for shape in step.shapes]
@@ -296,8 +325,9 @@ class _Flow(Replay[_Value]):
         read = {id(t): v for t, v in zip(step.operands, operands, strict=True)}
         found = _rule(step, read, [v for v in operands if v.role == role], role)
         values = [
-            v if t.is_floating_point() else gate for v, t, gate in zip(found, step.results, gates, strict=False)
-        ] + gates[len(found) :]
+            found[i] if i < len(found) and t.is_floating_point() else self._ones(shape, "gate")
+            for i, (t, shape) in enumerate(zip(step.results, step.shapes, strict=True))
+        ]
         return [_rescaled(v) if step.name in FACTORS and role == "data" else v for v in values]
 
 
@@ -450,7 +480,11 @@ def _sum(name: str, a: _Value, b: _Value, alpha: float, role: str) -> tuple[Tens
     if name == "sub" and a.role == b.role == role and b.tensor.numel() < a.tensor.numel():
         return a.tensor, _CONTENT
     counted = (role,) if role == "data" else ("weight", "constant")
-    terms = [v.tensor.abs() * factor for v, factor in ((a, 1), (b, alpha)) if v.role in counted]
+    terms = [
+        v.tensor.abs() * factor if v.role == "constant" else v.tensor if factor == 1 else v.tensor * factor
+        for v, factor in ((a, 1), (b, alpha))
+        if v.role in counted
+    ]
     if len(terms) == 1:
         return terms[0], max(v.rank for v in (a, b) if v.role in counted)
     return terms[0] + terms[1], _CONTENT

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves, tree_map
 
 from autosparse.errors import AutoSparseError
+from autosparse.masks.layers import unwrap
 from autosparse.network.graph import Observer, base_name, named_arguments, observe, written_arguments
 
 # Operators, beside views and slices, that put elements elsewhere or add them up.
@@ -97,13 +98,32 @@ class Tape(Observer):
         return found
 
 
-def record(model: nn.Module, example_input: Any) -> Tape:
-    """The tape of one forward pass of `model` in eval mode on the first example of `example_input`.
+class Traced:
+    """An example input with the tapes of one model on it, each recorded once, when it is first asked for.
+
+    What takes an example input and runs on its tape (flow, reachability, coupling) takes this in its place.
+    """
+
+    def __init__(self, model: nn.Module, example: Any) -> None:
+        self.model = unwrap(model)
+        self.example = example
+        self.memory: dict[str, Tensor] = {}  # what synaptic flow writes the weights into, in one step after the other
+        self._tapes: dict[int, Tape] = {}
+
+    def tape(self, examples: int) -> Tape:
+        if examples not in self._tapes:
+            self._tapes[examples] = observe(self.model, self.example, Tape, examples)
+        return self._tapes[examples]
+
+
+def record(model: nn.Module, example_input: Any, examples: int = 1) -> Tape:
+    """The tape of one forward pass of `model` in eval mode on the first of the examples of `example_input`.
 
     Raises:
         AutoSparseError: the model does not take this input, or returns no tensor.
     """
-    return observe(model, example_input, Tape, batch=1)
+    traced = example_input if isinstance(example_input, Traced) else Traced(model, example_input)
+    return traced.tape(examples)
 
 
 def shared_storage(tensor: Tensor) -> int:

@@ -14,6 +14,7 @@ from autosparse.masks.layers import Layer, unwrap
 from autosparse.masks.mask import masked
 from autosparse.network import saliency
 from autosparse.network.flow import rescaled_flow, synaptic_flow, without_flow
+from autosparse.network.linearize import Traced
 from autosparse.network.running import Batch, Loss, batch_size, cross_entropy
 
 Signals = dict[str, dict[str, Tensor]]  # signal -> parameter name -> tensor of the parameter's shape
@@ -99,7 +100,8 @@ def measure(
     Parameters, buffers, gradients, modes, hooks and RNG stay as they were.
 
     Args:
-        example_input: what data-free signals take (only its shape counts); default the first batch's inputs.
+        example_input: what data-free signals take (only its shape counts), or a `Traced` of it; default the first batch's
+            inputs.
         loss: `loss(outputs, targets)`, a mean over the batch; cross-entropy by default.
         seed: what dropout-like layers of a model, and signals that redraw inputs and weights, draw from.
 
@@ -131,7 +133,8 @@ def _measured(
     seed: int,
 ) -> Signals:
     own = dict(model.named_parameters())
-    with torch.no_grad():
+    weights = {}
+    if {"weight", *FROM_BATCHES} & set(names):
         weights = {n: own[n].detach() if masks is None else masked(own[n].detach(), masks[n]) for n in layers}
     signals: Signals = {}
     if "weight" in names:
@@ -150,6 +153,7 @@ def _measured(
             signals["meta_gradient"] = saliency.meta_gradient(model, weights, batches, chosen, seed, masks)
     if set(DATA_FREE) & set(names):
         example = batches[0][0] if example_input is None and batches else example_input
+        given = example.example if isinstance(example, Traced) else example
         if example is None:
             raise AutoSparseError("this criterion runs the network: give example_input, or batches")
         if "flow" in names:
@@ -158,11 +162,11 @@ def _measured(
             signals["rescaled_flow"] = rescaled_flow(model, layers, example, masks)
         if "ntk_sensitivity" in names:
             dense = {n: own[n].detach() for n in layers}
-            signals["ntk_sensitivity"] = saliency.ntk_sensitivity(model, dense, example, seed, masks)
+            signals["ntk_sensitivity"] = saliency.ntk_sensitivity(model, dense, given, seed, masks)
         if "no_flow" in names:
             found = without_flow(model, layers, example)
             signals["no_flow"] = {
-                n: found[n] if n in found else torch.zeros_like(w, dtype=torch.bool) for n, w in weights.items()
+                n: found[n] if n in found else torch.zeros_like(own[n], dtype=torch.bool) for n in layers
             }
     return signals
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from autosparse.errors import AutoSparseError, suggest
 from autosparse.masks.layers import Layer
+from autosparse.masks.mask import masked
 from autosparse.masks.random import make_generator
 from autosparse.network.signals import Signals, parse_horizon
 
@@ -243,9 +244,11 @@ def _flow_and_dry(flow: Mapping[str, Tensor], signals: Signals, context: Context
     scores: Scores = {}
     for name, value in flow.items():
         apart = unreached[name]
-        count = round(context.density * int(apart.sum()))
+        count = round(context.density * int(apart.count_nonzero()))
         if count:
-            magnitude = torch.where(apart, signals["weight"][name].abs().to(value.dtype), -1.0).flatten()
+            weight = signals["dense_weight"][name]
+            weight = weight if context.masks is None else masked(weight, context.masks[name])
+            magnitude = torch.where(apart, weight.abs().to(value.dtype), -1.0).flatten()
             value = value.clone()
             value.view(-1)[magnitude.topk(count).indices] = above
         scores[name] = value
@@ -305,8 +308,8 @@ CRITERIA: dict[str, Criterion] = {
     "grasp": HandMade("grasp", grasp, ("weight", "hessian_gradient"), n_batches=1, per_class=10),
     "ntk_sap": HandMade("ntk_sap", ntk_sap, ("ntk_sensitivity",)),
     "prospr": HandMade("prospr", prospr, ("meta_gradient",), n_batches=4),
-    "synflow": HandMade("synflow", synflow, ("weight", "flow", "no_flow")),
-    "resynflow": HandMade("resynflow", resynflow, ("weight", "rescaled_flow", "no_flow")),
+    "synflow": HandMade("synflow", synflow, ("dense_weight", "flow", "no_flow")),
+    "resynflow": HandMade("resynflow", resynflow, ("dense_weight", "rescaled_flow", "no_flow")),
     "growth0": HandMade("growth0", growth0, ("weight", "gradient"), n_batches=8),
     **{name: early(name) for name in EARLY},
 }

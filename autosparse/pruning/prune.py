@@ -19,6 +19,7 @@ from autosparse.masks.schedule import check_sparsity, densities
 from autosparse.masks.selection import NM, Channel, Granularity, Scope, parse_granularity, select, whole_layers
 from autosparse.network.coupling import coupled_filters
 from autosparse.network.graph import Graph, trace
+from autosparse.network.linearize import Traced
 from autosparse.network.reachability import reachability
 from autosparse.network.running import Batch, Loss, take_batches
 from autosparse.network.signals import FIXED, FROM_BATCHES, Signals, images_seen, measure
@@ -109,6 +110,7 @@ def prune(
     taken = [] if batches is None else take_batches(batches, max(wanted, 1), device, seed)
     example = example_input if example_input is not None else (taken[0][0] if taken else None)
     graph = None if example is None else trace(model, example)
+    traced = None if example is None else Traced(model, example)
     layers = prunable_layers(
         model, include=include, exclude=exclude, operands=None if graph is None else graph.operands
     )
@@ -121,12 +123,12 @@ def prune(
     coupled: tuple[tuple[str, ...], ...] = ()
     dense: tuple[str, ...] = ()
     if isinstance(pattern, Channel) and graph is not None:
-        coupled, dense = coupled_filters(model, layers, example), graph.last_layers()
+        coupled, dense = coupled_filters(model, layers, traced), graph.last_layers()
         whole_layers(layers, path[-1], coupled, dense)  # what cannot be is said before anything is measured
     used = taken[:wanted]
     known = {name: values for name, values in (signals or {}).items() if name in rule.signals}
     changing = [name for name in rule.signals if name not in (*FIXED, *known)]
-    fixed = measure(model, layers, [n for n in rule.signals if n in FIXED and n not in known], example_input=example)
+    fixed = measure(model, layers, [n for n in rule.signals if n in FIXED and n not in known], example_input=traced)
     masks: Masks | None = None
     measured = 0
     for target in path:
@@ -144,7 +146,7 @@ def prune(
             layers,
             changing,
             batches=used,
-            example_input=example,
+            example_input=traced,
             masks=masks,
             loss=loss,
             seed=seed if measured == 1 else derive(seed, "step", measured),
@@ -162,6 +164,7 @@ def prune(
             coupled=coupled,
             dense=dense,
         )
+        del found, scores  # so that the next step takes their memory and not new
     assert masks is not None
     masks = masks.to(device)
     blind = isinstance(pattern, Channel) and graph is None
@@ -181,7 +184,7 @@ def prune(
             "seed": seed,
         },
     )
-    return describe(model, masks, example, graph)
+    return describe(model, masks, traced, graph)
 
 
 def describe(model: nn.Module, masks: Masks, example: Any, graph: Graph | None = None) -> Masks:
@@ -200,8 +203,9 @@ def describe(model: nn.Module, masks: Masks, example: Any, graph: Graph | None =
         )
     else:
         model = fused(unwrap(model))
-        graph = graph or trace(model, example)
-        check_used(model, masks, graph, example)
+        given = example.example if isinstance(example, Traced) else example
+        graph = graph or trace(model, given)
+        check_used(model, masks, graph, given)
         notes += [
             f"{' and '.join(op.weights)} are multiplied with each other before data: the product is dense"
             for op in graph.operations

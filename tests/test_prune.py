@@ -536,3 +536,20 @@ def test_out_of_memory_is_one_clear_error_everywhere(error: Exception, monkeypat
     with monkeypatch.context() as patched, failing:  # in a backward pass
         patched.setattr(torch.autograd, "grad", fail)
         prune(mlp(), 0.5, "snip", batches=[(x, y)])
+
+
+@pytest.mark.parametrize("criterion", ["synflow", "resynflow"])
+def test_a_network_runs_as_often_whatever_the_steps(criterion: str) -> None:
+    runs = 0
+
+    class Counting(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            nonlocal runs
+            runs += 1
+            return super().forward(x)
+
+    model = Counting(*mlp())
+    prune(model, 0.5, criterion, example_input=torch.zeros(1, 8), steps=1)
+    once, runs = runs, 0
+    prune(model, 0.5, criterion, example_input=torch.zeros(1, 8), steps=20)
+    assert runs == once <= 3

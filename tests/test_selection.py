@@ -436,3 +436,23 @@ def test_bad_choices() -> None:
         select(scores, 0, layers=layers)
     with pytest.raises(AutoSparseError, match=r"pattern 2:4 fits no layer"):
         select(scores, 0.5, layers=layers, granularity=NM(2, 4))
+
+
+@pytest.mark.parametrize("levels", [0, 50, 1])
+@pytest.mark.parametrize("density", [0.9, 0.3, 0.001])
+def test_a_sample_finds_the_cut_of_many_weights(levels: int, density: float) -> None:
+    """Against a full sort, where earlier steps left a part, with scores that tie and scores in order."""
+    generator = torch.Generator().manual_seed(3)
+    scores = {n: torch.rand(shape, generator=generator) for n, shape in {"a": (700, 500), "b": (40, 30)}.items()}
+    if levels:
+        scores = {n: (s * levels).floor() + 1 for n, s in scores.items()}
+    else:
+        scores["a"] = scores["a"].flatten().sort().values.view(700, 500)
+    layers = {n: Layer(n, "linear", tuple(s.shape)) for n, s in scores.items()}
+    within = {n: torch.rand(s.shape, generator=generator) < 0.95 for n, s in scores.items()}
+    masks = select(scores, density, layers=layers, within=within)
+    flat, left, kept = (torch.cat([t[n].flatten() for n in layers]) for t in (scores, within, masks))
+    count = round(density * flat.numel())
+    cut = flat[left].sort(descending=True).values[count - 1]
+    assert int(kept.sum()) == count and not (kept & ~left).any()
+    assert kept[left & (flat > cut)].all() and not kept[flat < cut].any()

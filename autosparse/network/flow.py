@@ -119,14 +119,9 @@ def _times(leaf: Tensor, gradient: Tensor, scale: float, owned: bool) -> Tensor:
 
 
 def _own_memory(tensors: Sequence[Tensor | None]) -> list[bool]:
-    """Which of the tensors share no memory with another, nor hold an element twice."""
+    """Which of the tensors share no memory with another, and lie in it as a weight does."""
     stored = Counter(shared_storage(t) for t in tensors if t is not None)
-    return [
-        t is not None
-        and stored[shared_storage(t)] == 1
-        and t.untyped_storage().nbytes() == t.numel() * t.element_size()
-        for t in tensors
-    ]
+    return [t is not None and stored[shared_storage(t)] == 1 and t.is_contiguous() for t in tensors]
 
 
 def rescaled_flow(

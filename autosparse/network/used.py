@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autosparse.errors import AutoSparseError
+from autosparse.errors import AutoSparseError, raise_out_of_memory
 from autosparse.masks.parametrized import parametrized
 from autosparse.network.graph import EXAMPLES, FACTORS, Graph, _observed, _Origin, _Provenance
 from autosparse.network.inputs import cast_like, first_of_batch, refusal
@@ -65,6 +65,7 @@ def check_used(model: nn.Module, masks: Mapping[str, Tensor], graph: Graph, exam
             _observed(model, inputs, device, seen)
             break
         except Exception as error:
+            raise_out_of_memory(error, f"running {type(model).__name__}")
             if inputs is example:
                 raise refusal(model, example_input, error) from error
     if seen.wrong:

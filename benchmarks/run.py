@@ -1,6 +1,6 @@
 """What AutoSparse costs beside the plain thing, measured side by side in one process.
 
-    python benchmarks/run.py [step loop usual runs stacked record scoring snip latency] [--threads N] [--csv benchmarks/results/NAME.csv]
+    python benchmarks/run.py [step loop usual runs stacked record scoring snip synflow scorer latency] [--threads N] [--csv benchmarks/results/NAME.csv]
 
 Other work on the machine slows both sides of a comparison, so each round times them one right after the other, in turns
 of order; a ratio is the median over rounds, beside its quartiles. The file is written as figures come, and what it holds is
@@ -773,6 +773,52 @@ def snip(ask: Ask) -> Iterator[Row]:
         yield row("snip", device, "forward and backward, 32 images of 224", times["bare"], "s")
 
 
+# -- synflow and scorer: masks of ResNet-50 against what they cannot do without -------------------------------------------
+
+
+def synflow(ask: Ask) -> Iterator[Row]:
+    """100 steps on one example against as many forward and backward passes in float64; needs no more than one thread."""
+    for device in ask.devices:
+        if not ask.wants("synflow", device):
+            continue
+        model = resnet50().to(device)
+        image = imagenet_batch(device, 1)[0]
+        double, wide = copy.deepcopy(model).double().eval(), image.double()
+        steps = ask.steps or 100
+
+        def bare(double: nn.Module = double, wide: Tensor = wide, device: str = device, steps: int = steps) -> None:
+            for _ in range(steps):
+                double.zero_grad(set_to_none=True)
+                double(wide).sum().backward()
+            wait(device)
+
+        def prune(model: nn.Module = model, image: Tensor = image, device: str = device, steps: int = steps) -> None:
+            autosparse.prune(model, 0.9, "synflow", example_input=image, steps=steps)
+            wait(device)
+
+        times = alternate(ask.rounds or 1, {"synflow": prune, "bare": bare}, clock_of(device))
+        measure = f"prune(synflow, {steps} steps) / as many passes in float64"
+        yield row("synflow", device, measure, times["synflow"] / times["bare"], goal="<= 1.2")
+
+
+def scorer(ask: Ask) -> Iterator[Row]:
+    """The bundled scorer against SNIP, both on one batch of 32 images of 224."""
+    for device in ask.devices:
+        if not ask.wants("scorer", device):
+            continue
+        model, batch = resnet50().to(device), imagenet_batch(device)
+
+        def prune(name: str, model: nn.Module = model, batch: Any = batch, device: str = device) -> None:
+            autosparse.prune(model, 0.9, name, batches=[batch], n_batches=1)
+            wait(device)
+
+        sides = {name: functools.partial(prune, name) for name in ("autosparse", "snip")}
+        times = alternate(ask.rounds or 3, sides, clock_of(device))
+        yield row(
+            "scorer", device, "prune(autosparse) / prune(snip)", times["autosparse"] / times["snip"], goal="<= 1.5"
+        )
+
+
 # -- latency: half of the channels removed, against dense ---------------------------------------------------------------
 
 
@@ -828,6 +874,8 @@ BENCHMARKS: dict[str, Callable[[Ask], Iterator[Row]]] = {
     "record": record,
     "scoring": scoring,
     "snip": snip,
+    "synflow": synflow,
+    "scorer": scorer,
     "latency": latency,
 }
 

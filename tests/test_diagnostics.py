@@ -341,7 +341,7 @@ class Tokens(nn.Module):
             "iterations is -1: give at least 0",
         ),
         (net([[1.0]]), [(torch.ones(1, 1), torch.tensor([0]))], {"tolerance": 0.0}, "tolerance is 0.0: it is a share"),
-        (net([[1.0]]), [(torch.ones(1, 1), torch.tensor([3]))], {}, "Target 3 is out of bounds"),
+        (net([[1.0], [1.0]]), [(torch.ones(1, 1), torch.tensor([3]))], {}, "Target 3 is out of bounds"),
         (
             Tokens(),
             [(torch.tensor([[1, 2]]), torch.tensor([0]))],

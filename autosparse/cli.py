@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import faulthandler
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -55,6 +56,8 @@ Profile = Annotated[
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line. Exit codes: 0 done, 1 failed, 2 wrong input, 130 stopped."""
     let_threads_sleep()
+    with suppress(Exception):  # standard error may be no file
+        faulthandler.enable()  # a crash of a compiled library shows where it was
     with streams():
         try:
             with memory_watched("working"):

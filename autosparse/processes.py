@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 
@@ -92,11 +94,21 @@ def heed_the_end() -> None:
     signal.signal(signal.SIGTERM, _leave)
 
 
-def how_it_ended(code: int | None) -> str:
-    if code is not None and code < 0:
-        name = signal.Signals(-code).name
-        return f"killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
-    return f"with exit code {code}"
+def how_it_ended(code: int | None, stack: str = "") -> str:
+    """How a process ended, in words; `stack` is what `faulthandler` wrote when it crashed."""
+    if code is None or code >= 0:
+        return f"with exit code {code}"
+    name = signal.Signals(-code).name
+    text = f"killed by signal {-code} ({name})"
+    if name == "SIGKILL":
+        return f"{text} (out of memory?)"
+    frames = re.findall(r'File "(.+)", line (\d+) in (\S+)', stack)
+    if not frames:
+        return text
+    _, _, function = frames[0]
+    own = (f for f in frames if {"autosparse", "data_gen"} & {*Path(f[0]).parts[-3:-1]})
+    path, line, caller = next(own, frames[0])
+    return f"{text} in {function}, called by {caller} in {Path(path).name}, line {line}: a crash of a compiled library"
 
 
 def _leave(*_: Any) -> None:

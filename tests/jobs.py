@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import time
@@ -29,6 +30,8 @@ def work(place: Path, name: str, how: str, *, device: str, progress: Callable[[M
         raise SystemExit(3)
     if how == "killed" or (how == "killed once" and tries == 1):
         os.kill(os.getpid(), signal.SIGKILL)
+    if how == "crashes":
+        ctypes.string_at(0)
     if how == "hangs" or (how == "hangs once" and tries == 1):
         time.sleep(600)
     if how == "order":

@@ -157,7 +157,7 @@ def test_divergence_is_told_by_the_ranks(digits: ImageData) -> None:
 
 def test_a_rank_that_is_killed(digits: ImageData) -> None:
     with pytest.raises(
-        AutoSparseFailure, match=r"2 devices ended: the process on cpu died, killed by SIGKILL \(out of"
+        AutoSparseFailure, match=r"2 devices ended: the process on cpu died, killed by signal 9 \(SIGKILL\) \(out of"
     ):
         train(net(Doomed), digits, SHORT, device="cpu:2")
     assert not multiprocessing.active_children()

@@ -119,9 +119,12 @@ def test_inline_lists_what_fails_and_goes_on(tmp_path: Path) -> None:
 def test_workers_that_die_and_jobs_that_fail(tmp_path: Path, executor: ExecutorSettings) -> None:
     events: list[Event] = []
     how = {"a": "good", "b": "poisoned", "c": "killed once", "d": "killed", "e": "wrong", "f": "exit", "g": "good"}
+    if executor.kind == "local":
+        how["h"] = "crashes"
     outcomes = run_jobs(jobs_of(tmp_path, **how), executor, events.append, device="cpu")
     assert {k: o.value for k, o in outcomes.items() if o.error is None} == {k: f"{k} on cpu" for k in "acg"}
     errors = {k: o.error for k, o in outcomes.items() if o.error is not None}
+    crashed = errors.pop("h", None)
     assert errors.keys() == set("bdef") and all("\n" not in str(e) for e in errors.values())
     assert errors["b"] == "ZeroDivisionError: as planned" and errors["e"] == "model is 'x': choose another"
     assert str(errors["d"]).startswith("its worker died 2 times")
@@ -130,7 +133,10 @@ def test_workers_that_die_and_jobs_that_fail(tmp_path: Path, executor: ExecutorS
     assert kinds == ["started", "died", "started", "done"]
     assert len({e.worker for e in events}) == 2 and {e.device for e in events} == {"cpu"}
     if executor.kind == "local":
-        assert errors["d"] == "its worker died 2 times, at last killed by SIGKILL (out of memory?)"
+        assert errors["d"] == "its worker died 2 times, at last killed by signal 9 (SIGKILL) (out of memory?)"
+        assert str(crashed).startswith(
+            "its worker died 2 times, at last killed by signal 11 (SIGSEGV) in string_at, called by"
+        )
         assert errors["f"] == "its worker died 2 times, at last with exit code 3"
 
 

@@ -6,6 +6,7 @@ import itertools
 import os
 import queue
 import signal
+import tempfile
 import threading
 import time
 import traceback
@@ -35,7 +36,8 @@ KINDS = ("inline", "local", "ray")
 class ExecutorSettings:
     """Where jobs run, and how many at once; what comes out is the same, bit for bit on the same device and CPU threads.
 
-    `kind`: `"inline"` (one after another in this process), `"local"` (processes on this machine) or `"ray"` (package
+    `kind`: `"inline"` (one after another in this process, for debugging: a crash of a compiled library ends the command,
+    with the Python stack on standard error), `"local"` (processes on this machine) or `"ray"` (package
     `ray`). `workers` jobs at once for each device; on a Ray cluster without GPUs, in the whole cluster. `None`: one for
     each GPU, or as many as there are CPU cores, jobs and memory for. `devices` of `"local"`, such as
     `["cuda:0", "cuda:1"]`, or `["cuda:0,1", "cuda:2,3"]` for trainings on two GPUs each: `None` takes all GPUs
@@ -353,7 +355,9 @@ class _Worker:
     def __init__(self, device: str, threads: int) -> None:
         context = start_context()
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, device, threads), daemon=True)
+        self._stack = tempfile.NamedTemporaryFile(prefix="autosparse-", suffix=".stack")  # noqa: SIM115
+        arguments = (theirs, device, threads, self._stack.name)
+        self.process = context.Process(target=_serve, args=arguments, daemon=True)
         with uninterrupted():
             self.process.start()
         theirs.close()
@@ -377,7 +381,8 @@ class _Worker:
             alive = False
         if not alive and kind not in ("done", "failed"):
             self.process.join()
-            yield "died", {"error": how_it_ended(self.process.exitcode)}
+            stack = Path(self._stack.name).read_text(errors="replace")
+            yield "died", {"error": how_it_ended(self.process.exitcode, stack)}
 
     def end(self) -> None:
         self.process.terminate()
@@ -385,11 +390,15 @@ class _Worker:
         self.process.kill()
         self.process.join()
         self.connection.close()
+        self._stack.close()
 
 
-def _serve(connection: Any, device: str, threads: int) -> None:
+def _serve(connection: Any, device: str, threads: int, stack: str) -> None:
+    import faulthandler
     import multiprocessing
 
+    crashes = open(stack, "w")  # noqa: SIM115 as long as the process lives, for what it was doing when it crashed
+    faulthandler.enable(crashes)
     heed_the_end()
     multiprocessing.current_process().daemon = False  # to the driver it is one; but a daemon may not start ranks
     set_threads(threads)

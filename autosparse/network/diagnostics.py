@@ -19,6 +19,7 @@ from autosparse.masks.random import make_generator, seeded
 from autosparse.network.graph import FACTORS, base_name, named_arguments, trace
 from autosparse.network.inputs import first_of_batch
 from autosparse.network.lipschitz import estimate, pairs, spectral_norm
+from autosparse.network.onednn import safe_convolutions
 from autosparse.network.running import NORMS, Batch, Loss, batch_loss, batch_size, cross_entropy, forward, untouched
 from autosparse.network.saliency import (
     Weights,
@@ -165,12 +166,13 @@ def diagnose(
     kept = {n: masks[n].to(own[n].device) for n in layers if masks is not None and n in masks}
     weights = {n: torch.where(kept[n], own[n].detach(), 0) if n in kept else own[n].detach().clone() for n in layers}
 
-    grads = gradient(model, weights, batches, chosen, seed)
-    grads = {n: torch.where(kept[n], g, 0) if n in kept else g for n, g in grads.items()}
-    value, seen = _signals(model, weights, batches, chosen, seed)
-    hessians = hessian_norms(
-        model, weights, batches, masks=kept, iterations=iterations, tolerance=tolerance, loss=chosen, seed=seed
-    )
+    with safe_convolutions(model):
+        grads = gradient(model, weights, batches, chosen, seed)
+        grads = {n: torch.where(kept[n], g, 0) if n in kept else g for n, g in grads.items()}
+        value, seen = _signals(model, weights, batches, chosen, seed)
+        hessians = hessian_norms(
+            model, weights, batches, masks=kept, iterations=iterations, tolerance=tolerance, loss=chosen, seed=seed
+        )
     norms = pairs(graph, layers, own)
     rows = []
     for name, layer in layers.items():

@@ -15,6 +15,7 @@ from autosparse.masks.mask import masked
 from autosparse.network import saliency
 from autosparse.network.flow import rescaled_flow, synaptic_flow, without_flow
 from autosparse.network.linearize import Traced
+from autosparse.network.onednn import safe_convolutions
 from autosparse.network.running import Batch, Loss, batch_size, cross_entropy
 
 Signals = dict[str, dict[str, Tensor]]  # signal -> parameter name -> tensor of the parameter's shape
@@ -118,7 +119,7 @@ def measure(
         if name not in SIGNALS:
             raise AutoSparseError(f"signal is {name!r}: known are {', '.join(SIGNALS)}")
     model = unwrap(model)
-    with memory_watched(f"measuring {', '.join(names)} of {type(model).__name__}"):
+    with safe_convolutions(model), memory_watched(f"measuring {', '.join(names)} of {type(model).__name__}"):
         return _measured(model, layers, names, batches, example_input, masks, loss, seed)
 
 

@@ -273,7 +273,10 @@ def _subset(
 
 
 def _split(images: np.ndarray, labels: np.ndarray, image_size: int | None) -> Split:
-    tensor = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
+    # A copy with the strides of NCHW: with one channel, a transposed array counts as contiguous with those of NHWC, and
+    # torch then takes every batch for channels-last.
+    tensor = torch.empty(tuple(images.shape[i] for i in (0, 3, 1, 2)), dtype=torch.uint8)
+    tensor.copy_(torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2))
     if image_size is not None and len(tensor) and tuple(tensor.shape[2:]) != (image_size, image_size):
         resized = [
             torch.nn.functional.interpolate(

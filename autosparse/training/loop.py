@@ -30,6 +30,7 @@ from autosparse.files import check_seal, fingerprint, replace_file, seal
 from autosparse.masks.layers import unwrap
 from autosparse.masks.mask import Masks, Zeroing
 from autosparse.masks.random import derive, forked, seed_global
+from autosparse.network.onednn import safe_convolutions
 from autosparse.network.restore import restored
 from autosparse.network.running import eval_mode
 from autosparse.training.content import of_network
@@ -394,6 +395,7 @@ def train(
     clock, saved, seen = time.perf_counter(), time.perf_counter(), 0
     before = result.seconds
     with ExitStack() as stack:
+        stack.enter_context(safe_convolutions(model))
         stack.enter_context(torch.random.fork_rng(devices=gpus))
         stack.enter_context(_same_sums())
         stack.enter_context(torch._dynamo.config.patch(recompile_limit=_ARCHITECTURES))

@@ -102,7 +102,7 @@ def how_it_ended(code: int | None, stack: str = "") -> str:
     text = f"killed by signal {-code} ({name})"
     if name == "SIGKILL":
         return f"{text} (out of memory?)"
-    frames = re.findall(r'File "(.+)", line (\d+) in (\S+)', stack)
+    frames = re.findall(r'File "(.+)", line (\d+) in (\S+)', stack.partition("Current thread")[2].partition("\n\n")[0])
     if not frames:
         return text
     _, _, function = frames[0]

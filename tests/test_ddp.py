@@ -58,9 +58,8 @@ def test_names_of_devices() -> None:
     assert device_names("cuda:0,1") == ("cuda:0", "cuda:1") and device_names("cuda:3,1")[0] == "cuda:3"
     assert device_names("cpu:2") == ("cpu", "cpu") and device_names("cpu:1") == ("cpu",)
     assert [device_names(n) for n in ("auto", "cuda:1", "cpu")] == [("auto",), ("cuda:1",), ("cpu",)]
-    for wrong in ("cuda:0,0", "cuda:0,x", "cuda:0,"):
-        with pytest.raises(AutoSparseError, match=f"device is '{wrong}': name different GPUs"):
-            device_names(wrong)
+    with pytest.raises(AutoSparseError, match="device is 'cuda:0,0': name different GPUs"):
+        device_names("cuda:0,0")
     assert fabric_for("cpu:2").device == torch.device("cpu")
 
 

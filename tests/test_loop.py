@@ -567,10 +567,20 @@ def test_networks_that_do_not_fit(model: nn.Module, message: str, digits: ImageD
     assert [m.training for m in model.modules()] == modes
 
 
-@pytest.mark.parametrize("device", ["tpu9", "cuda:x", "cpu:x", "cpu:0", "gpu of mine"])
-def test_devices_that_are_not_there(device: str) -> None:
-    with pytest.raises(AutoSparseError, match=f"device is '{device}': .*; use auto, cpu or cuda"):
+UNKNOWN = ["tpu", "tpu:1", "mps", "gpu", "cuda:x", "cuda:0,x", "cuda:0,", "cpu:x", "cpu:0", "CPU", "gpu of mine", ""]
+
+
+@pytest.mark.parametrize("device", UNKNOWN)
+def test_devices_that_are_not_supported(device: str) -> None:
+    """The line names those that are, and advises to install nothing."""
+    with pytest.raises(AutoSparseError, match=rf"^device is '{device}': use auto, cpu or cuda, .*\(cpu:2\)$"):
         fabric_for(device)
+
+
+def test_a_device_that_is_not_there() -> None:
+    with pytest.raises(AutoSparseError, match=r"^device is 'cuda:99': .*; use auto, cpu or cuda"):
+        fabric_for("cuda:99")
+    assert fabric_for("auto").device.type == ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.mark.parametrize(

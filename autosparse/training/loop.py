@@ -35,7 +35,7 @@ from autosparse.network.restore import restored
 from autosparse.network.running import eval_mode
 from autosparse.training.content import of_network
 from autosparse.training.data import ImageData
-from autosparse.training.devices import device_names
+from autosparse.training.devices import SUPPORTED, device_names
 from autosparse.training.profile import parts
 
 OPTIMIZERS = ("sgd", "adamw")
@@ -173,10 +173,12 @@ def rewound(model: nn.Module) -> Iterator[dict[str, Tensor]]:
 
 
 def fabric_for(device: str = "auto", precision: str = "fp32") -> Any:
-    """A Lightning Fabric on one device: `"auto"`, `"cpu"`, `"cuda"`, `"cuda:1"`; of several, such as `"cuda:0,1"`, the first.
+    """A Lightning Fabric on one device: `"cpu"`, `"cuda"`, `"cuda:1"`; of several, such as `"cuda:0,1"`, the first.
+
+    `"auto"` is `"cuda"` where there is a GPU, else `"cpu"`.
 
     Raises:
-        AutoSparseError: the machine has no such device.
+        AutoSparseError: no name of a device that is supported, or the machine has no such device.
     """
     try:
         from lightning_fabric import Fabric
@@ -186,12 +188,12 @@ def fabric_for(device: str = "auto", precision: str = "fp32") -> Any:
     for name in ("lightning_fabric", "lightning.fabric"):  # says at each call which precision was asked for
         logging.getLogger(name).setLevel(logging.WARNING)
     kind, _, index = device_names(device)[0].partition(":")
+    if kind == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         return Fabric(accelerator=kind, devices=[int(index)] if index else 1, precision=PRECISIONS[precision])
     except Exception as error:
-        raise AutoSparseError(
-            f"device is {device!r}: {first_line(error)}; use auto, cpu or cuda, or several: cuda:0,1"
-        ) from error
+        raise AutoSparseError(f"device is {device!r}: {first_line(error)}; {SUPPORTED}") from error
 
 
 def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:

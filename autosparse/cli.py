@@ -392,8 +392,8 @@ def list_(
     from autosparse.scorers.features import FEATURES, GROUPS
     from autosparse.scorers.scorer import read_scorer
     from autosparse.trainability.prepare import PREPARATIONS
-    from autosparse.training.data import DATA
     from autosparse.training.models import MODELS
+    from autosparse.training.readers import DATA
 
     names: dict[str, list[str]] = {
         "models": [*MODELS, "torchvision:NAME", "timm:NAME", "package.module:factory"],

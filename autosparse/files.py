@@ -299,6 +299,7 @@ def _feed(digest: Any, value: Any) -> None:
         import torch
 
         digest.update(f"{value.dtype} {tuple(value.shape)}\n".encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        if value.numel():  # an empty tensor's strides allow no view as bytes
+            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     else:
         raise TypeError(f"{type(value).__name__} has no fingerprint")

@@ -41,6 +41,7 @@ def test_a_fingerprint_tells_everything_apart_and_nothing_else() -> None:
     assert fingerprint((1, 2)) == fingerprint([1, 2]), "as JSON gives it back"
     ramp = torch.arange(6.0).view(2, 3)
     assert fingerprint(ramp.T.contiguous().T) == fingerprint(ramp), "the layout in memory does not count"
+    assert fingerprint(torch.zeros(0)) != fingerprint(torch.zeros(0, dtype=torch.int64)), "as labels that none validate"
     with pytest.raises(TypeError, match="object has no fingerprint"):
         fingerprint(object())
 

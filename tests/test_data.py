@@ -1,23 +1,21 @@
-"""Data sets: splits, statistics, augmentation, readers, and what is said about bad input."""
+"""Data sets: splits, statistics, augmentation, and what is said about bad settings."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
-import h5py
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from test_readers import hdf5
 from torch import Tensor
 
 from autosparse.errors import AutoSparseError
 from autosparse.masks.random import make_generator
-from autosparse.training.data import DATA, DataSettings, ImageData, Split, _stratified, load_data
+from autosparse.training.data import DataSettings, ImageData, Split, load_data
+from autosparse.training.readers import DATA, stratified
 
 
 def fingerprints(split: Split) -> set[bytes]:
@@ -75,9 +73,9 @@ def test_limits_are_exact_and_balanced() -> None:
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=200), st.data(), st.integers(0, 9))
 def test_stratified_choice(labels: list[int], data: st.DataObject, seed: int) -> None:
     count = data.draw(st.integers(0, len(labels)))
-    chosen = _stratified(np.array(labels), count, seed)
+    chosen = stratified(np.array(labels), count, seed)
     assert chosen.sum() == count
-    assert (chosen == _stratified(np.array(labels), count, seed)).all()
+    assert (chosen == stratified(np.array(labels), count, seed)).all()
     for label in set(labels):
         here = np.array(labels) == label
         # each class gives the same share; which share makes the counts sum up moves it by less than one per class
@@ -215,185 +213,7 @@ def test_to_another_device_and_back_to_itself() -> None:
     assert moved.augment == data.augment and moved.classes == 3
 
 
-# -- readers ---------------------------------------------------------------------------------------------------------
-
-
-def hdf5(folder: Path, **changes: Any) -> str:
-    """A small HDF5 data set; a change of `None` leaves a dataset out."""
-    rng = np.random.default_rng(0)
-    content = {
-        "train/images": rng.integers(256, size=(6, 4, 4, 3), dtype=np.uint8),
-        "train/labels": np.array([0, 1, 2, 0, 1, 2]),
-        "test/images": rng.integers(256, size=(2, 4, 4, 3), dtype=np.uint8),
-        "test/labels": np.array([0, 4], dtype=np.uint8),
-    }
-    with h5py.File(folder / "data.h5", "w") as file:
-        for key, value in {**content, **changes}.items():
-            if value == "group" if isinstance(value, str) else False:
-                file.create_group(key)
-            elif value is not None:
-                file[key] = value
-    return f"hdf5:{folder / 'data.h5'}"
-
-
-def test_hdf5(tmp_path: Path) -> None:
-    name = hdf5(tmp_path)
-    data = load_data(DataSettings(name, validation=1 / 3))
-    assert (len(data.train), len(data.validation), len(data.test)) == (4, 2, 2)
-    assert (data.classes, data.channels, data.image_size, data.augment) == (5, 3, 4, "crop+flip")
-    with h5py.File(tmp_path / "data.h5") as file:
-        assert torch.equal(data.test.images, torch.from_numpy(file["test/images"][()]).permute(0, 3, 1, 2))
-    assert DataSettings(name).label() == "data"
-    assert load_data(DataSettings(name, augment="none")).augment == "none"
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"test/labels": None}, "has no dataset 'test/labels'"),
-        ({"train/images": "group"}, "has no dataset 'train/images'"),
-        (
-            {"train/images": np.zeros((6, 4, 4, 3), np.float32)},
-            r"train/images is float32 \(6, 4, 4, 3\); it must be uint8",
-        ),
-        ({"train/images": np.zeros((6, 3, 4, 4), np.uint8)}, "it must be uint8"),
-        ({"train/images": np.zeros((6, 48), np.uint8)}, "it must be uint8"),
-        ({"train/labels": np.zeros(5, np.int64)}, r"train/labels is int64 \(5,\); it must be integers \(6,\)"),
-        ({"train/labels": np.zeros((6, 1), np.int64)}, "it must be integers"),
-        ({"train/labels": np.zeros(6)}, "train/labels is float64"),
-        ({"train/labels": np.array([0, 1, -1, 0, 1, 2])}, "train/labels holds -1; classes are 0, 1"),
-        (
-            {"train/images": np.zeros((0, 4, 4, 3), np.uint8), "train/labels": np.zeros(0, int)},
-            "train/images holds no im",
-        ),
-        ({"test/images": np.zeros((0, 4, 4, 3), np.uint8), "test/labels": np.zeros(0, int)}, "test/images holds no im"),
-        ({"test/images": np.zeros((2, 5, 5, 3), np.uint8)}, "must be square and of one shape"),
-        ({"test/images": np.zeros((2, 4, 4, 1), np.uint8)}, r"got train \(4, 4, 3\) and test \(4, 4, 1\)"),
-        ({"train/images": np.zeros((6, 4, 5, 3), np.uint8)}, "must be square"),
-    ],
-    ids=lambda value: "" if isinstance(value, dict) else value[:30],
-)
-def test_bad_hdf5(changes: dict, message: str, tmp_path: Path) -> None:
-    with pytest.raises(AutoSparseError, match=message):
-        load_data(hdf5(tmp_path, **changes))
-
-
-def test_files_that_are_not_hdf5(tmp_path: Path) -> None:
-    name = hdf5(tmp_path)
-    path = tmp_path / "data.h5"
-    path.write_bytes(path.read_bytes()[:-1000])
-    with pytest.raises(AutoSparseError, match="not a readable HDF5 file, or truncated"):
-        load_data(name)
-    path.write_text("not HDF5")
-    with pytest.raises(AutoSparseError, match="not a readable HDF5 file"):
-        load_data(name)
-    with pytest.raises(AutoSparseError, match="the file does not exist"):
-        load_data(f"hdf5:{tmp_path}/none.h5")
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    for part, count in (("train", 4), ("val", 2)):
-        for label, value in (("cat", 50), ("dog", 200)):
-            (tmp_path / part / label).mkdir(parents=True)
-            for i in range(count):
-                Image.new("RGB", (12 + i, 9), (value, 0, 255)).save(tmp_path / part / label / f"{i}.png")
-    return tmp_path
-
-
-def test_imagefolder(folder: Path) -> None:
-    data = load_data(DataSettings(f"imagefolder:{folder}", image_size=8, validation=0.25))
-    assert (len(data.train), len(data.validation), len(data.test)) == (6, 2, 4)
-    assert (data.classes, data.channels, data.image_size, data.augment) == (2, 3, 8, "crop+flip")
-    assert data.test.images.shape == (4, 3, 8, 8)
-    assert data.test.labels.tolist() == [0, 0, 1, 1]
-    assert data.test.images[:, 0, 0, 0].tolist() == [50, 50, 200, 200]
-
-
-def test_bad_imagefolders(folder: Path) -> None:
-    settings = DataSettings(f"imagefolder:{folder}", image_size=8)
-    with pytest.raises(AutoSparseError, match=r"set data\.image_size"):
-        load_data(f"imagefolder:{folder}")
-    with pytest.raises(AutoSparseError, match=r"needs the folders .*/none/train"):
-        load_data(f"imagefolder:{folder}/none")
-    damaged = folder / "train" / "cat" / "0.png"
-    whole = damaged.read_bytes()
-    for content in (b"", b"no image", whole[:40], whole[:45] + b"\xff" * 8 + whole[53:]):
-        damaged.write_bytes(content)
-        with pytest.raises(AutoSparseError, match=r"image .*train/cat/0\.png cannot be read: .*; remove or replace it"):
-            load_data(settings)
-    damaged.write_bytes(whole)
-    (folder / "val" / "cat").rename(folder / "val" / "cow")
-    with pytest.raises(AutoSparseError, match="train and val hold different classes"):
-        load_data(settings)
-    for path in (folder / "val" / "cow").iterdir():
-        path.unlink()
-    with pytest.raises(AutoSparseError, match=r"imagefolder:.*cow"):
-        load_data(settings)
-
-
-def test_tiny_imagenet(tmp_path: Path) -> None:
-    root = tmp_path / "tiny-imagenet-200"
-    (root / "val" / "images").mkdir(parents=True)
-    for name, value in (("n02", 200), ("n01", 50)):
-        (root / "train" / name / "images").mkdir(parents=True)
-        for i in range(3):
-            Image.new("RGB", (64, 64), (value,) * 3).save(root / "train" / name / "images" / f"{i}.JPEG")
-    Image.new("L", (64, 64), 200).save(root / "val" / "images" / "v.JPEG")
-    settings = DataSettings("tiny_imagenet", root=str(tmp_path), validation=0, image_size=32)
-    with pytest.raises(AutoSparseError, match=r"tiny-imagenet-200 is incomplete \(.*val_annotations"):
-        load_data(settings)
-    (root / "val" / "val_annotations.txt").write_text("v.JPEG\tn02\t0\t0\t62\t62\n")
-    data = load_data(settings)
-    assert data.train.labels.tolist() == [0, 0, 0, 1, 1, 1] and data.test.labels.tolist() == [1]
-    assert (data.train.images[:, 0, 0, 0] > 100).tolist() == [False] * 3 + [True] * 3
-    assert data.test.images.shape == (1, 3, 32, 32)
-    (root / "val" / "val_annotations.txt").write_text("v.JPEG\tn77\n")
-    with pytest.raises(AutoSparseError, match="is incomplete"):
-        load_data(settings)
-
-
-@pytest.mark.parametrize("name", ["mnist", "fashion_mnist", "cifar10", "cifar100", "svhn"])
-def test_torchvision_sets(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What torchvision gives, in its various layouts, without its files."""
-    side, channels = (28, 1) if "mnist" in name else (32, 3)
-
-    def fake(root: str, download: bool, train: bool = True, split: str = "train") -> SimpleNamespace:
-        assert (root, download) == (str(tmp_path), True)
-        count = 20 if train and split == "train" else 10
-        images = np.arange(count, dtype=np.uint8)[:, None, None, None] * np.ones((1, side, side, channels), np.uint8)
-        labels = np.arange(count) % 10
-        if name == "svhn":
-            return SimpleNamespace(data=images.transpose(0, 3, 1, 2), labels=labels)
-        if channels == 1:
-            return SimpleNamespace(data=torch.from_numpy(images[..., 0]), targets=torch.from_numpy(labels))
-        return SimpleNamespace(data=images, targets=labels.tolist())
-
-    kind = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "cifar10": "CIFAR10", "cifar100": "CIFAR100"}
-    monkeypatch.setattr(f"torchvision.datasets.{kind.get(name, 'SVHN')}", fake)
-    data = load_data(DataSettings(name, root=str(tmp_path), validation=0))
-    assert (data.channels, data.image_size, data.classes, len(data.train), len(data.test)) == (
-        channels,
-        side,
-        10,
-        20,
-        10,
-    )
-    assert torch.equal(data.test.images, data.test.images[:, :1, :1, :1].expand_as(data.test.images))
-    assert (data.test.images[:, 0, 0, 0] % 10).tolist() == data.test.labels.tolist()
-    assert data.augment == ("crop+flip" if name.startswith("cifar") else "none")
-
-
-def test_a_download_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: Any, **__: Any) -> None:
-        raise RuntimeError("no route to host\nat line 7")
-
-    monkeypatch.setattr("torchvision.datasets.CIFAR10", fail)
-    monkeypatch.setattr("torchvision.datasets.utils.download_and_extract_archive", fail)
-    with pytest.raises(AutoSparseError, match=r"CIFAR10 is not under .* \(no route to host\): .*set data\.root"):
-        load_data(DataSettings("cifar10", root=str(tmp_path)))
-    with pytest.raises(AutoSparseError, match="tiny-imagenet-200 does not exist and cannot be downloaded"):
-        load_data(DataSettings("tiny_imagenet", root=str(tmp_path)))
+# -- settings ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from autosparse.errors import AutoSparseError, first_line, require, settings, suggest
+from autosparse.errors import AutoSparseError, require, settings
 from autosparse.files import fingerprint
-from autosparse.masks.random import derive, make_generator, make_numpy_generator
+from autosparse.masks.random import derive, make_generator
+from autosparse.training.readers import read, stratified
 
 AUGMENTATIONS = ("none", "crop", "crop+flip")
 
@@ -24,7 +25,8 @@ class DataSettings:
     """Which images.
 
     `name`: one of `autosparse list data`, `imagefolder:PATH` (PATH/train/CLASS/…, PATH/test/CLASS/…) or `hdf5:PATH`
-    (train/images, train/labels, test/images, test/labels; uint8, NHWC). `root`: where torchvision keeps and puts its
+    (train/images, train/labels, test/images, test/labels; uint8, NHWC); `autosparse.training.readers` states how image
+    files become RGB of 8 bits, and which are refused. `root`: where torchvision keeps and puts its
     data sets. `image_size`: shrink (or grow) the images to this side. `limit`, `limit_test`: subsets of so many training
     and test images, the same share of every class. `validation`: share of the training images held out, class by class. `augment`:
     `"none"`, `"crop"` (pad by an eighth, random crop), `"crop+flip"`; `None` is what the data set takes (crop+flip for
@@ -192,16 +194,6 @@ class ImageData:
         return cached
 
 
-@dataclass(frozen=True)
-class _Raw:
-    """NHWC uint8 images of the official splits, before subset, split and resizing."""
-
-    train_images: np.ndarray
-    train_labels: np.ndarray
-    test_images: np.ndarray
-    test_labels: np.ndarray
-
-
 def load_data(data: DataSettings | str, device: torch.device | str = "cpu") -> ImageData:
     """Read a data set, take the stratified subset, split off the validation images, resize, and put all on the device.
 
@@ -210,7 +202,7 @@ def load_data(data: DataSettings | str, device: torch.device | str = "cpu") -> I
             no training image left.
     """
     chosen = DataSettings(data) if isinstance(data, str) else data
-    raw, augment = _read(chosen)
+    raw, augment = read(chosen.name, Path(chosen.root), chosen.image_size)
     train_images, train_labels = _subset(raw.train_images, raw.train_labels, chosen.limit, chosen.seed, "data.limit")
     test_images, test_labels = _subset(
         raw.test_images, raw.test_labels, chosen.limit_test, chosen.seed, "data.limit_test"
@@ -222,7 +214,7 @@ def load_data(data: DataSettings | str, device: torch.device | str = "cpu") -> I
         chosen.validation,
         f"of {len(train_labels)} training images it leaves none to train on; lower it",
     )
-    held = _stratified(train_labels, held_out, derive(chosen.seed, "validation"))
+    held = stratified(train_labels, held_out, derive(chosen.seed, "validation"))
     train = _split(train_images[~held], train_labels[~held], chosen.image_size)
     validation = _split(train_images[held], train_labels[held], chosen.image_size)
     test = _split(test_images, test_labels, chosen.image_size)
@@ -248,19 +240,6 @@ def _moments(images: Tensor) -> tuple[Tensor, Tensor]:
     return mean.float(), std.clamp(min=1 / 255).float()
 
 
-def _stratified(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """Boolean choice of exactly `count` items, class by class in equal shares as far as whole numbers allow."""
-    rng = make_numpy_generator(seed, "subset")
-    order = rng.permutation(len(labels))
-    rank = np.empty(len(labels))  # position of each item within its class, as a share of the class
-    for label in np.unique(labels):
-        members = order[labels[order] == label]
-        rank[members] = (np.arange(len(members)) + rng.random()) / len(members)
-    chosen = np.zeros(len(labels), dtype=bool)
-    chosen[np.argsort(rank, kind="stable")[:count]] = True
-    return chosen
-
-
 def _subset(
     images: np.ndarray, labels: np.ndarray, limit: int | None, seed: int, what: str
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -268,7 +247,7 @@ def _subset(
         return images, labels
     if limit > len(labels):
         raise AutoSparseError(f"{what} is {limit}: the data set has {len(labels)} images; lower it or leave it out")
-    chosen = _stratified(labels, limit, seed)
+    chosen = stratified(labels, limit, seed)
     return images[chosen], labels[chosen]
 
 
@@ -288,157 +267,3 @@ def _split(images: np.ndarray, labels: np.ndarray, image_size: int | None) -> Sp
     elif image_size is not None and len(tensor) == 0:
         tensor = tensor.new_empty((0, tensor.shape[1], image_size, image_size))
     return Split(tensor.contiguous(), torch.from_numpy(labels.astype(np.int64)))
-
-
-def _read(data: DataSettings) -> tuple[_Raw, str]:
-    """The official splits and the augmentation that the data set takes by default."""
-    if data.name.startswith("hdf5:"):
-        return _hdf5(Path(data.name.removeprefix("hdf5:"))), "crop+flip"
-    if data.name.startswith("imagefolder:"):
-        return _imagefolder(Path(data.name.removeprefix("imagefolder:")), data.image_size), "crop+flip"
-    if data.name not in DATA:
-        raise AutoSparseError(f"data is {data.name!r}: {suggest(data.name, DATA)}; or imagefolder:PATH, hdf5:PATH")
-    read, augment = DATA[data.name]
-    return read(Path(data.root)), augment
-
-
-def _digits(root: Path) -> _Raw:
-    from sklearn.datasets import load_digits
-
-    bunch = load_digits()
-    images = (bunch.images * (255 / 16)).round().astype(np.uint8)[..., None]
-    labels = bunch.target.astype(np.int64)
-    test = _stratified(labels, 360, seed=0)  # the set has no official split: a fifth, always the same
-    return _Raw(images[~test], labels[~test], images[test], labels[test])
-
-
-def _torchvision(name: str, **splits: dict[str, Any]) -> Callable[[Path], _Raw]:
-    def read(root: Path) -> _Raw:
-        from torchvision import datasets
-
-        def part(arguments: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-            try:
-                found = getattr(datasets, name)(str(root), download=True, **arguments)
-            except Exception as error:  # torchvision raises whatever the network and the archive raise
-                reason = first_line(error)
-                raise AutoSparseError(
-                    f"data {name} is not under {root} and cannot be downloaded ({reason}): put torchvision's files there "
-                    "by hand, set data.root, or use hdf5:PATH"
-                ) from error
-            images = np.asarray(found.data)
-            labels = np.asarray(found.targets if hasattr(found, "targets") else found.labels)
-            if name == "SVHN":
-                images = images.transpose(0, 2, 3, 1)
-            return (images if images.ndim == 4 else images[..., None]), labels.astype(np.int64)
-
-        return _Raw(*part(splits["train"]), *part(splits["test"]))
-
-    return read
-
-
-def _tiny_imagenet(root: Path) -> _Raw:
-    """200 classes of 64×64 images in the layout of its archive; the official validation images are the test split."""
-    from torchvision.datasets.utils import download_and_extract_archive
-
-    folder = root / "tiny-imagenet-200"
-    if not folder.is_dir():
-        try:
-            download_and_extract_archive("http://cs231n.stanford.edu/tiny-imagenet-200.zip", str(root))
-        except Exception as error:
-            raise AutoSparseError(
-                f"data tiny_imagenet: {folder} does not exist and cannot be downloaded ({error}): "
-                "unpack tiny-imagenet-200.zip there, or set data.root"
-            ) from error
-    try:
-        classes = {name: i for i, name in enumerate(sorted(p.name for p in (folder / "train").iterdir()))}
-        train = [(path, classes[path.parent.parent.name]) for path in sorted(folder.glob("train/*/images/*.JPEG"))]
-        rows = [line.split("\t") for line in (folder / "val" / "val_annotations.txt").read_text().splitlines()]
-        test = [(folder / "val" / "images" / row[0], classes[row[1]]) for row in rows]
-    except (OSError, KeyError, IndexError) as error:
-        raise AutoSparseError(
-            f"data tiny_imagenet: {folder} is incomplete ({error}): delete it and unpack tiny-imagenet-200.zip again"
-        ) from error
-    return _Raw(*_images(train, 64), *_images(test, 64))
-
-
-def _images(files: list[tuple[Path, int]], side: int) -> tuple[np.ndarray, np.ndarray]:
-    """Decode image files to `(N, side, side, 3)`: the shorter side is resized, the centre cut out."""
-    from PIL import Image, ImageOps
-
-    images = np.empty((len(files), side, side, 3), dtype=np.uint8)
-    for index, (path, _) in enumerate(files):
-        try:
-            with Image.open(path) as image:
-                images[index] = np.asarray(ImageOps.fit(image.convert("RGB"), (side, side)))
-        except (OSError, SyntaxError, ValueError) as error:  # whatever Pillow raises on a damaged file
-            raise AutoSparseError(f"image {path} cannot be read: {error}; remove or replace it") from error
-    return images, np.array([label for _, label in files], dtype=np.int64)
-
-
-def _imagefolder(path: Path, image_size: int | None) -> _Raw:
-    test = next((path / name for name in ("test", "val", "validation") if (path / name).is_dir()), None)
-    if not (path / "train").is_dir() or test is None:
-        raise AutoSparseError(f"data imagefolder:{path}: needs the folders {path}/train and {path}/test (or val)")
-    if image_size is None:
-        raise AutoSparseError(f"data imagefolder:{path}: set data.image_size, the side that all images are brought to")
-    from torchvision.datasets import ImageFolder
-
-    try:
-        train_set, test_set = ImageFolder(str(path / "train")), ImageFolder(str(test))
-    except FileNotFoundError as error:
-        raise AutoSparseError(f"data imagefolder:{path}: {error}") from error
-    if train_set.classes != test_set.classes:
-        raise AutoSparseError(
-            f"data imagefolder:{path}: train and {test.name} hold different classes; give both the same"
-        )
-    parts = [_images([(Path(file), label) for file, label in s.samples], image_size) for s in (train_set, test_set)]
-    return _Raw(*parts[0], *parts[1])
-
-
-def _hdf5(path: Path) -> _Raw:
-    import h5py
-
-    if not path.is_file():
-        raise AutoSparseError(f"data hdf5:{path}: the file does not exist; check the path")
-    arrays = []
-    try:
-        with h5py.File(path, "r") as file:
-            for key in ("train/images", "train/labels", "test/images", "test/labels"):
-                if not isinstance(file.get(key), h5py.Dataset):
-                    raise AutoSparseError(
-                        f"data hdf5:{path}: has no dataset {key!r}; it needs train/ and test/ of both"
-                    )
-                arrays.append(file[key][()])
-    except OSError as error:
-        raise AutoSparseError(f"data hdf5:{path}: not a readable HDF5 file, or truncated ({error})") from error
-    for split, images, labels in (("train", *arrays[:2]), ("test", *arrays[2:])):
-        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3):
-            raise AutoSparseError(
-                f"data hdf5:{path}: {split}/images is {images.dtype} {images.shape}; it must be uint8 (N, H, W, 1 or 3)"
-            )
-        if len(images) == 0:
-            raise AutoSparseError(f"data hdf5:{path}: {split}/images holds no images; give at least one")
-        if labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
-            raise AutoSparseError(
-                f"data hdf5:{path}: {split}/labels is {labels.dtype} {labels.shape}; it must be integers ({len(images)},)"
-            )
-        if labels.min() < 0:
-            raise AutoSparseError(f"data hdf5:{path}: {split}/labels holds {labels.min()}; classes are 0, 1, …")
-    if arrays[0].shape[1] != arrays[0].shape[2] or arrays[0].shape[1:] != arrays[2].shape[1:]:
-        raise AutoSparseError(
-            f"data hdf5:{path}: images must be square and of one shape, "
-            f"got train {arrays[0].shape[1:]} and test {arrays[2].shape[1:]}"
-        )
-    return _Raw(arrays[0], arrays[1].astype(np.int64), arrays[2], arrays[3].astype(np.int64))
-
-
-_OFFICIAL = {"train": {"train": True}, "test": {"train": False}}
-DATA: dict[str, tuple[Callable[[Path], _Raw], str]] = {
-    "digits": (_digits, "none"),
-    "mnist": (_torchvision("MNIST", **_OFFICIAL), "none"),
-    "fashion_mnist": (_torchvision("FashionMNIST", **_OFFICIAL), "none"),
-    "cifar10": (_torchvision("CIFAR10", **_OFFICIAL), "crop+flip"),
-    "cifar100": (_torchvision("CIFAR100", **_OFFICIAL), "crop+flip"),
-    "svhn": (_torchvision("SVHN", train={"split": "train"}, test={"split": "test"}), "none"),
-    "tiny_imagenet": (_tiny_imagenet, "crop+flip"),
-}

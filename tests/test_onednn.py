@@ -10,6 +10,7 @@ from torch import nn
 
 from autosparse.network.onednn import faulty_convolution, safe_convolutions
 from autosparse.training.data import DataSettings, load_data
+from autosparse.training.loop import _layout
 
 # On a CPU with AVX2 each part of this would crash, some of the time at once, without the guard.
 PROGRAM = """
@@ -30,6 +31,9 @@ for width in (2, 5, 6):
     batches = [(images, torch.randint(10, (64,)))] * 2
     for criterion in ("snip", "grasp"):
         autosparse.prune(model, 0.5, criterion, batches=batches)
+model = create_model(ModelSettings("resnet8", 7), in_channels=1, classes=10, image_size=32)
+images = torch.randn(64, 32, 32, 1).permute(0, 3, 1, 2)
+autosparse.prune(model, 0.5, "snip", batches=[(images, torch.randint(10, (64,)))], n_batches=1)
 print("alive")
 """
 
@@ -45,7 +49,8 @@ def test_narrow_networks_train_and_are_scored_where_onednn_crashes() -> None:
     [
         (nn.Conv2d(6, 8, 1, stride=2), True),
         (nn.Conv2d(5, 8, 1, stride=(1, 2)), True),
-        (nn.Conv2d(7, 8, 1, stride=2), False),
+        (nn.Conv2d(7, 8, 1, stride=2), True),
+        (nn.Conv2d(8, 8, 1, stride=2), False),
         (nn.Conv2d(5, 8, 1), False),
         (nn.Conv2d(5, 8, 3, stride=2), False),
         (nn.Conv2d(6, 6, 1, stride=2, groups=2), False),
@@ -86,3 +91,4 @@ def test_batches_are_contiguous_to_the_last_stride(name: str, tmp_path) -> None:
     ]
     for images, _ in batches:
         assert images.stride() == strides
+        assert _layout(images, channels_last=True).stride() == (channels * side * side, 1, channels * side, channels)

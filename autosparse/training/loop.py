@@ -281,7 +281,8 @@ def evaluate(
 
 
 def _layout(images: Tensor, channels_last: bool) -> Tensor:
-    return images.contiguous(memory_format=torch.channels_last) if channels_last else images
+    # Not `contiguous(…)`, which leaves images of one channel in the strides of NCHW.
+    return images.clone(memory_format=torch.channels_last) if channels_last else images
 
 
 def train(

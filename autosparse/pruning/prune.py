@@ -59,8 +59,9 @@ def prune(
         criterion: name of a preset (`autosparse list criteria`), a `Criterion` such as a scorer, or a `Preset` of your own.
         batches: iterable of `(inputs, targets)`. The first `n_batches` are taken once and used in every step.
         n_batches: number of batches. By default what the criterion needs; fewer if there are fewer.
-        example_input: what the model takes: a tensor, a tuple of positional arguments or a dictionary of keywords. Used
-            for tracing and by criteria without data. By default the inputs of the first batch.
+        example_input: what the model takes, for tracing and for criteria without data. By default the inputs of the first
+            batch. Here and in `batches`, a tuple is positional arguments and a dictionary keyword arguments. Anything else
+            is one argument; so is a list, unless `forward` needs several.
         scope: `"global"`, `"uniform"`, `"erk"`, or a dictionary with the density of each layer. By default the preset's.
         granularity: `"unstructured"` (default), a pattern such as `"2:4"` or `"block4x4"`, or `"channel"`. Channels that
             are added up, as in residual networks, are kept or removed together, and layers that give the outputs of the

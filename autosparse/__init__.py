@@ -2,9 +2,9 @@
 
 >>> import torch, autosparse
 >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 2))
->>> masks = autosparse.prune(model, sparsity=0.9, criterion="magnitude", example_input=torch.ones(1, 8))
+>>> masks = autosparse.prune(model, sparsity=0.5, criterion="magnitude", example_input=torch.ones(1, 8))
 >>> masks.kept
-16
+80
 """
 
 from __future__ import annotations

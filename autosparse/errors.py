@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 class AutoSparseError(ValueError):
-    """A mistake of the user: the message names the thing, its value and the way out, in one line."""
+    """A mistake of the user. The message is one line that names the thing, its value and what to do."""
 
 
 class AutoSparseStateError(AutoSparseError):
@@ -85,7 +85,7 @@ def suggest(name: str, known: Any) -> str:
 
 
 class AutoSparseFailure(RuntimeError):
-    """Work that failed through no mistake in the input (training diverged, the disk is full): one clear line, exit code 1."""
+    """Work that failed without a mistake in the input, such as a training that diverged or a full disk. Exit code 1."""
 
 
 def warn(message: str) -> None:

@@ -7,7 +7,6 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+import autosparse
 from autosparse.errors import AutoSparseError
 from autosparse.files import read_json, read_safetensors, write_json, write_safetensors
 from autosparse.masks.layers import Layer, prunable_layers
@@ -235,7 +235,7 @@ def _begin(run: Run, config: Mapping[str, Any], model: nn.Module, images: ImageD
         seed=run.seed,
         operations=tuple(json.dumps(dataclasses.asdict(op)) for op in graph.operations),
         edges=graph.edges(),
-        versions={"autosparse": version("autosparse"), "torch": str(torch.__version__)},
+        versions={"autosparse": autosparse.__version__, "torch": str(torch.__version__)},
     )
 
 

@@ -184,10 +184,15 @@ def download_scorer(uri: str, directory: Path | None = None) -> Path:
 
 
 def load_scorer(source: str | Path, directory: Path | None = None) -> Scorer:
-    """A trained scorer: one that comes with the package, by name; from its safetensors file; or from MLflow's registry,
-    `"models:/NAME/VERSION"` or `"models:/NAME@ALIAS"`.
+    """Load a trained scorer, for use as `criterion` of `prune`.
 
-    AutoSparseError: no such file or model, or one that is no scorer of this version.
+    Args:
+        source: the name of a scorer in the package, a safetensors file, or a model in MLflow's registry,
+            `"models:/NAME/VERSION"` or `"models:/NAME@ALIAS"`.
+        directory: holds the registry as `mlflow.db`, unless MLFLOW_TRACKING_URI is set.
+
+    Raises:
+        AutoSparseError: there is no such file or model, or it is not a scorer of this version.
     """
     from autosparse.scorers.scorer import read_scorer
 

@@ -22,7 +22,7 @@ SCHEMA = "autosparse.masks/1"
 
 @dataclass(frozen=True)
 class LayerDensity:
-    """Exact figures of one masked weight."""
+    """Exact counts of one masked weight."""
 
     name: str
     shape: tuple[int, ...]
@@ -36,12 +36,16 @@ class LayerDensity:
 
 @dataclass(frozen=True)
 class MaskReport:
-    """What a mask must tell besides its bits.
+    """Facts about a mask besides its bits.
 
-    `dead_layers` have no weight on any path from input to output; `effective_sparsity` counts weights on no such path as
-    removed (`None` where the network could not be traced); `ties` is the share of weights whose score equals the score
-    at the cut, so that chance decided among them; `dense_layers` were left whole because the pattern does not fit them;
-    `notes` are warnings in words; `origin` says how the mask came about (criterion, seed, steps, …).
+    Attributes:
+        dead_layers: layers without a weight on any path from input to output.
+        effective_sparsity: sparsity if kept weights on no such path count as removed. `None` if the network could not be
+            traced.
+        ties: fraction of weights whose score equals the score at the cut, so that chance decided among them.
+        dense_layers: layers that were not pruned because the pattern does not fit them.
+        notes: warnings in words.
+        origin: how the mask was found: criterion, seed, steps and so on.
     """
 
     dead_layers: tuple[str, ...] = ()
@@ -142,27 +146,30 @@ class Masks(Mapping[str, Tensor]):
 
     @property
     def total(self) -> int:
-        """Prunable weights."""
+        """Number of prunable weights."""
         return sum(t.numel() for t in self._tensors.values())
 
     @property
     def kept(self) -> int:
-        """Weights kept."""
+        """Number of weights kept."""
         return sum(int(t.sum()) for t in self._tensors.values())
 
     @property
     def density(self) -> float:
+        """Fraction of the prunable weights that is kept."""
         return self.kept / self.total
 
     @property
     def sparsity(self) -> float:
+        """Fraction of the prunable weights that is removed."""
         return 1 - self.density
 
     def layers(self) -> list[LayerDensity]:
-        """Exact figures, per layer, in the network's order."""
+        """Exact counts of every layer, in the network's order."""
         return [LayerDensity(n, tuple(t.shape), int(t.sum()), t.numel()) for n, t in self._tensors.items()]
 
     def to(self, device: torch.device | str) -> Masks:
+        """The same masks on another device."""
         return Masks({n: t.to(device) for n, t in self._tensors.items()}, self.layer_info or None, self.report)
 
     def shuffle(self, seed: int = 0) -> Masks:
@@ -200,7 +207,7 @@ class Masks(Mapping[str, Tensor]):
         return found
 
     def check(self, model: nn.Module) -> None:
-        """Nothing, where every mask fits a weight of `model`.
+        """Check that every mask fits a weight of `model`.
 
         Raises:
             AutoSparseError: the mask was made for another model.
@@ -209,7 +216,7 @@ class Masks(Mapping[str, Tensor]):
 
     @torch.no_grad()
     def apply_(self, model: nn.Module) -> None:
-        """Zero the pruned weights of `model` now: `θ ← θ ⊙ m`.
+        """Set the pruned weights of `model` to zero once: `θ ← θ ⊙ m`.
 
         A weight that `torch.nn.utils.parametrize` computes (weight norm, orthogonal, …) gets the mask as its last
         parametrization, in place of one before, and so stays zero; the parameters that it is computed from stay as they
@@ -225,10 +232,11 @@ class Masks(Mapping[str, Tensor]):
                 weight.masked_fill_(~self._tensors[name].to(weight.device), 0)
 
     def enforce(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> torch.utils.hooks.RemovableHandle:
-        """Zero the pruned weights now and after every step of `optimizer`, whatever momentum and weight decay do.
+        """Set the pruned weights to zero now and after every step of `optimizer`.
 
-        Returns the hook's handle; `handle.remove()` ends it. `copy.deepcopy(optimizer)` silently drops step hooks: call
-        `enforce` again on the copy. Works through `torch.compile`, DDP and Fabric wrappers of the model.
+        So momentum and weight decay cannot bring them back. Returns the handle of the hook; `handle.remove()` ends it.
+        `copy.deepcopy(optimizer)` silently drops step hooks: call `enforce` again on the copy. Works with models that are
+        wrapped by `torch.compile`, DDP or Fabric.
 
         Raises:
             AutoSparseError: the mask was made for another model.
@@ -239,7 +247,7 @@ class Masks(Mapping[str, Tensor]):
         return optimizer.register_step_post_hook(lambda *_: zero(weights.values()))
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file: the boolean tensors, layers and report; atomically."""
+        """Write a safetensors file with the boolean tensors, layers and report. The write is atomic."""
         from autosparse.files import write_safetensors
 
         tensors = {n: t.clone() for n, t in self._tensors.items()}  # masks may share memory, tensors of a file may not

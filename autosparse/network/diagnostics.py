@@ -223,8 +223,9 @@ def operator_norm(
 ) -> float:
     """`max ‖A x‖ / ‖x‖` of a linear map of tensors like `example`, by power iteration on `Aᵀ A`, from below.
 
+    >>> from torch.nn.functional import conv1d
     >>> kernel = torch.ones(1, 1, 2)
-    >>> round(operator_norm(lambda x: F.conv1d(x, kernel, padding=1), torch.zeros(1, 1, 2)), 3)
+    >>> round(operator_norm(lambda x: conv1d(x, kernel, padding=1), torch.zeros(1, 1, 2)), 3)
     1.732
     """
     vector = _unit(_random(example, seed, "operator"))

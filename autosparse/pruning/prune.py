@@ -46,46 +46,51 @@ def prune(
     exclude: str | Sequence[str] | None = None,
     floor: float = 0.0,
 ) -> Masks:
-    """Choose the weights that stay; nothing of `model` changes, nor of what it remembers (see `network.restore.restored`).
+    """Choose which weights of `model` to keep. Neither the model nor what it remembers is changed.
 
-    In each of `steps` steps the signals are measured on `θ ⊙ m`, the criterion scores them, and the highest stay, down
-    to exactly `round((1 − sparsity)·N)` of the N prunable weights in the last. A weight that `torch.nn.utils.parametrize`
-    computes is scored and masked as the network uses it, under the name of the computed tensor (`"conv.weight"`).
+    In each of `steps` steps the signals are measured on `θ ⊙ m`, the criterion scores them, and the weights with the
+    highest scores are kept. After the last step these are exactly `round((1 − sparsity)·N)` of the N prunable weights.
+    A weight that `torch.nn.utils.parametrize` computes is scored and masked as the network uses it, under the name of the
+    computed tensor (`"conv.weight"`).
 
     Args:
-        sparsity: share of the prunable weights removed, in [0, 1); with an N:M pattern `None`, or what the pattern sets;
-            `None` too where the scope is layer densities that say it.
-        criterion: a preset's name (`autosparse list criteria`), anything that is a `Criterion`, such as a scorer, or a
-            `Preset` of your own.
-        batches: `(inputs, targets)` pairs; the first `n_batches` are taken once and used in every step.
-        n_batches: default is what the preset or criterion needs; fewer are taken if there are fewer.
-        example_input: what the model takes, for data-free criteria and for tracing; default the first batch. Here and in
-            `batches` a tuple is positional and a dict keyword arguments; all else is the one argument, a list too unless
-            `forward` needs several.
-        scope, granularity, steps, schedule: `None` is what the preset says; else global, unstructured, one step,
-            exponential. Steps towards n:m go through n_t:m. Channels that add up, as in residual streams, go together, and
-            layers that give the model's outputs stay whole (`report.dense_layers`). A scope may also be the layer densities
-            themselves.
-        loss: `loss(outputs, targets)`; cross-entropy by default.
-        signals: known already, such as those of a warm-up; they are taken as they are in every step.
-        seed: of random scores, ties, loaders, dropout, and of what signals draw, anew in every step.
-        include, exclude: shell patterns on parameter names.
-        floor: smallest density of any layer; off by default.
+        model: any module; its prunable weights are those of convolutions, linear layers and attention projections.
+        sparsity: fraction of the prunable weights to remove, in [0, 1). `None` where an N:M pattern or the layer
+            densities in `scope` set it.
+        criterion: name of a preset (`autosparse list criteria`), a `Criterion` such as a scorer, or a `Preset` of your own.
+        batches: iterable of `(inputs, targets)`. The first `n_batches` are taken once and used in every step.
+        n_batches: number of batches. By default what the criterion needs; fewer if there are fewer.
+        example_input: what the model takes, for tracing and for criteria without data. By default the inputs of the first
+            batch. Here and in `batches`, a tuple is positional arguments and a dictionary keyword arguments. Anything else
+            is one argument; so is a list, unless `forward` needs several.
+        scope: `"global"`, `"uniform"`, `"erk"`, or a dictionary with the density of each layer. By default the preset's.
+        granularity: `"unstructured"` (default), a pattern such as `"2:4"` or `"block4x4"`, or `"channel"`. Channels that
+            are added up, as in residual networks, are kept or removed together, and layers that give the outputs of the
+            model stay whole (`report.dense_layers`).
+        steps: number of removals, by default the preset's. Steps towards an N:M pattern go through n:m with larger n.
+        schedule: of the density over the steps: `"exponential"` or `"linear"`. By default the preset's.
+        loss: called as `loss(outputs, targets)`; cross-entropy by default.
+        signals: signals that are known already, such as those of a warm-up. They are used unchanged in every step.
+        seed: for random scores, ties, data loaders, dropout, and signals that draw random numbers.
+        include: shell pattern or patterns on parameter names; only these weights are pruned.
+        exclude: shell pattern or patterns on parameter names; these weights are not pruned.
+        floor: smallest density of any layer.
 
     Returns:
-        Masks whose `report` tells dead layers, effective sparsity and ties; where these make the mask meaningless a
-        warning says so.
+        The masks. Their `report` has dead layers, effective sparsity and ties. A warning is given where these make the
+            mask meaningless.
 
     Raises:
-        AutoSparseError: bad arguments, a model without prunable weights, batches that it cannot take, scores that are
-            not finite or all zero; a weight that the forward pass computes from a parameter and that is not zero where the
-            mask is (weight standardization; `torch.nn.utils.weight_norm`, whose emptied filters are 0/0).
+        AutoSparseError: bad arguments, a model without prunable weights, batches that the model cannot take, or scores
+            that are not finite or all zero. Also a weight that the forward pass computes from a parameter and that is not
+            zero where the mask is: weight standardization, and `torch.nn.utils.weight_norm`, whose empty filters are 0/0.
 
-    >>> import torch, autosparse
-    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 2))
-    >>> masks = autosparse.prune(model, sparsity=0.5, criterion="magnitude", example_input=torch.ones(1, 8))
-    >>> masks.kept, masks.total
-    (80, 160)
+    Examples:
+        >>> import torch, autosparse
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 2))
+        >>> masks = autosparse.prune(model, sparsity=0.5, criterion="magnitude", example_input=torch.ones(1, 8))
+        >>> masks.kept, masks.total
+        (80, 160)
     """
     model, seed = fused(unwrap(model)), int(seed)
     preset = _preset(criterion)

@@ -26,28 +26,30 @@ PREPARATIONS: dict[str, Callable[..., Preparation]] = {
 def prepare(
     model: nn.Module, masks: Masks | None, how: str = "repair", *, example_input: Any, seed: int = 0, **options: Any
 ) -> Preparation:
-    """Change the weights and norms of `model` in place so that it trains well under `masks`; see `autosparse list
-    preparations`.
-
-    >>> import torch, autosparse
-    >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8))
-    >>> images = torch.randn(2, 3, 8, 8)
-    >>> masks = autosparse.prune(model, sparsity=0.5, criterion="magnitude", example_input=images)
-    >>> autosparse.prepare(model, masks, "repair", example_input=images).layers[0].norm
-    '1'
+    """Change the weights and norm layers of `model` in place, so that it trains well under `masks`.
 
     Args:
-        masks: as `prune` gives them, not applied yet; `None` for the dense network.
-        how: `"rei"`, `"repair"`, `"eoi"`, `"isometry"`.
-        example_input: as the model takes it, for the trace.
-        options: of that preparation: `mode` of ReI and RePaIR (`"weights"`, `"gamma"`, `"both"`); `gain` of EOI and
-            isometry, and `steps` of the latter.
+        model: the network before training.
+        masks: as `prune` returns them, not yet applied. `None` for the dense network.
+        how: `"rei"`, `"repair"`, `"eoi"` or `"isometry"`.
+        example_input: what the model takes, for the trace.
+        seed: for preparations that draw random numbers.
+        options: of the preparation: `mode` of ReI and RePaIR (`"weights"`, `"gamma"`, `"both"`); `gain` of EOI and
+            isometry; `steps` of isometry.
 
     Returns:
         What was done to each layer, and the masks to train under.
 
     Raises:
-        AutoSparseError: an unknown preparation or option, or what the preparation raises.
+        AutoSparseError: an unknown preparation or option, or an error of the preparation.
+
+    Examples:
+        >>> import torch, autosparse
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8))
+        >>> images = torch.randn(2, 3, 8, 8)
+        >>> masks = autosparse.prune(model, sparsity=0.5, criterion="magnitude", example_input=images)
+        >>> autosparse.prepare(model, masks, "repair", example_input=images).layers[0].norm
+        '1'
     """
     check_preparation(how)
     run = PREPARATIONS[how]

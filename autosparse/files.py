@@ -6,15 +6,17 @@ JSON and safetensors under the key `content_sha256`, other files in their last l
 
 from __future__ import annotations
 
+import bisect
 import csv
 import dataclasses
 import functools
 import hashlib
 import io
+import itertools
 import json
 import os
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -210,9 +212,52 @@ _SEAL_LENGTH = len(_SEAL) + 64 + 1
 
 def seal(path: Path) -> None:
     """Add a last line with the checksum of all before it. HDF5 reads no further than its own end, and does not mind."""
-    checksum = _checksum(path, path.stat().st_size)
+    line = _SEAL + _checksum(path, path.stat().st_size) + b"\n"
     with open(path, "ab") as file:
-        file.write(_SEAL + checksum + b"\n")
+        file.write(line)
+
+
+def write_sealed(path: Path, pieces: Sequence[memoryview]) -> None:
+    """The pieces one after another and the line of `seal`, in one step.
+
+    Raises:
+        AutoSparseFailure: the disk is full or the directory cannot be written; what was at `path` stays as it was.
+    """
+    starts = [*itertools.accumulate((len(p) for p in pieces), initial=0)]
+
+    def parts(start: int, stop: int) -> Iterator[memoryview]:
+        index = bisect.bisect_right(starts, start) - 1
+        while index < len(pieces) and starts[index] < stop:
+            yield pieces[index][max(start - starts[index], 0) : stop - starts[index]]
+            index += 1
+
+    line = _SEAL + _in_blocks(starts[-1], parts) + b"\n"
+    with replace_file(path) as temporary, open(temporary, "wb") as file:
+        for piece in (*pieces, line):
+            file.write(piece)
+
+
+def read_sealed(path: Path, what: str) -> memoryview:
+    """The content of a file without the line of `seal`, read and checked in one pass.
+
+    Raises:
+        AutoSparseError: the line is missing, or the content is not what was sealed.
+    """
+    import numpy as np
+
+    size, line = _last_line(path)
+    _check_line(path, what, line)
+    content = memoryview(np.empty(size, np.uint8))
+    with open(path, "rb") as file:
+
+        def block(start: int, stop: int) -> tuple[memoryview]:
+            part = content[start:stop]
+            os.preadv(file.fileno(), [part], start)
+            return (part,)
+
+        if line != _SEAL + _in_blocks(size, block) + b"\n":
+            raise _damaged(what, path, "its content is not what was written")
+    return content
 
 
 def _last_line(path: Path) -> tuple[int, bytes]:
@@ -235,21 +280,33 @@ def check_seal(path: Path, what: str) -> int:
         AutoSparseError: the line is missing, or the content is not what was sealed.
     """
     size, line = _last_line(path)
-    if not line.startswith(_SEAL):
-        raise _damaged(what, path, "its last line, the checksum, is missing: it is truncated, or was changed")
+    _check_line(path, what, line)
     if line != _SEAL + _checksum(path, size) + b"\n":
         raise _damaged(what, path, "its content is not what was written")
     return size
 
 
+def _check_line(path: Path, what: str, line: bytes) -> None:
+    if not line.startswith(_SEAL):
+        raise _damaged(what, path, "its last line, the checksum, is missing: it is truncated, or was changed")
+
+
 def _checksum(path: Path, size: int) -> bytes:
-    """SHA-256 of the CRC-32 of every 4 MiB: as sure to tell damage as CRC-32, which is faster than reading."""
-    with open(path, "rb") as file, ThreadPoolExecutor(2) as pool:
+    with open(path, "rb") as file:
+        return _in_blocks(size, lambda start, stop: (os.pread(file.fileno(), stop - start, start),))
 
-        def block(start: int) -> bytes:
-            return b"%d %d," % (start, zlib.crc32(os.pread(file.fileno(), min(_BLOCK, size - start), start)))
 
-        return hashlib.sha256(b"".join(pool.map(block, range(0, size, _BLOCK)))).hexdigest().encode()
+def _in_blocks(size: int, parts: Callable[[int, int], Iterable[bytes | memoryview]]) -> bytes:
+    """SHA-256 of the CRC-32 of every 4 MiB: as sure to tell damage as CRC-32, which is as fast as reading."""
+    with ThreadPoolExecutor(2) as pool:
+
+        def check(start: int) -> bytes:
+            found = 0
+            for part in parts(start, min(start + _BLOCK, size)):
+                found = zlib.crc32(part, found)
+            return b"%d %d," % (start, found)
+
+        return hashlib.sha256(b"".join(pool.map(check, range(0, size, _BLOCK)))).hexdigest().encode()
 
 
 # -- what a result is known by ------------------------------------------------------------------------------------------

@@ -199,5 +199,5 @@ def test_a_campaign_of_two_data_sets_goes_on_when_it_grows(
     with pytest.raises(AutoSparseError, match=r"there tasks.max_weights is 2000, here 3000"):
         _generate(load_config(GenerateConfig, path, ["tasks.max_weights=3000"]))
     with pytest.raises(AutoSparseError, match=r"belongs to another config \(there tasks is \{.*here None"):
-        _generate(load_config(GenerateConfig, path, ["tasks=null"]))
+        _generate(load_config(GenerateConfig, path, ["tasks=null", "models=[mlp]"]))
     capsys.readouterr()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,7 +14,7 @@ import h5py
 import numpy as np
 
 from autosparse.errors import AutoSparseError
-from autosparse.files import Unfailing, check_file, check_seal, is_sealed, replace_file, seal, sha256
+from autosparse.files import check_file, check_seal, is_sealed, read_sealed, sha256, write_sealed
 from autosparse.masks.layers import Layer
 from autosparse.network.graph import Graph
 
@@ -62,24 +64,76 @@ def survivors(survival: Mapping[str, np.ndarray], rounds: int) -> np.ndarray:
     return counts[::-1].cumsum()[::-1]
 
 
+class _Memory(io.RawIOBase):
+    """A file in memory, which HDF5 reads without a copy of it."""
+
+    def __init__(self, content: np.ndarray, size: int) -> None:
+        self._content, self._size, self._at = content, size, 0
+
+    @property
+    def content(self) -> memoryview:
+        return memoryview(self._content)[: self._size]
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, target: Any) -> int:
+        part = self.content[self._at : self._at + len(target)]
+        target[: len(part)] = part
+        self._at += len(part)
+        return len(part)
+
+    def write(self, data: Any) -> int:
+        end = self._at + len(data)
+        if end > self._size:
+            self.truncate(end)
+        memoryview(self._content)[self._at : end] = data
+        self._at = end
+        return len(data)
+
+    def truncate(self, size: int | None = None) -> int:
+        size = self._at if size is None else size
+        if size > len(self._content):
+            larger = np.zeros(2 * size, np.uint8)  # memory that is not written to is not taken
+            larger[: self._size] = self._content[: self._size]
+            self._content = larger
+        self._size = size
+        return size
+
+
 def write_record(path: Path, record: Record) -> None:
     """Write the record in one step: what was at `path` stays whole until the new file is whole on disk.
 
     Raises:
         AutoSparseFailure: the disk is full or the directory cannot be written.
     """
-    with replace_file(path) as temporary:
-        with Unfailing(temporary, "w+b") as disk:  # HDF5 crashes the process when a write fails
-            try:
-                with h5py.File(disk, "w") as file:
-                    _fill(file, record)
-            finally:
-                if disk.error is not None:
-                    raise disk.error
-        seal(temporary)
+    memory = _Memory(np.zeros(2**20, np.uint8), 0)  # HDF5 crashes the process when a write to a disk fails
+    with h5py.File(memory, "w") as file:
+        placed = sorted(_fill(file, record), key=lambda item: item[0])
+    pieces, at = [], 0
+    for offset, array in placed:  # where HDF5 left room for them: they are written from where they are
+        pieces += [memory.content[at:offset], memoryview(array.reshape(-1).view(np.uint8))]
+        at = offset + array.nbytes
+    write_sealed(path, [*pieces, memory.content[at:]])
 
 
-def _fill(file: h5py.File, record: Record) -> None:
+def _fill(file: h5py.File, record: Record) -> list[tuple[int, np.ndarray]]:
+    """Everything but the large arrays, and these with the places in the file that are theirs."""
+    room = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    room.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+    room.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    placed: list[tuple[int, np.ndarray]] = []
+
+    def place(group: h5py.Group, key: str, array: np.ndarray) -> None:
+        # Without compression: of random numbers it takes a tenth off, and ten times as long.
+        dataset = group.create_dataset(key, array.shape, array.dtype, dcpl=room)
+        if array.size:
+            placed.append((dataset.id.get_offset(), np.ascontiguousarray(array)))
+
     file.attrs["schema"] = SCHEMA
     for key, version in record.versions.items():
         file.attrs[f"{key}_version"] = version
@@ -92,14 +146,14 @@ def _fill(file: h5py.File, record: Record) -> None:
         group.attrs["position"] = position
         group.attrs["layer"] = json.dumps(asdict(layer))
         for signal, arrays in record.signals.items():
-            # Without compression: of random numbers it takes a tenth off, and ten times as long.
-            group.create_dataset(signal, data=np.asarray(arrays[name], dtype=np.float32))
-        group.create_dataset("survival", data=record.survival[name])
+            place(group, signal, np.asarray(arrays[name], dtype=np.float32))
+        place(group, "survival", np.asarray(record.survival[name], dtype=np.uint8))
     for key in ("density", "accuracy", "loss"):
         file.create_dataset(f"rounds/{key}", data=np.asarray(getattr(record, key), dtype=np.float64))
     text = h5py.string_dtype()
     file.create_dataset("graph/operations", data=list(record.operations), dtype=text)
     file.create_dataset("graph/edges", data=np.array(record.edges, dtype=object).reshape(-1, 2), dtype=text)
+    return placed
 
 
 def read_record(path: Path, signals: Iterable[str] | None = None) -> Record:
@@ -109,9 +163,13 @@ def read_record(path: Path, signals: Iterable[str] | None = None) -> Record:
         AutoSparseError: the file is missing, truncated, damaged, no record of AutoSparse, or lacks a signal.
     """
     wanted = None if signals is None else list(signals)
-    with open_record(path, check=True) as file:
+    _check_path(path)
+    if not is_sealed(path):
+        _opened(path, path).close()  # tells what a file is that is not ours
+    content = read_sealed(path, "record")
+    with _opened(path, _Memory(np.frombuffer(content, np.uint8), len(content))) as file:
         try:
-            record = _read(file, path, wanted)
+            record = _read(file, content, path, wanted)
         except AutoSparseError:
             raise
         except Exception as error:  # what HDF5 raises on damaged bytes is anything
@@ -122,7 +180,15 @@ def read_record(path: Path, signals: Iterable[str] | None = None) -> Record:
     return record
 
 
-def _read(file: h5py.File, path: Path, signals: list[str] | None) -> Record:
+def _array(dataset: h5py.Dataset, content: memoryview) -> np.ndarray:
+    """The values of a data set where they lie in the file's content, if they lie there as they are."""
+    offset = dataset.id.get_offset()
+    if offset is None or not dataset.size or not dataset.dtype.isnative:
+        return np.asarray(dataset[()])
+    return np.frombuffer(content, dataset.dtype, dataset.size, offset).reshape(dataset.shape)
+
+
+def _read(file: h5py.File, content: memoryview, path: Path, signals: list[str] | None) -> Record:
     groups = sorted(_leaves(file["layers"]), key=lambda item: int(item[1].attrs["position"]))
     layers: dict[str, Layer] = {}
     survival: dict[str, np.ndarray] = {}
@@ -136,8 +202,8 @@ def _read(file: h5py.File, path: Path, signals: list[str] | None) -> Record:
                 stored = ", ".join(sorted(k for k in group if k != "survival"))
                 raise AutoSparseError(f"record {path} has no signal {key!r} for {name!r}: it stores {stored}")
         for key in wanted:
-            found.setdefault(key, {})[name] = group[key][()]
-        survival[name] = group["survival"][()]
+            found.setdefault(key, {})[name] = _array(group[key], content)
+        survival[name] = _array(group["survival"], content)
     return Record(
         layers=layers,
         signals=found,
@@ -182,11 +248,19 @@ def open_record(path: Path, check: bool = False) -> h5py.File:
     Raises:
         AutoSparseError: missing, truncated, foreign, or damaged.
     """
-    check_file(path, "record", "check the path, or make it with autosparse generate")
-    if check and (sealed := is_sealed(path)):  # before HDF5 reads what is damaged: it can crash
+    _check_path(path)
+    if check:  # before HDF5 reads what is damaged: it can crash
         check_seal(path, "record")
+    return _opened(path, path)
+
+
+def _check_path(path: Path) -> None:
+    check_file(path, "record", "check the path, or make it with autosparse generate")
+
+
+def _opened(path: Path, source: Path | _Memory) -> h5py.File:
     try:
-        file = h5py.File(path, "r")
+        file = h5py.File(source, "r")
     except OSError as error:
         raise AutoSparseError(f"record {path} is truncated or not HDF5: {error}; generate it again") from error
     schema = str(file.attrs.get("schema", "no schema"))
@@ -194,9 +268,6 @@ def open_record(path: Path, check: bool = False) -> h5py.File:
     if schema != SCHEMA or any(part not in file for part in parts):
         file.close()
         raise AutoSparseError(f"{path} holds {schema}, not a whole {SCHEMA}: give a record of autosparse generate")
-    if check and not sealed:
-        file.close()
-        check_seal(path, "record")
     return file
 
 

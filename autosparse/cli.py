@@ -801,7 +801,7 @@ def _write_ranks(stem: Path, split: str, rows: Sequence[Mapping[str, Any]]) -> N
         found = {key: stat(row[key] for row in own) for key in FIGURES}
         figures = {k: round(v, 4) for key, s in found.items() for k, v in ((key, s.mean), (f"{key}_std", s.std))}
         lines.append({"split": split, "criterion": name, "records": len(own), **figures})
-        table.append([name, *(f"{s.mean:.3f} ± {s.std:.3f}" for s in found.values())])
+        table.append([name, *(f"{s.mean:.3f} ± {s.std:.3f}" if s.n > 1 else f"{s.mean:.3f}" for s in found.values())])
     write_csv(stem.with_name(f"{stem.name}-mean.csv"), lines)
     headers = ["criterion", *(key.replace("_", " ") for key in FIGURES)]
     _table(f"ranks of records left out ({split}), mean ± std over records", headers, table)

@@ -8,7 +8,7 @@ cd "$(dirname "$0")/.."
 before=benchmarks/results/gpu
 out=${OUT:-$before}
 python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
-export PYTHONPATH=.
+export PYTHONPATH=.${PYTHONPATH:+:$PYTHONPATH}
 mkdir -p "$out"
 if [ "$out" != "$before" ] && [ -d "$before" ]; then cp "$before"/*.csv "$out"; fi
 declare -A minutes=([usual]=8 [runs]=7 [stacked]=5 [step]=2) # no case begins after so many; one takes about two

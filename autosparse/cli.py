@@ -1007,7 +1007,7 @@ def _say_profiles(tables: Sequence[Path]) -> None:
         return
     seconds: Counter[str] = Counter()
     for path in tables:
-        with open(path, newline="") as file:
+        with open(path, newline="", encoding="utf-8") as file:
             seconds.update({row["part"]: float(row["seconds"]) for row in csv.DictReader(file)})
     _parts("first job of each worker", seconds)
     for path in tables:

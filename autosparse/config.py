@@ -547,7 +547,7 @@ def claim_directory(config: Any) -> Path:
     mine = {"command": _command(type(config)), **plain(config)}
     if path.exists() and _has_results(directory):
         try:
-            other = yaml.safe_load(path.read_text())
+            other = yaml.safe_load(path.read_text(encoding="utf-8"))
             other = other if isinstance(other, dict) else {}
         except yaml.YAMLError:
             other = {}
@@ -561,7 +561,7 @@ def claim_directory(config: Any) -> Path:
     elif directory.is_file():
         raise AutoSparseError(f"output {directory} is a file: choose a directory")
     with replace_file(path) as temporary:
-        temporary.write_text(yaml.safe_dump(mine, sort_keys=False))
+        temporary.write_text(yaml.safe_dump(mine, sort_keys=False), encoding="utf-8")
     return directory
 
 

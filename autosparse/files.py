@@ -82,7 +82,7 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """The values as a JSON object, with their hash, in one step."""
     value = json.loads(json.dumps(value))  # as it will be read: tuples are lists, keys are texts
     with replace_file(path) as temporary:
-        temporary.write_text(json.dumps({**value, HASH: _hash_of(value)}, indent=1) + "\n")
+        temporary.write_text(json.dumps({**value, HASH: _hash_of(value)}, indent=1) + "\n", encoding="utf-8")
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:
@@ -92,7 +92,7 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
         AutoSparseError: it is missing, not a JSON object, or its content is not what was written.
     """
     try:
-        value = json.loads(path.read_text())
+        value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise AutoSparseError(f"{what} {path} does not exist: check the path") from error
     except (OSError, ValueError, RecursionError) as error:

@@ -12,7 +12,11 @@ if TYPE_CHECKING:
 
 @contextmanager
 def bars(first: str | None = None) -> Iterator[Any]:
-    """Progress bars on a terminal; silent lines elsewhere. `first`: of a bar that moves until its length is known."""
+    """Progress bars on a terminal; elsewhere the last state of those whose length is known, at the end.
+
+    `first`: of a bar that moves until its length is known.
+    """
+    from rich import get_console
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -29,20 +33,26 @@ def bars(first: str | None = None) -> Iterator[Any]:
         TimeRemainingColumn(),
         TextColumn("{task.description}", markup=False),
     ]
-    with Progress(*columns) as shown:
+    moves = get_console().is_interactive
+    with Progress(*columns, disable=not moves) as shown:
         if first is not None:
             shown.add_task(first, total=None)
-        yield shown
+        try:
+            yield shown
+        finally:
+            known = [task for task in shown.tasks if task.total is not None]
+            if known and not moves:
+                shown.console.print(shown.make_tasks_table(known))
 
 
 @contextmanager
 def busy(text: str) -> Iterator[None]:
-    """A bar that moves while the block works, and leaves no line."""
+    """A bar that moves while the block works, on a terminal, and leaves no line."""
+    from rich import get_console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-    with Progress(
-        BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}", markup=False), transient=True
-    ) as shown:
+    columns = [BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}", markup=False)]
+    with Progress(*columns, transient=True, disable=not get_console().is_interactive) as shown:
         shown.add_task(text, total=None)
         yield
 

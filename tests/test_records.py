@@ -101,6 +101,28 @@ def test_a_record_without_rounds_or_graph_comes_back(tmp_path: Path) -> None:
     equal(read_record(tmp_path / "r.h5"), empty)
 
 
+def test_arrays_are_used_where_they_lie_in_the_file(tmp_path: Path) -> None:
+    """One mapping of the file holds them all; what a reader writes there is its own, and the old file's stays when it goes."""
+    layer = Layer("w", "linear", (40, 41))
+    weight = np.arange(layer.numel, dtype=np.float32).reshape(layer.shape)
+    large = replace(
+        example(),
+        layers={"w": layer},
+        signals={"weight": {"w": weight}, "gradient": {"w": -weight}},
+        survival={"w": (weight % 3).astype(np.uint8)},
+    )
+    path = tmp_path / "r.h5"
+    write_record(path, large)
+    found = read_record(path)
+    assert not any(found.signals[signal]["w"].flags.owndata for signal in ("weight", "gradient"))
+    for arrays in (*found.signals.values(), found.survival):
+        assert arrays["w"].flags.aligned and arrays["w"].flags.writeable
+    found.signals["weight"]["w"][:] = 5
+    equal(read_record(path), large)
+    write_record(path, replace(large, signals={"weight": {"w": weight + 1}, "gradient": {"w": weight}}))
+    np.testing.assert_array_equal(found.signals["gradient"]["w"], -weight)
+
+
 def test_signals_are_read_as_asked(path: Path) -> None:
     assert read_record(path, ["weight"]).signals.keys() == {"weight"}
     assert read_record(path, []).signals == {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import os
 import subprocess
@@ -10,10 +11,15 @@ from pathlib import Path
 
 import pytest
 
+import autosparse
 from autosparse.errors import AutoSparseError
 from autosparse.files import Unfailing
 from autosparse.masks.random import derive
 from autosparse.streams import readable
+
+PACKAGES = [Path(autosparse.__file__).parent, Path(autosparse.__file__).parents[1] / "data_gen"]
+# The encoding of a stream that is there, by position; a binary file unless a mode is given.
+OTHERS = ("io.TextIOWrapper", "tempfile.NamedTemporaryFile")
 
 PRINTS = """
 import sys
@@ -34,6 +40,19 @@ def run(tmp_path: Path, redirect: str, code: int = 0, **environment: str) -> sub
     found = subprocess.run(["bash", "-c", command], env=values, capture_output=True, timeout=60)
     assert (tmp_path / "done").exists(), found.stderr
     return found
+
+
+def test_text_files_name_their_encoding() -> None:
+    """None is written or read in the encoding of whoever's locale."""
+    text = {"open", "fdopen", "read_text", "write_text", "TextIOWrapper", "NamedTemporaryFile", "TemporaryFile"}
+    for path in (p for package in PACKAGES for p in package.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+            if called.split(".")[-1] not in text or called in ("os.open", "Image.open"):
+                continue
+            told = {k.arg for k in node.keywords} | {a.value for a in node.args if isinstance(a, ast.Constant)}
+            modes = {v for v in told if isinstance(v, str) and "b" in v and set(v) <= set("rwaxb+")}
+            assert modes or "encoding" in told or called in OTHERS, f"{path.name}:{node.lineno} {called}"
 
 
 @pytest.mark.parametrize(

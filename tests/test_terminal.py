@@ -11,7 +11,7 @@ from rich.progress import Progress
 from autosparse.experiment import estimate
 from autosparse.experiment.estimate import seconds_of_trainings
 from autosparse.experiment.executor import INLINE, Event, ExecutorSettings
-from autosparse.terminal import Live, share_done, words
+from autosparse.terminal import Live, bars, busy, share_done, words
 from autosparse.training.data import ImageData
 from autosparse.training.loop import Recipe
 from autosparse.training.models import ModelSettings
@@ -35,14 +35,14 @@ def test_share_of_a_job(values: dict[str, float], epochs: int | None, share: flo
 
 
 def test_the_bar_moves_with_the_epochs_of_all_workers() -> None:
-    with Progress(console=Console(file=io.StringIO())) as bars:
-        bars.add_task("getting ready", total=None)
-        live = Live(bars, "benchmark", total=4, done=1, epochs=10)
+    with Progress(console=Console(file=io.StringIO())) as shown:
+        shown.add_task("getting ready", total=None)
+        live = Live(shown, "benchmark", total=4, done=1, epochs=10)
         at = []
 
         def show(kind: str, key: str, worker: int, **values: float) -> None:
             live.show(Event(kind, key, worker, "cpu", values))
-            at.append(bars.tasks[0].completed)
+            at.append(shown.tasks[0].completed)
 
         show("started", "a", 0)
         show("started", "b", 1)
@@ -53,9 +53,27 @@ def test_the_bar_moves_with_the_epochs_of_all_workers() -> None:
         show("died", "b", 1, error=0)
         show("failed", "b", 1, error=0)
         assert at == pytest.approx([1, 1, 1.5, 1.7, 1.7, 2.2, 2.2, 3.0])
-        assert bars.tasks[0].total == 4 and len(bars.tasks) == 3
+        assert shown.tasks[0].total == 4 and len(shown.tasks) == 3
         live.end("done")
-        assert len(bars.tasks) == 1
+        assert len(shown.tasks) == 1
+
+
+def test_bars_in_a_pipe_are_their_last_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    """One whose length never became known says nothing there; notes are lines as ever."""
+    with bars() as shown:
+        shown.add_task("snip on mlp", total=None)
+    with busy("report"), bars("getting ready"):
+        pass
+    assert capsys.readouterr().out == ""
+    with bars("getting ready") as shown:
+        live = Live(shown, "benchmark", total=2)
+        live.show(Event("started", "a", 0, "cpu", {}))
+        live.show(Event("progress", "a", 0, "cpu", {"note": "slow"}))
+        live.show(Event("done", "a", 0, "cpu", {}))
+        live.end("benchmark: 1 of 2")
+    note, bar = capsys.readouterr().out.splitlines()
+    assert note == "note: a: slow"
+    assert " 1/2 " in bar and bar.rstrip().endswith("benchmark: 1 of 2")
 
 
 def test_words() -> None:

@@ -421,7 +421,7 @@ def write_results(path: Path, results: Sequence[Mapping[str, Any]]) -> None:
         row = {**result, "dense_accuracy": dense.get((result["model"], result["seed"]), "")}
         writer.writerow({k: rounded(v) for k, v in row.items()})
     with replace_file(path) as temporary:
-        temporary.write_text(text.getvalue())
+        temporary.write_text(text.getvalue(), encoding="utf-8")
 
 
 def rounded(value: Any) -> Any:

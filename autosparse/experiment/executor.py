@@ -381,7 +381,7 @@ class _Worker:
             alive = False
         if not alive and kind not in ("done", "failed"):
             self.process.join()
-            stack = Path(self._stack.name).read_text(errors="replace")
+            stack = Path(self._stack.name).read_text(encoding="utf-8", errors="replace")
             yield "died", {"error": how_it_ended(self.process.exitcode, stack)}
 
     def end(self) -> None:
@@ -397,7 +397,7 @@ def _serve(connection: Any, device: str, threads: int, stack: str) -> None:
     import faulthandler
     import multiprocessing
 
-    crashes = open(stack, "w")  # noqa: SIM115 as long as the process lives, for what it was doing when it crashed
+    crashes = open(stack, "w", encoding="utf-8")  # noqa: SIM115 as long as the process lives, for what it was doing when it crashed
     faulthandler.enable(crashes)
     heed_the_end()
     multiprocessing.current_process().daemon = False  # to the driver it is one; but a daemon may not start ranks

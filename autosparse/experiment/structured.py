@@ -375,7 +375,7 @@ def write_results(path: Path, results: Sequence[Mapping[str, Any]]) -> None:
     for result in results:
         writer.writerow({key: rounded(value) for key, value in result.items()})
     with replace_file(path) as temporary:
-        temporary.write_text(text.getvalue())
+        temporary.write_text(text.getvalue(), encoding="utf-8")
 
 
 def summary(results: Sequence[Mapping[str, Any]]) -> Table:

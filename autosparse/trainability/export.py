@@ -659,7 +659,7 @@ def write_table(path: Path, rows: Sequence[Row]) -> None:
             line |= {f"speedup_{size}_lower": f"{found.lower:.3f}", f"speedup_{size}_upper": f"{found.upper:.3f}"}
         lines.append({**line, "verdict": row.verdict})
     names = [n for n in dict.fromkeys(n for line in lines for n in line) if n != "verdict"] + ["verdict"]
-    with replace_file(path) as temporary, open(temporary, "w", newline="") as file:
+    with replace_file(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, names, lineterminator="\n")
         writer.writeheader()
         writer.writerows(lines)

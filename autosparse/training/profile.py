@@ -69,7 +69,7 @@ class Profile:
         if self._tracer is not None:
             self._save_trace()
         if self._since is not None:
-            with replace_file(self.table) as temporary, open(temporary, "w", newline="") as file:
+            with replace_file(self.table) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
                 writer = csv.writer(file, lineterminator="\n")
                 writer.writerow(("part", "seconds", "percent"))
                 writer.writerows((part, f"{s:.6f}", f"{p:.3f}") for part, s, p in self.rows())

@@ -127,7 +127,10 @@ def _tiny_imagenet(root: Path) -> Raw:
             for name, label in classes.items()
             for path in sorted((folder / "train" / name / "images").glob("[!.]*.JPEG"))
         ]
-        rows = [line.split("\t") for line in (folder / "val" / "val_annotations.txt").read_text().splitlines()]
+        rows = [
+            line.split("\t")
+            for line in (folder / "val" / "val_annotations.txt").read_text(encoding="utf-8").splitlines()
+        ]
         test = [(folder / "val" / "images" / row[0], classes[row[1]]) for row in rows]
     except (OSError, KeyError, IndexError) as error:
         raise AutoSparseError(

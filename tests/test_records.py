@@ -102,7 +102,7 @@ def test_a_record_without_rounds_or_graph_comes_back(tmp_path: Path) -> None:
 
 
 def test_arrays_are_used_where_they_lie_in_the_file(tmp_path: Path) -> None:
-    """One mapping of the file holds them all; what a reader writes there is its own, and the old file's stays when it goes."""
+    """What a reader writes to them is its own, and they stay when the file is replaced; behind 15 bytes they are aligned."""
     layer = Layer("w", "linear", (40, 41))
     weight = np.arange(layer.numel, dtype=np.float32).reshape(layer.shape)
     large = replace(
@@ -119,6 +119,11 @@ def test_arrays_are_used_where_they_lie_in_the_file(tmp_path: Path) -> None:
         assert arrays["w"].flags.aligned and arrays["w"].flags.writeable
     found.signals["weight"]["w"][:] = 5
     equal(read_record(path), large)
+    odd = {n: Layer(n, "linear", (5, 3)) for n in ("a", "b")}
+    values = {n: np.full((5, 3), 2, dtype=np.float32) for n in odd}
+    survival = {n: np.ones((5, 3), dtype=np.uint8) for n in odd}
+    write_record(path, replace(large, layers=odd, signals={"weight": values}, survival=survival))
+    assert all(array.flags.aligned for array in read_record(path).signals["weight"].values())
     write_record(path, replace(large, signals={"weight": {"w": weight + 1}, "gradient": {"w": weight}}))
     np.testing.assert_array_equal(found.signals["gradient"]["w"], -weight)
 

@@ -185,7 +185,8 @@ def _array(dataset: h5py.Dataset, content: memoryview) -> np.ndarray:
     offset = dataset.id.get_offset()
     if offset is None or not dataset.size or not dataset.dtype.isnative:
         return np.asarray(dataset[()])
-    return np.frombuffer(content, dataset.dtype, dataset.size, offset).reshape(dataset.shape)
+    array = np.frombuffer(content, dataset.dtype, dataset.size, offset).reshape(dataset.shape)
+    return np.require(array, requirements="A")  # behind an odd number of bytes it is a copy
 
 
 def _read(file: h5py.File, content: memoryview, path: Path, signals: list[str] | None) -> Record:

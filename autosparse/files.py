@@ -233,8 +233,9 @@ def write_sealed(path: Path, pieces: Sequence[memoryview]) -> None:
 
     line = _SEAL + _in_blocks(starts[-1], parts) + b"\n"
     with replace_file(path) as temporary, open(temporary, "wb") as file:
-        for piece in (*pieces, line):
+        for piece in pieces:
             file.write(piece)
+        file.write(line)
 
 
 def read_sealed(path: Path, what: str) -> memoryview:
@@ -247,7 +248,7 @@ def read_sealed(path: Path, what: str) -> memoryview:
 
     size, line = _last_line(path)
     _check_line(path, what, line)
-    content = memoryview(np.empty(size, np.uint8))
+    content = np.empty(size, np.uint8).data
     with open(path, "rb") as file:
 
         def block(start: int, stop: int) -> tuple[memoryview]:

@@ -72,7 +72,7 @@ class _Memory(io.RawIOBase):
 
     @property
     def content(self) -> memoryview:
-        return memoryview(self._content)[: self._size]
+        return self._content.data[: self._size]
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
@@ -91,7 +91,7 @@ class _Memory(io.RawIOBase):
         end = self._at + len(data)
         if end > self._size:
             self.truncate(end)
-        memoryview(self._content)[self._at : end] = data
+        self._content.data[self._at : end] = data
         self._at = end
         return len(data)
 
@@ -116,7 +116,7 @@ def write_record(path: Path, record: Record) -> None:
         placed = sorted(_fill(file, record), key=lambda item: item[0])
     pieces, at = [], 0
     for offset, array in placed:  # where HDF5 left room for them: they are written from where they are
-        pieces += [memory.content[at:offset], memoryview(array.reshape(-1).view(np.uint8))]
+        pieces += [memory.content[at:offset], array.reshape(-1).view(np.uint8).data]
         at = offset + array.nbytes
     write_sealed(path, [*pieces, memory.content[at:]])
 

@@ -15,6 +15,7 @@ import io
 import itertools
 import json
 import os
+import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -53,7 +54,7 @@ def replace_file(path: Path) -> Iterator[Path]:
     Raises:
         AutoSparseFailure: the disk is full or the directory cannot be written; what was at `path` stays as it was.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_native_id()}.tmp")  # one for each thread
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -211,3 +212,12 @@ def test_the_same_content_makes_the_same_bytes(folder: Path) -> None:
     for name in ("first", "second", "third"):
         masks().save(folder / name)
     assert (folder / "first").read_bytes() == (folder / "second").read_bytes() == (folder / "third").read_bytes()
+
+
+def test_threads_that_write_the_same_file_leave_a_whole_one(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    values = [{"text": letter * 100_000} for letter in "ab"]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda i: write_json(path, values[i % 2]), range(40)))
+    assert read_json(path, "test") in values
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]

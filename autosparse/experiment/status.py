@@ -63,6 +63,7 @@ class Journal:
         self._path = folder / "live.json"
         self._running: dict[str, dict[str, Any]] = {}
         self._failed: dict[str, dict[str, Any]] = {}
+        self._writing = threading.Lock()  # else an older state could be written after a newer one
         self.write()
         self.changed: Callable[[], None] = self.write
 
@@ -81,10 +82,9 @@ class Journal:
 
     def write(self) -> None:
         """A disk that is full must not stop the work."""
-        rows = {"running": dict(self._running), "failed": dict(self._failed)}  # they change while another thread writes
-        values = {"host": socket.gethostname(), "pid": os.getpid(), **rows}
-        with suppress(AutoSparseFailure):
-            write_json(self._path, values)
+        with self._writing, suppress(AutoSparseFailure):
+            rows = {"running": dict(self._running), "failed": dict(self._failed)}  # they change meanwhile
+            write_json(self._path, {"host": socket.gethostname(), "pid": os.getpid(), **rows})
 
 
 @contextmanager

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from autosparse.commands.streams import readable, streams
+from autosparse.commands.terminal import Live, bars, busy, words
 from autosparse.errors import AutoSparseError, AutoSparseFailure, memory_watched
-from autosparse.processes import let_threads_sleep, start_server
-from autosparse.streams import readable, streams
-from autosparse.terminal import Live, bars, busy, words
+from autosparse.jobs.processes import let_threads_sleep, start_server
 
 if TYPE_CHECKING:
-    from autosparse.config import (
+    from autosparse.commands.schemas import (
         BenchmarkConfig,
         CheckConfig,
         ExportConfig,
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
         ShrinkConfig,
         TuneConfig,
     )
-    from autosparse.experiment.executor import Event
+    from autosparse.jobs.executor import Event
     from autosparse.training.loop import Recipe
 
 app = typer.Typer(
@@ -89,7 +89,7 @@ def generate(config: Config, overrides: Overrides = None, profile: Profile = Fal
 
     A second start goes on after the last finished round; a finished run answers at once.
     """
-    from autosparse.config import GenerateConfig, load_config
+    from autosparse.commands.schemas import GenerateConfig, load_config
 
     chosen = load_config(GenerateConfig, config, overrides or [])
     with _profiled(chosen.output, profile, chosen.executor.kind) as of_workers:
@@ -99,7 +99,7 @@ def generate(config: Config, overrides: Overrides = None, profile: Profile = Fal
 @app.command(epilog="Example: autosparse fit configs/scorer/digits.yaml fit.head=mse")
 def fit(config: Config, overrides: Overrides = None) -> None:
     """Train a scorer on records: signals at initialization in, survival out."""
-    from autosparse.config import FitConfig, load_config
+    from autosparse.commands.schemas import FitConfig, load_config
 
     _fit(load_config(FitConfig, config, overrides or []))
 
@@ -110,7 +110,7 @@ def tune(config: Config, overrides: Overrides = None) -> None:
 
     Stopped, it goes on where it was; ends with a paired comparison on tasks that it did not learn from.
     """
-    from autosparse.config import TuneConfig, load_config
+    from autosparse.commands.schemas import TuneConfig, load_config
 
     _tune(load_config(TuneConfig, config, overrides or []))
 
@@ -118,7 +118,7 @@ def tune(config: Config, overrides: Overrides = None) -> None:
 @app.command(epilog="Example: autosparse prune configs/prune.yaml criterion=snip sparsity=0.95")
 def prune(config: Config, overrides: Overrides = None) -> None:
     """Write the masks of a freshly initialized network, by any criterion or scorer."""
-    from autosparse.config import PruneConfig, claim_directory, load_config
+    from autosparse.commands.schemas import PruneConfig, claim_directory, load_config
     from autosparse.experiment.benchmark import build_model
     from autosparse.experiment.candidates import find_masks, inputs
     from autosparse.masks.mask import Masks
@@ -171,7 +171,7 @@ def prune(config: Config, overrides: Overrides = None) -> None:
 @app.command(epilog="Example: autosparse train configs/train.yaml masks=runs/prune/masks.safetensors")
 def train(config: Config, overrides: Overrides = None, profile: Profile = False) -> None:
     """Train a network, with masks or dense. Stopped, it goes on from its last checkpoint."""
-    from autosparse.config import TrainConfig, claim_directory, load_config, plain
+    from autosparse.commands.schemas import TrainConfig, claim_directory, load_config, plain
     from autosparse.experiment.benchmark import build_model
     from autosparse.experiment.tracking import track
     from autosparse.files import fingerprint, read_json, write_json
@@ -265,7 +265,7 @@ def export(config: Config, overrides: Overrides = None) -> None:
     Every file is checked against the masked network. The table tells parameters, FLOPs, bytes and latency beside the dense
     network's, and plainly where a form is not faster.
     """
-    from autosparse.config import ExportConfig, load_config
+    from autosparse.commands.schemas import ExportConfig, load_config
 
     _export(load_config(ExportConfig, config, overrides or []))
 
@@ -273,7 +273,7 @@ def export(config: Config, overrides: Overrides = None) -> None:
 @app.command(epilog="Example: autosparse benchmark configs/benchmark/digits.yaml seeds=[0,1,2]")
 def benchmark(config: Config, overrides: Overrides = None, profile: Profile = False) -> None:
     """Prune and train every model × criterion × sparsity × seed under one recipe; results.csv and report.html."""
-    from autosparse.config import BenchmarkConfig, load_config
+    from autosparse.commands.schemas import BenchmarkConfig, load_config
 
     chosen = load_config(BenchmarkConfig, config, overrides or [])
     with _profiled(chosen.output, profile, chosen.executor.kind) as of_workers:
@@ -287,7 +287,7 @@ def check(config: Config, overrides: Overrides = None) -> None:
     Trains every criterion beside its own shuffle (the same layer densities, positions at random), its mask on newly
     drawn weights, and its lowest scores, on the same seeds; ends with a paired t-test of each difference.
     """
-    from autosparse.config import CheckConfig, load_config
+    from autosparse.commands.schemas import CheckConfig, load_config
 
     _benchmark(load_config(CheckConfig, config, overrides or []))
 
@@ -298,10 +298,10 @@ def diagnose(config: Config, overrides: Overrides = None) -> None:
 
     Measures without training; states that are done are not measured again.
     """
-    from autosparse.config import DiagnoseConfig, claim_directory, load_config
+    from autosparse.commands.schemas import DiagnoseConfig, claim_directory, load_config
     from autosparse.experiment.benchmark import build_model
-    from autosparse.experiment.results import diagnosis_table
     from autosparse.experiment.states import run_states, states
+    from autosparse.report.rows import diagnosis_table
     from autosparse.trainability.stored import load_weights
     from autosparse.training.data import load_data
     from autosparse.training.loop import check_fits, fabric_for
@@ -350,7 +350,7 @@ def shrink(config: Config, overrides: Overrides = None) -> None:
     Trains densely, chooses filters, trains on with or without the penalty, removes the filters, fine-tunes what is left.
     Stopped, it goes on from its last checkpoint.
     """
-    from autosparse.config import ShrinkConfig, load_config
+    from autosparse.commands.schemas import ShrinkConfig, load_config
 
     _shrink(load_config(ShrinkConfig, config, overrides or []))
 
@@ -358,7 +358,7 @@ def shrink(config: Config, overrides: Overrides = None) -> None:
 @app.command(epilog="Example: autosparse status runs/irp")
 def status(directory: Annotated[Path, typer.Argument(help="The output of generate, benchmark or check.")]) -> None:
     """What of a campaign or grid is done, running, failed (and why) or waiting; while it runs and after."""
-    from autosparse.experiment.status import STATES, statuses
+    from autosparse.jobs.status import STATES, statuses
 
     for found in statuses(directory):
         counts = ", ".join(f"{found.count(state)} {state}" for state in STATES)
@@ -436,7 +436,7 @@ def quickstart(
     if config is not None and "=" in str(config):  # `quickstart key=value`: no file was given
         overrides, config = [str(config), *(overrides or [])], None
     with busy("loading PyTorch, timing a few steps of each network"):
-        from autosparse.config import (
+        from autosparse.commands.schemas import (
             BenchmarkConfig,
             FitConfig,
             GenerateConfig,
@@ -507,7 +507,7 @@ def quickstart(
 def _quickstart_plan(chosen: QuickstartConfig, directory: Path, begun: float) -> str:
     """What is left to do and how long it will take: trainings by the timing, the rest by what the start took."""
     from autosparse.experiment.estimate import seconds_of_trainings
-    from autosparse.experiment.executor import jobs_at_once
+    from autosparse.jobs.executor import jobs_at_once
     from autosparse.scorers.records import is_complete
     from autosparse.training.data import load_data
 
@@ -531,7 +531,7 @@ def _quickstart_plan(chosen: QuickstartConfig, directory: Path, begun: float) ->
 
 
 def _generate(config: GenerateConfig, tracking: Path | None = None, profile: Path | None = None) -> None:
-    from autosparse.config import claim_directory, plain
+    from autosparse.commands.schemas import claim_directory, plain
     from autosparse.experiment.tracking import track
     from autosparse.scorers.corpus import write_index
     from autosparse.scorers.records import is_complete
@@ -575,7 +575,7 @@ def _generate(config: GenerateConfig, tracking: Path | None = None, profile: Pat
 
 
 def _fit(config: FitConfig, tracking: Path | None = None) -> Path:
-    from autosparse.config import claim_directory, plain
+    from autosparse.commands.schemas import claim_directory, plain
     from autosparse.experiment.tracking import track
     from autosparse.files import read_json, sha256, write_json
     from autosparse.scorers.card import OWN, PARTS, read_card
@@ -637,7 +637,7 @@ def _fit(config: FitConfig, tracking: Path | None = None) -> Path:
 
 
 def _export(config: ExportConfig) -> None:
-    from autosparse.config import claim_directory
+    from autosparse.commands.schemas import claim_directory
     from autosparse.files import fingerprint, read_json, write_json
     from autosparse.masks.mask import Masks
     from autosparse.trainability.export import export, write_table
@@ -708,15 +708,15 @@ def _export(config: ExportConfig) -> None:
 
 
 def _tune(config: TuneConfig) -> None:
-    from autosparse.config import claim_directory
-    from autosparse.experiment.executor import Job, run_jobs
-    from autosparse.experiment.status import journal
+    from autosparse.commands.schemas import claim_directory
     from autosparse.experiment.tracking import load_scorer
     from autosparse.files import write_json
+    from autosparse.jobs.executor import Job, run_jobs
+    from autosparse.jobs.status import journal
     from autosparse.network.signals import SignalSettings
-    from autosparse.pruning.irp import IRPSettings
     from autosparse.scorers.outcome import Task, Trial, do_trial, no_scorer, sought, starting_point
     from autosparse.scorers.outcome import tune as search
+    from autosparse.search.irp import IRPSettings
     from data_gen.tasks import sample_tasks
 
     given = no_scorer(config.name) if config.scorer is None else load_scorer(config.scorer)
@@ -790,8 +790,8 @@ def _cross_validate(
 
 def _write_ranks(stem: Path, split: str, rows: Sequence[Mapping[str, Any]]) -> None:
     """STEM.csv: how each criterion ranks each record that judged; STEM-mean.csv and the terminal: mean and std over them."""
-    from autosparse.experiment.results import stat
     from autosparse.files import write_csv
+    from autosparse.report.rows import stat
     from autosparse.scorers.card import FIGURES
 
     write_csv(stem.with_suffix(".csv"), rows)
@@ -813,11 +813,11 @@ def _benchmark(
     write_report: bool = True,
     profile: Path | None = None,
 ) -> None:
-    from autosparse.config import CheckConfig, claim_directory, plain
+    from autosparse.commands.schemas import CheckConfig, claim_directory, plain
     from autosparse.experiment.benchmark import failures, grid, result_path, run_grid, with_inputs
     from autosparse.experiment.checks import expand, tables
-    from autosparse.experiment.results import collect, summary
     from autosparse.experiment.tracking import track
+    from autosparse.report.rows import collect, summary
     from autosparse.training.data import load_data
     from autosparse.training.loop import fabric_for
 
@@ -872,7 +872,7 @@ def _benchmark(
 
 
 def _shrink(config: ShrinkConfig) -> None:
-    from autosparse.config import claim_directory, plain
+    from autosparse.commands.schemas import claim_directory, plain
     from autosparse.experiment.benchmark import with_inputs
     from autosparse.experiment.structured import result_path, run_thinnings, summary, thinnings
     from autosparse.experiment.tracking import track
@@ -931,7 +931,7 @@ def _say(text: str) -> None:
 
 def _report(directory: Path) -> None:
     with busy("report"):
-        from autosparse.experiment.report import build
+        from autosparse.report.page import build
 
         path = build(directory)
     _say(f"report: {path}")

@@ -402,7 +402,7 @@ def ready_worker(device: str, recipe: Recipe, barrier: Barrier) -> None:
 def one_run(device: str, folder: str, name: str, seed: int, recipe: Recipe) -> None:
     """A recorded IRP run of 12 rounds."""
     from autosparse.network.signals import SignalSettings
-    from autosparse.pruning.irp import IRPSettings
+    from autosparse.search.irp import IRPSettings
     from autosparse.training.data import DataSettings
     from data_gen.runs import Run, generate_record
 

@@ -10,11 +10,11 @@ from typing import Any
 
 from autosparse.errors import AutoSparseError, AutoSparseFailure, require
 from autosparse.experiment.benchmark import check_prunable
-from autosparse.experiment.executor import INLINE, Event, ExecutorSettings, Job, run_jobs
-from autosparse.experiment.status import journal
+from autosparse.jobs.executor import INLINE, Event, ExecutorSettings, Job, run_jobs
+from autosparse.jobs.status import journal
 from autosparse.network.signals import SignalSettings
-from autosparse.pruning.irp import IRPSettings, Round
 from autosparse.scorers.records import is_complete
+from autosparse.search.irp import IRPSettings, Round
 from autosparse.training.data import DataSettings, ImageData, shared_data
 from autosparse.training.loop import Recipe, fabric_for
 from autosparse.training.models import ModelSettings, create_model

@@ -1,4 +1,4 @@
-"""One recorded IRP run: `autosparse.pruning.irp`, written down round by round, resumed after any stop."""
+"""One recorded IRP run: `autosparse.search.irp`, written down round by round, resumed after any stop."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from autosparse.masks.layers import Layer, prunable_layers
 from autosparse.masks.mask import Masks
 from autosparse.network.graph import trace
 from autosparse.network.signals import SignalSettings, measure
-from autosparse.pruning.irp import IRPSettings, Round, irp
 from autosparse.pruning.warmup import WarmupSettings, warmup
 from autosparse.scorers.records import Record, read_record, write_record
+from autosparse.search.irp import IRPSettings, Round, irp
 from autosparse.training.content import of_start
 from autosparse.training.data import DataSettings, ImageData, load_data
 from autosparse.training.loop import Recipe, fabric_for

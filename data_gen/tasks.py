@@ -19,7 +19,7 @@ from autosparse.masks.layers import prunable_layers
 from autosparse.masks.random import make_python_generator
 from autosparse.network.signals import SignalSettings
 from autosparse.network.size import size
-from autosparse.pruning.irp import IRPSettings
+from autosparse.search.irp import IRPSettings
 from autosparse.training.cells import CellNet
 from autosparse.training.data import ImageData, shared_data
 from autosparse.training.loop import Recipe

@@ -26,12 +26,12 @@ from autosparse.experiment.benchmark import (
 )
 from autosparse.experiment.candidates import Candidate, find_masks
 from autosparse.masks.mask import Masks
-from autosparse.pruning import irp as irp_module
-from autosparse.pruning.dissipating import DissipatingSettings
-from autosparse.pruning.kstarts import KStartsSettings
 from autosparse.pruning.prune import describe
 from autosparse.scorers.features import DEFAULT
 from autosparse.scorers.scorer import Scorer, build_network
+from autosparse.search import irp as irp_module
+from autosparse.search.dissipating import DissipatingSettings
+from autosparse.search.kstarts import KStartsSettings
 from autosparse.trainability.preparation import Preparation
 from autosparse.trainability.prepare import PREPARATIONS
 from autosparse.training.data import DataSettings, ImageData, load_data

@@ -12,7 +12,7 @@ from autosparse.errors import AutoSparseError
 from autosparse.experiment import checks
 from autosparse.experiment.candidates import Candidate
 from autosparse.experiment.checks import checked, expand, finding, p_text, split, tables, verdict, verdicts
-from autosparse.experiment.results import Result, paired_test
+from autosparse.report.rows import Result, paired_test
 
 # -- what is run --------------------------------------------------------------------------------------------------------
 

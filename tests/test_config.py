@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
-from autosparse import config as configs
-from autosparse.config import (
+from autosparse.commands import schemas as configs
+from autosparse.commands.schemas import (
     BenchmarkConfig,
     CheckConfig,
     DiagnoseConfig,
@@ -28,8 +28,8 @@ from autosparse.config import (
 )
 from autosparse.errors import AutoSparseError
 from autosparse.experiment.candidates import Candidate
-from autosparse.experiment.executor import ExecutorSettings
-from autosparse.pruning.irp import IRPSettings
+from autosparse.jobs.executor import ExecutorSettings
+from autosparse.search.irp import IRPSettings
 from autosparse.training.data import DataSettings
 from autosparse.training.loop import Recipe
 from autosparse.training.models import ModelSettings

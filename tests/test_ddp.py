@@ -22,11 +22,11 @@ from test_loop import Stop, stop_after
 from torch import nn
 
 from autosparse.errors import AutoSparseError, AutoSparseFailure
-from autosparse.experiment.executor import ExecutorSettings
+from autosparse.jobs.executor import ExecutorSettings
 from autosparse.masks.mask import Masks
 from autosparse.network.signals import SignalSettings
-from autosparse.pruning.irp import IRPSettings
 from autosparse.pruning.prune import prune
+from autosparse.search.irp import IRPSettings
 from autosparse.training.data import DataSettings, ImageData
 from autosparse.training.devices import device_names
 from autosparse.training.loop import Recipe, Trained, fabric_for, full_state, train
@@ -186,7 +186,7 @@ def test_a_bug_in_a_rank_is_told_with_its_traceback() -> None:
 def test_the_end_of_the_driver_ends_the_ranks(how: int, kind: str, tmp_path: Path) -> None:
     code = f"""
 from ranked import endless
-from autosparse.experiment.executor import ExecutorSettings, Job, run_jobs
+from autosparse.jobs.executor import ExecutorSettings, Job, run_jobs
 run_jobs([Job("a", endless, {{"place": {str(tmp_path)!r}}})], ExecutorSettings({kind!r}), device="cpu:2")
 """
     path = os.pathsep.join([str(HERE.parent), str(HERE)])

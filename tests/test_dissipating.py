@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from autosparse.errors import AutoSparseError
 from autosparse.masks.layers import Layer, prunable_layers
 from autosparse.masks.mask import Masks
-from autosparse.pruning.dissipating import DissipatingSettings, combined, displacement, dissipating, remove
-from autosparse.pruning.kstarts import KStartsSettings, Selected
+from autosparse.search.dissipating import DissipatingSettings, combined, displacement, dissipating, remove
+from autosparse.search.kstarts import KStartsSettings, Selected
 from autosparse.training.data import ImageData
 from autosparse.training.loop import Recipe, full_state, train
 
@@ -52,7 +52,7 @@ def trainings(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         seen.append({**options, "recipe": recipe, "before": before, "after": full_state(model)})
         return result
 
-    monkeypatch.setattr("autosparse.pruning.dissipating.train", spy)
+    monkeypatch.setattr("autosparse.search.dissipating.train", spy)
     return seen
 
 

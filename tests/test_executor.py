@@ -26,13 +26,13 @@ from jobs import work
 from test_runs import same
 
 from autosparse.errors import AutoSparseError, AutoSparseFailure
-from autosparse.experiment import status
 from autosparse.experiment.benchmark import Cell, grid, run_grid
 from autosparse.experiment.candidates import Candidate
-from autosparse.experiment.executor import INLINE, Event, ExecutorSettings, Job, _devices, run_jobs
-from autosparse.experiment.status import FOLDER, journal, kept_up, statuses
+from autosparse.jobs import status
+from autosparse.jobs.executor import INLINE, Event, ExecutorSettings, Job, _devices, run_jobs
+from autosparse.jobs.status import FOLDER, journal, kept_up, statuses
 from autosparse.network.signals import SignalSettings
-from autosparse.pruning.irp import IRPSettings
+from autosparse.search.irp import IRPSettings
 from autosparse.training.data import DataSettings, load_data
 from autosparse.training.loop import Recipe
 from autosparse.training.models import ModelSettings
@@ -178,7 +178,7 @@ import signal, sys
 from pathlib import Path
 from jobs import slow
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background has it ignored
-from autosparse.experiment.executor import ExecutorSettings, Job, run_jobs
+from autosparse.jobs.executor import ExecutorSettings, Job, run_jobs
 jobs = [Job(n, slow, {{"place": Path({str(tmp_path)!r}), "name": n, "seconds": 600}}) for n in "abc"]
 run_jobs(jobs, ExecutorSettings('local', workers=2), device="cpu")
 """
@@ -478,7 +478,7 @@ def test_a_full_disk_does_not_stop_the_journal(tmp_path: Path, monkeypatch: pyte
         raise AutoSparseFailure("cannot write: no space left on device")
 
     with journal(tmp_path, {"a": tmp_path / "a.json"}) as book:
-        monkeypatch.setattr("autosparse.experiment.status.write_json", full)
+        monkeypatch.setattr("autosparse.jobs.status.write_json", full)
         book.note(Event("started", "a", 0, "cpu"))
 
 

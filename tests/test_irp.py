@@ -16,7 +16,7 @@ from autosparse.errors import AutoSparseError, AutoSparseFailure
 from autosparse.masks.layers import prunable_layers
 from autosparse.masks.mask import Masks
 from autosparse.pruning.criteria import CRITERIA, HandMade
-from autosparse.pruning.irp import IRPSettings, Round, full_state, irp
+from autosparse.search.irp import IRPSettings, Round, full_state, irp
 from autosparse.training import loop
 from autosparse.training.data import ImageData
 from autosparse.training.loop import Recipe, train
@@ -43,7 +43,7 @@ def starts(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Tensor]]:
         seen.append(full_state(model))
         return train(model, *args, **options)
 
-    monkeypatch.setattr("autosparse.pruning.irp.train", spy)
+    monkeypatch.setattr("autosparse.search.irp.train", spy)
     return seen
 
 
@@ -173,7 +173,7 @@ def test_a_stop_inside_a_round(
             raise Stop
 
     plain = loop.train
-    monkeypatch.setattr("autosparse.pruning.irp.train", lambda *a, **o: plain(*a, **o, checkpoint_every=0.0))
+    monkeypatch.setattr("autosparse.search.irp.train", lambda *a, **o: plain(*a, **o, checkpoint_every=0.0))
     checkpoint = tmp_path / "training.pt"
     done: list[Round] = []
     model = convnet()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from autosparse.errors import AutoSparseError, AutoSparseFailure
 from autosparse.masks.layers import prunable_layers
 from autosparse.masks.mask import Masks
-from autosparse.pruning.kstarts import (
+from autosparse.search.kstarts import (
     KStartsSettings,
     Selected,
     child,
@@ -70,7 +70,7 @@ def trainings(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         seen.append({**options, "data": data, "before": before, "after": full_state(model), "sums": sums})
         return result
 
-    monkeypatch.setattr("autosparse.pruning.kstarts.train", spy)
+    monkeypatch.setattr("autosparse.search.kstarts.train", spy)
     return seen
 
 
@@ -259,7 +259,7 @@ def test_a_stop_inside_a_start(
     settings = KStartsSettings(k=2, epochs=3, fitness=fitness)
     whole = run(convnet(), digits, settings)
     plain = loop.train
-    monkeypatch.setattr("autosparse.pruning.kstarts.train", lambda *a, **o: plain(*a, **o, checkpoint_every=0.0))
+    monkeypatch.setattr("autosparse.search.kstarts.train", lambda *a, **o: plain(*a, **o, checkpoint_every=0.0))
     with pytest.raises(Stop):
         run(convnet(), digits, settings, state=tmp_path, on_epoch=stopping(5, []))
     rows: list[dict[str, float]] = []

@@ -14,7 +14,7 @@ from autosparse.masks.layers import prunable_layers
 from autosparse.masks.mask import Masks
 from autosparse.masks.random import derive, make_generator, make_numpy_generator, make_python_generator, seeded
 from autosparse.masks.selection import select
-from autosparse.pruning.kstarts import KStartsSettings, kstarts
+from autosparse.search.kstarts import KStartsSettings, kstarts
 from autosparse.training.data import load_data
 from autosparse.training.loop import Recipe
 from autosparse.training.models import ModelSettings, create_model

@@ -15,10 +15,12 @@ import pytest
 from planted import plant
 
 from autosparse.errors import AutoSparseError
-from autosparse.experiment import figures, report, results
-from autosparse.experiment.results import Result
 from autosparse.files import write_json
 from autosparse.masks.layers import Layer
+from autosparse.report import figures
+from autosparse.report import page as report
+from autosparse.report import rows as results
+from autosparse.report.rows import Result
 from autosparse.scorers import records
 from autosparse.scorers.card import Card
 from autosparse.scorers.fitting import FitSettings, fit

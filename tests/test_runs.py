@@ -22,9 +22,9 @@ import yaml
 from autosparse.errors import AutoSparseError, AutoSparseFailure
 from autosparse.masks.layers import prunable_layers
 from autosparse.network.signals import SignalSettings, measure
-from autosparse.pruning.irp import IRPSettings
 from autosparse.pruning.warmup import WarmupSettings, warmup
 from autosparse.scorers.records import Record, is_complete, read_record
+from autosparse.search.irp import IRPSettings
 from autosparse.training import loop
 from autosparse.training.data import DataSettings, ImageData, load_data
 from autosparse.training.loop import Recipe

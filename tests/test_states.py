@@ -18,11 +18,11 @@ from autosparse import AutoSparseError, Masks
 from autosparse.cli import main
 from autosparse.experiment import states as module
 from autosparse.experiment.candidates import Candidate
-from autosparse.experiment.figures import plain_power, plot_diagnosis
-from autosparse.experiment.report import build
-from autosparse.experiment.results import diagnosis_table, load_diagnosis
 from autosparse.experiment.states import State, states
 from autosparse.files import write_json, write_safetensors
+from autosparse.report.figures import plain_power, plot_diagnosis
+from autosparse.report.page import build
+from autosparse.report.rows import diagnosis_table, load_diagnosis
 
 Run = Callable[..., tuple[int, str, str]]
 CONFIG: dict[str, Any] = {

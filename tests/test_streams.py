@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 import autosparse
+from autosparse.commands.streams import readable
 from autosparse.errors import AutoSparseError
 from autosparse.files import Unfailing
 from autosparse.masks.random import derive
-from autosparse.streams import readable
 
 PACKAGES = [Path(autosparse.__file__).parent, Path(autosparse.__file__).parents[1] / "data_gen"]
 # The encoding of a stream that is there, by position; a binary file unless a mode is given.
@@ -23,7 +23,7 @@ OTHERS = ("io.TextIOWrapper", "tempfile.NamedTemporaryFile")
 
 PRINTS = """
 import sys
-from autosparse.streams import streams
+from autosparse.commands.streams import streams
 with streams():
     print("4×3 weights, θ₀ ± 0.5 − 1, Größe 語")
     print("more", flush=True)

@@ -14,13 +14,13 @@ from hypothesis import settings as hypothesis
 from hypothesis import strategies as st
 
 from autosparse.cli import _generate
-from autosparse.config import GenerateConfig, claim_directory, load_config
+from autosparse.commands.schemas import GenerateConfig, claim_directory, load_config
 from autosparse.errors import AutoSparseError
 from autosparse.masks.layers import prunable_layers
 from autosparse.network.signals import SignalSettings
-from autosparse.pruning.irp import IRPSettings
 from autosparse.scorers.corpus import read_index
 from autosparse.scorers.records import read_record
+from autosparse.search.irp import IRPSettings
 from autosparse.training.cells import CELLS
 from autosparse.training.data import DataSettings, shared_data
 from autosparse.training.loop import Recipe

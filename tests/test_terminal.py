@@ -8,10 +8,10 @@ import pytest
 from rich.console import Console
 from rich.progress import Progress
 
+from autosparse.commands.terminal import Live, bars, busy, share_done, words
 from autosparse.experiment import estimate
 from autosparse.experiment.estimate import seconds_of_trainings
-from autosparse.experiment.executor import INLINE, Event, ExecutorSettings
-from autosparse.terminal import Live, bars, busy, share_done, words
+from autosparse.jobs.executor import INLINE, Event, ExecutorSettings
 from autosparse.training.data import ImageData
 from autosparse.training.loop import Recipe
 from autosparse.training.models import ModelSettings

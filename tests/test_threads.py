@@ -9,11 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from autosparse import processes
-from autosparse.experiment import executor
 from autosparse.experiment.benchmark import Cell, run_cell
 from autosparse.experiment.candidates import Candidate
-from autosparse.experiment.executor import ExecutorSettings, _shares
+from autosparse.jobs import executor, processes
+from autosparse.jobs.executor import ExecutorSettings, _shares
 from autosparse.training.data import DataSettings, ImageData, load_data
 from autosparse.training.loop import Recipe
 from autosparse.training.models import ModelSettings

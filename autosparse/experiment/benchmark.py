@@ -21,9 +21,9 @@ from torch import nn
 
 from autosparse.errors import AutoSparseStateError, require
 from autosparse.experiment.candidates import Candidate, Found, find_masks, identity, prepare_found, resolve
-from autosparse.experiment.executor import INLINE, Event, ExecutorSettings, Job, run_jobs
-from autosparse.experiment.status import FOLDER, journal, kept_up
 from autosparse.files import fingerprint, read_json, replace_file, write_json
+from autosparse.jobs.executor import INLINE, Event, ExecutorSettings, Job, run_jobs
+from autosparse.jobs.status import FOLDER, journal, kept_up
 from autosparse.masks.layers import prunable_layers
 from autosparse.masks.mask import Masks
 from autosparse.masks.random import derive

@@ -23,13 +23,13 @@ from autosparse.masks.selection import SCOPES, Scope, parse_granularity
 from autosparse.network.graph import trace
 from autosparse.network.signals import parse_warmup
 from autosparse.pruning.criteria import PRESETS, Criterion, Inverted, Preset, preset_for
-from autosparse.pruning.dissipating import DissipatingSettings, combined, dissipating
-from autosparse.pruning.irp import IRPSettings, irp
-from autosparse.pruning.kstarts import KStartsSettings, kstarts, read_progress
-from autosparse.pruning.kstarts import fingerprint as search_of
 from autosparse.pruning.prune import describe, prune
 from autosparse.pruning.warmup import WarmupSettings, warmup
 from autosparse.scorers.bundled import is_scorer
+from autosparse.search.dissipating import DissipatingSettings, combined, dissipating
+from autosparse.search.irp import IRPSettings, irp
+from autosparse.search.kstarts import KStartsSettings, kstarts, read_progress
+from autosparse.search.kstarts import fingerprint as search_of
 from autosparse.trainability.prepare import check_preparation, prepare
 from autosparse.training.content import of_start
 from autosparse.training.data import ImageData

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
-from autosparse.experiment.results import (
+from autosparse.report.rows import (
     Cell,
     Result,
     Stat,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from autosparse.experiment.benchmark import build_model
-from autosparse.experiment.executor import INLINE, ExecutorSettings, jobs_at_once
+from autosparse.jobs.executor import INLINE, ExecutorSettings, jobs_at_once
 from autosparse.training.data import ImageData
 from autosparse.training.loop import Recipe, steps_per_epoch, train
 from autosparse.training.models import ModelSettings

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from autosparse.errors import AutoSparseError, AutoSparseFailure, AutoSparseStateError, of_state, require
 from autosparse.experiment.benchmark import build_model, rounded, with_inputs
 from autosparse.experiment.candidates import Candidate, find_masks, identity
-from autosparse.experiment.executor import INLINE, Event, ExecutorSettings, Job, run_jobs
-from autosparse.experiment.results import Table, in_percent, stat
-from autosparse.experiment.status import journal, kept_up
 from autosparse.files import fingerprint, read_json, read_safetensors, replace_file, write_json, write_safetensors
+from autosparse.jobs.executor import INLINE, Event, ExecutorSettings, Job, run_jobs
+from autosparse.jobs.status import journal, kept_up
 from autosparse.masks.mask import Masks
 from autosparse.network.size import size
+from autosparse.report.rows import Table, in_percent, stat
 from autosparse.trainability.shrink import remove
 from autosparse.trainability.stored import save_weights
 from autosparse.trainability.tpp import Ratio, TPPSettings, filter_densities, push_out

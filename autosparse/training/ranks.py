@@ -21,8 +21,8 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from autosparse.errors import AutoSparseError, AutoSparseFailure, first_line, require
+from autosparse.jobs.processes import heed_the_end, how_it_ended, start_context, uninterrupted
 from autosparse.network.running import eval_mode
-from autosparse.processes import heed_the_end, how_it_ended, start_context, uninterrupted
 from autosparse.training.data import ImageData
 from autosparse.training.loop import Recipe, Trained, fabric_for, full_state, put_back, train
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from autosparse.errors import AutoSparseError, AutoSparseFailure
-from autosparse.experiment.executor import Event
 from autosparse.files import read_json, write_json
+from autosparse.jobs.executor import Event
 
 FOLDER = ".jobs"
 STATES = ("done", "running", "failed", "waiting")

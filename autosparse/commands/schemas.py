@@ -16,15 +16,15 @@ from pydantic import TypeAdapter, ValidationError
 from autosparse.errors import AutoSparseError, require, settings, suggest
 from autosparse.experiment.candidates import Candidate
 from autosparse.experiment.checks import CHECKS, expand
-from autosparse.experiment.executor import ExecutorSettings
 from autosparse.experiment.structured import thinnings
 from autosparse.files import check_file, replace_file
+from autosparse.jobs.executor import ExecutorSettings
 from autosparse.masks.schedule import check_sparsity
 from autosparse.network.diagnostics import DiagnosticSettings
 from autosparse.network.signals import SignalSettings
-from autosparse.pruning.irp import IRPSettings
 from autosparse.scorers.fitting import FitSettings
 from autosparse.scorers.outcome import OutcomeSettings
+from autosparse.search.irp import IRPSettings
 from autosparse.trainability.export import ExportSettings
 from autosparse.trainability.prepare import check_preparation
 from autosparse.trainability.tpp import TPPSettings

@@ -17,7 +17,7 @@ from autosparse.masks.layers import Layer, unwrap
 from autosparse.masks.mask import Masks
 from autosparse.masks.schedule import check_density, densities
 from autosparse.masks.selection import SCOPES, Scope, select
-from autosparse.pruning.kstarts import (
+from autosparse.search.kstarts import (
     STATE,
     KStartsSettings,
     Selected,

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from autosparse.experiment.checks import split
-from autosparse.experiment.results import (
+from autosparse.report.rows import (
     BINS,
     DENSE,
     Cell,

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from autosparse.experiment.checks import CHECKS, LEVEL, Checked, caution, checked, finding, p_text, split, verdicts
-from autosparse.experiment.figures import (
+from autosparse.files import replace_file
+from autosparse.report.figures import (
     COLOURS,
     FREE,
     MOST,
@@ -31,7 +32,7 @@ from autosparse.experiment.figures import (
     selected,
     svg,
 )
-from autosparse.experiment.results import (
+from autosparse.report.rows import (
     BINS,
     DENSE,
     Cell,
@@ -53,7 +54,6 @@ from autosparse.experiment.results import (
     stat,
     unique,
 )
-from autosparse.files import replace_file
 from autosparse.scorers.card import OWN, PARTS
 
 CSS = """

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from autosparse.experiment.executor import Event
+    from autosparse.jobs.executor import Event
 
 
 @contextmanager
@@ -77,7 +77,7 @@ class Live:
             shown.update(self._all, description=f"{what}: starting, {total} to do")  # moves until the first has news
 
     def show(self, event: Event) -> None:
-        from autosparse.experiment.status import doing
+        from autosparse.jobs.status import doing
 
         if event.kind == "started":
             if event.worker in self._workers:

@@ -1,0 +1,1 @@
+"""Many independent jobs: here, in processes, on a cluster."""

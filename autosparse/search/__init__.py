@@ -1,0 +1,1 @@
+"""Masks by training: each method in a file of its own."""

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 
 import autosparse
 from autosparse.cli import app, main
+from autosparse.files import read_json
 from autosparse.scorers import scorer
 from autosparse.scorers.features import DEFAULT
 from autosparse.scorers.scorer import Scorer, build_network
@@ -492,23 +493,23 @@ def test_some_failed_runs_exit_with_one(run: Run, monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_stop_says_how_to_go_on(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    from autosparse.training import loop
+    from autosparse.commands import train as command
 
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(loop, "train", interrupted)
+    monkeypatch.setattr(command, "train", interrupted)
     refused(run("train", train_config()), "stopped: run the same command again to go on", code=130)
 
 
 def test_bugs_show_their_traceback(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from autosparse.training import loop
+    from autosparse.commands import train as command
 
     def broken(*_: Any, **__: Any) -> None:
         raise ZeroDivisionError("a bug")
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(loop, "train", broken)
+    monkeypatch.setattr(command, "train", broken)
     Path("c.yaml").write_text(yaml.safe_dump(train_config()))
     with pytest.raises(ZeroDivisionError):
         main(["train", "c.yaml"])
@@ -592,3 +593,27 @@ def test_networks_are_made_smaller(run: Run) -> None:
     refused(run("shrink", config, "ratios=[2.0]"), "ratio is 2.0: it is the share of filters that go")
     refused(run("shrink", config, "output=none", "model=mlp"), "MLP has no convolution whose filters can go alone")
     assert "3 jobs: 3 done" in run("status", "small").out
+
+
+def test_python_users_call_what_the_commands_call(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from autosparse.commands import benchmark, train
+    from autosparse.commands.loading import load_config
+    from autosparse.commands.schemas import BenchmarkConfig, TrainConfig
+    from autosparse.commands.terminal import quiet
+
+    def config(schema: type, **values: Any) -> Any:
+        Path("c.yaml").write_text(yaml.safe_dump(values))
+        return load_config(schema, Path("c.yaml"))
+
+    trained = config(TrainConfig, **train_config(output="t"))
+    grid = config(
+        BenchmarkConfig, **TINY, models=[CONVNET], criteria=["random"], sparsities=[0.5], seeds=[0], output="b"
+    )
+    with quiet():
+        result, rows = train.run(trained), benchmark.run(grid)
+    assert capsys.readouterr() == ("", "")
+    assert result == read_json(Path("t/result.json"), "result")
+    assert [(row.criterion, row.sparsity) for row in rows] == [("dense", 0.0), ("random", 0.5)]
+    answer = run("train", train_config(output="t"))
+    assert answer.out.startswith("complete: accuracy")
+    assert train.run(trained)["accuracy"] == result["accuracy"]

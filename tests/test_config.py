@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
-from autosparse.commands import schemas as configs
+from autosparse.commands.directory import claim_directory
+from autosparse.commands.loading import load_config, plain
 from autosparse.commands.schemas import (
     BenchmarkConfig,
     CheckConfig,
@@ -22,9 +23,6 @@ from autosparse.commands.schemas import (
     ShrinkConfig,
     TrainConfig,
     TuneConfig,
-    claim_directory,
-    load_config,
-    plain,
 )
 from autosparse.errors import AutoSparseError
 from autosparse.experiment.candidates import Candidate
@@ -414,7 +412,7 @@ def test_a_damaged_config_in_the_directory_is_another_config(tmp_path: Path) -> 
 def test_plain_values_are_yaml(tmp_path: Path) -> None:
     for schema in SCHEMAS.values():
         assert yaml.safe_load(yaml.safe_dump(plain(schema()))) == plain(schema())
-    assert configs.load_config(FitConfig, None).fit.features is None
+    assert load_config(FitConfig, None).fit.features is None
 
 
 def test_an_executor_is_how_and_not_what(tmp_path: Path) -> None:

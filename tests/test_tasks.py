@@ -13,8 +13,10 @@ from hypothesis import given
 from hypothesis import settings as hypothesis
 from hypothesis import strategies as st
 
-from autosparse.cli import _generate
-from autosparse.commands.schemas import GenerateConfig, claim_directory, load_config
+from autosparse.commands.directory import claim_directory
+from autosparse.commands.generate import run as generate
+from autosparse.commands.loading import load_config
+from autosparse.commands.schemas import GenerateConfig
 from autosparse.errors import AutoSparseError
 from autosparse.masks.layers import prunable_layers
 from autosparse.network.signals import SignalSettings
@@ -184,7 +186,7 @@ def test_a_campaign_of_two_data_sets_goes_on_when_it_grows(
     tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = write(tmp_path / "c.yaml", executor={"kind": kind})
-    _generate(load_config(GenerateConfig, path))
+    generate(load_config(GenerateConfig, path))
     files = sorted((tmp_path / "out" / "records").glob("*.h5"))
     records = [read_record(file) for file in files]
     assert len(records) == 2 and all(record.complete for record in records)
@@ -193,11 +195,11 @@ def test_a_campaign_of_two_data_sets_goes_on_when_it_grows(
     times = {file: file.stat().st_mtime_ns for file in files}
     if kind == "local":
         return
-    _generate(load_config(GenerateConfig, path, ["tasks.count=3", "tasks.seeds=2"]))
+    generate(load_config(GenerateConfig, path, ["tasks.count=3", "tasks.seeds=2"]))
     assert len(list((tmp_path / "out" / "records").glob("*.h5"))) == len(read_index(tmp_path / "out").entries) == 6
     assert all(file.stat().st_mtime_ns == time for file, time in times.items()), "what was done is not done again"
     with pytest.raises(AutoSparseError, match=r"there tasks.max_weights is 2000, here 3000"):
-        _generate(load_config(GenerateConfig, path, ["tasks.max_weights=3000"]))
+        generate(load_config(GenerateConfig, path, ["tasks.max_weights=3000"]))
     with pytest.raises(AutoSparseError, match=r"belongs to another config \(there tasks is \{.*here None"):
-        _generate(load_config(GenerateConfig, path, ["tasks=null", "models=[mlp]"]))
+        generate(load_config(GenerateConfig, path, ["tasks=null", "models=[mlp]"]))
     capsys.readouterr()

@@ -1,13 +1,18 @@
-"""Bars that show how far many jobs are."""
+"""What a person sees on the terminal: lines, tables, and bars that show how far many jobs are."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
+
+from autosparse.commands.streams import readable
 
 if TYPE_CHECKING:
     from autosparse.jobs.executor import Event
+    from autosparse.training.loop import Recipe
 
 
 @contextmanager
@@ -33,7 +38,7 @@ def bars(first: str | None = None) -> Iterator[Any]:
         TimeRemainingColumn(),
         TextColumn("{task.description}", markup=False),
     ]
-    moves = get_console().is_interactive
+    moves = get_console().is_interactive and not _silent.get()
     with Progress(*columns, disable=not moves) as shown:
         if first is not None:
             shown.add_task(first, total=None)
@@ -41,7 +46,7 @@ def bars(first: str | None = None) -> Iterator[Any]:
             yield shown
         finally:
             known = [task for task in shown.tasks if task.total is not None]
-            if known and not moves:
+            if known and not moves and not _silent.get():
                 shown.console.print(shown.make_tasks_table(known))
 
 
@@ -52,7 +57,7 @@ def busy(text: str) -> Iterator[None]:
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = [BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}", markup=False)]
-    with Progress(*columns, transient=True, disable=not get_console().is_interactive) as shown:
+    with Progress(*columns, transient=True, disable=_silent.get() or not get_console().is_interactive) as shown:
         shown.add_task(text, total=None)
         yield
 
@@ -130,3 +135,65 @@ def words(seconds: float) -> str:
             count = max(1, -int(-seconds // length)) * (10 if unit == "s" else 1)
             return f"{count} {unit}"
     return f"{-int(-seconds // 3600)} hours"
+
+
+_silent: ContextVar[bool] = ContextVar("silent", default=False)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Nothing of a command is printed inside, for callers from Python."""
+    token = _silent.set(True)
+    try:
+        yield
+    finally:
+        _silent.reset(token)
+
+
+def say(text: str) -> None:
+    if not _silent.get():
+        print(text, flush=True)
+
+
+def print_table(title: str, headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(quiet=_silent.get())
+
+    def cell(text: str) -> Text:  # brackets in a name are no markup
+        return Text(readable(text, console.encoding))
+
+    table = Table(title=cell(title), title_justify="left", title_style="bold")
+    for index, header in enumerate(headers):
+        table.add_column(cell(header), justify="left" if index < 2 else "right")
+    for row in rows:
+        table.add_row(*map(cell, row))
+    if not console.is_terminal:
+        console.width = 160  # a file or a pipe has no width to fit into
+    console.print(table)
+
+
+@contextmanager
+def quiet_warnings() -> Iterator[None]:
+    """What the warnings of `prune` say is printed as notes."""
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def epochs_of(recipe: Recipe) -> int | None:
+    return recipe.epochs if recipe.steps is None else None
+
+
+def epoch_text(what: str, row: Mapping[str, float]) -> str:
+    return f"{what}: loss {row['loss']:.3f}, validation accuracy {100 * row['accuracy']:.1f} %"
+
+
+def say_failed(text: str) -> None:
+    """A line on standard error about a job that failed."""
+    if not _silent.get():
+        print(f"failed: {text}", file=sys.stderr)

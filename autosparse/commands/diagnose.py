@@ -1,0 +1,56 @@
+"""Diagnose: how well a network can train."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from autosparse.commands.directory import claim_directory
+from autosparse.commands.report import write_report
+from autosparse.commands.schemas import DiagnoseConfig
+from autosparse.commands.terminal import bars, print_table, quiet_warnings, say
+from autosparse.experiment.benchmark import build_model
+from autosparse.experiment.states import run_states, states
+from autosparse.report.rows import diagnosis_table
+from autosparse.trainability.stored import load_weights
+from autosparse.training.data import load_data
+from autosparse.training.loop import check_fits, fabric_for
+from autosparse.training.threads import threads_for
+
+
+def run(config: DiagnoseConfig) -> Path:
+    """Measure how well a network can train, as `config` says, and give the path of the report."""
+    masks, weights = (None if path is None else Path(path) for path in (config.masks, config.weights))
+    todo = states(config.criteria, masks, config.prepare)
+    place = fabric_for(config.device).device
+    data = load_data(config.data, place)
+    model = build_model(config.model, data, config.seed)
+    if weights is not None:
+        load_weights(weights, model)
+    model = model.to(place)
+    check_fits(model, data)
+    directory = claim_directory(config)
+    with threads_for(model, data, config.recipe.batch_size), quiet_warnings(), bars() as shown:
+        task = shown.add_task(f"diagnose: {todo[0].name}", total=len(todo))
+
+        def on_state(number: int, result: Mapping[str, Any]) -> None:
+            following = todo[number + 1].name if number + 1 < len(todo) else "done"
+            shown.update(task, completed=number + 1, description=f"diagnose: {following}")
+
+        results = run_states(
+            todo,
+            directory,
+            model,
+            data,
+            config.diagnostics,
+            sparsity=config.sparsity,
+            recipe=config.recipe,
+            seed=config.seed,
+            device=config.device,
+            on_state=on_state,
+        )
+    headers, lines = diagnosis_table(results)
+    print_table(f"{config.model.label()} on {config.data.name}", headers, lines)
+    say(f"results: {directory / 'diagnosis.csv'}, {directory / 'summary.csv'}")
+    return write_report(directory)

@@ -1,0 +1,72 @@
+"""Tune: a scorer's layer densities, from the outcome of short trainings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from autosparse.commands.directory import claim_directory
+from autosparse.commands.schemas import TuneConfig
+from autosparse.commands.terminal import Live, bars, quiet_warnings, say, say_failed
+from autosparse.experiment.tracking import load_scorer
+from autosparse.files import write_json
+from autosparse.jobs.executor import Event, Job, run_jobs
+from autosparse.jobs.status import journal
+from autosparse.network.signals import SignalSettings
+from autosparse.scorers.outcome import Task, Trial, do_trial, no_scorer, sought, starting_point, tune
+from autosparse.search.irp import IRPSettings
+from data_gen.tasks import sample_tasks
+
+
+def run(config: TuneConfig) -> Path:
+    """Learn a rule of layer densities from outcomes as `config` says, and give the path of the scorer."""
+    given = no_scorer(config.name) if config.scorer is None else load_scorer(config.scorer)
+    scorer = starting_point(replace(given, name=config.name), config.tune)
+    drawn = sample_tasks(config.tasks, config.recipe, IRPSettings(), SignalSettings())
+    tasks = [Task(run.model, run.data, run.recipe, run.seed) for run in drawn]
+    directory = claim_directory(config)
+    path, base = directory / f"{config.name}.safetensors", directory / "base.safetensors"
+    if path.exists() and load_scorer(path).card.outcome.get("inputs") == sought(scorer, tasks, config.tune):
+        say(f"complete: {path} is there already")
+        return path
+    scorer.save(base)
+    failed: dict[str, str] = {}
+
+    def run_trials(trials: Sequence[Trial]) -> dict[str, dict[str, float]]:
+        files = {trial.key: directory / "trials" / f"{trial.key}.json" for trial in trials}
+        jobs = [Job(trial.key, do_trial, {"trial": trial, "path": files[trial.key]}) for trial in trials]
+        live = Live(shown, "trials", len(jobs))
+        with journal(directory, files) as book:
+
+            def on_event(event: Event) -> None:
+                book.note(event)
+                live.show(event)
+
+            outcomes = run_jobs(jobs, config.executor, on_event, device=config.device)
+        live.end("trials")
+        for trial in trials:
+            if (reason := outcomes[trial.key].error) is not None and trial.key not in failed:
+                failed[trial.key] = reason
+                say_failed(f"{trial.task.model.label()} at {trial.sparsity:g}: {reason}")
+        return {key: outcome.value for key, outcome in outcomes.items() if outcome.error is None}
+
+    def on_generation(row: dict[str, Any]) -> None:
+        say(f"generation {row['generation']} of {config.tune.generations}: validation loss {row['loss']:.4f}")
+
+    with quiet_warnings(), bars() as shown:
+        tuned = tune(scorer, base, tasks, config.tune, run_trials, on_generation)
+    tuned.save(path)
+    write_json(directory / "scorer.json", tuned.card.plain())
+    for name, weight in tuned.rule.items():
+        say(f"  {name}: {weight:+.3f}")
+    held_out = tuned.card.outcome["held_out"]
+    if held_out:
+        gain = held_out["accuracy"]
+        say(
+            f"on {gain['n']} held-out trainings: {100 * gain['mean']:+.2f} ± {100 * gain['std']:.2f} points over the "
+            f"scorer as it was (p = {gain['p']:.2g})"
+        )
+    say(f"scorer: {path}")
+    return path

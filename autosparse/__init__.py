@@ -12,12 +12,20 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from autosparse.api import prune
     from autosparse.errors import AutoSparseError, AutoSparseFailure
-    from autosparse.experiment.tracking import load_scorer
-    from autosparse.front import prune
+    from autosparse.masks.layers import Layer
     from autosparse.masks.mask import Masks
     from autosparse.masks.selection import NM, Block, Channel
+    from autosparse.network.diagnostics import diagnose
+    from autosparse.pruning.criteria import Context, Criterion, Preset
+    from autosparse.pruning.warmup import warmup
+    from autosparse.scorers.loading import load_scorer
+    from autosparse.search.irp import IRPSettings, irp
+    from autosparse.trainability.export import export
     from autosparse.trainability.prepare import prepare
+    from autosparse.trainability.shrink import shrink
+    from autosparse.training.loop import Recipe, train
 
 __version__ = "0.1.0"
 
@@ -26,14 +34,48 @@ _WHERE = {
     "AutoSparseFailure": "autosparse.errors",
     "Block": "autosparse.masks.selection",
     "Channel": "autosparse.masks.selection",
+    "Context": "autosparse.pruning.criteria",
+    "Criterion": "autosparse.pruning.criteria",
+    "IRPSettings": "autosparse.search.irp",
+    "Layer": "autosparse.masks.layers",
     "Masks": "autosparse.masks.mask",
     "NM": "autosparse.masks.selection",
-    "load_scorer": "autosparse.experiment.tracking",
+    "Preset": "autosparse.pruning.criteria",
+    "Recipe": "autosparse.training.loop",
+    "diagnose": "autosparse.network.diagnostics",
+    "export": "autosparse.trainability.export",
+    "irp": "autosparse.search.irp",
+    "load_scorer": "autosparse.scorers.loading",
     "prepare": "autosparse.trainability.prepare",
-    "prune": "autosparse.front",
+    "prune": "autosparse.api",
+    "shrink": "autosparse.trainability.shrink",
+    "train": "autosparse.training.loop",
+    "warmup": "autosparse.pruning.warmup",
 }
 
-__all__ = ["NM", "AutoSparseError", "AutoSparseFailure", "Block", "Channel", "Masks", "load_scorer", "prepare", "prune"]
+__all__ = [
+    "NM",
+    "AutoSparseError",
+    "AutoSparseFailure",
+    "Block",
+    "Channel",
+    "Context",
+    "Criterion",
+    "IRPSettings",
+    "Layer",
+    "Masks",
+    "Preset",
+    "Recipe",
+    "diagnose",
+    "export",
+    "irp",
+    "load_scorer",
+    "prepare",
+    "prune",
+    "shrink",
+    "train",
+    "warmup",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -12,8 +12,8 @@ import torch
 
 import autosparse
 from autosparse.errors import AutoSparseError
-from autosparse.experiment.candidates import Candidate, identity, resolve
-from autosparse.scorers.bundled import bundled, is_scorer
+from autosparse.experiment.candidates import Candidate, identity
+from autosparse.scorers.loading import bundled, criterion_for, is_scorer
 from autosparse.scorers.scorer import Scorer
 from autosparse.training.models import create_model
 
@@ -52,7 +52,7 @@ def test_a_copy_of_the_file_is_the_same_scorer(tmp_path: Path) -> None:
         identity(Candidate("densities:autosparse"))["criterion"]
         == f"densities:{identity(Candidate('autosparse'))['criterion']}"
     )
-    assert isinstance(resolve("autosparse"), Scorer) and resolve("snip") == "snip"
+    assert isinstance(criterion_for("autosparse"), Scorer) and criterion_for("snip") == "snip"
     assert (
         is_scorer("autosparse") and is_scorer("a/b.safetensors") and is_scorer("models:/x@y") and not is_scorer("erk")
     )

@@ -21,8 +21,8 @@ from autosparse.errors import AutoSparseError
 from autosparse.files import HASH, read_json, read_safetensors, write_json, write_safetensors
 from autosparse.masks.layers import Layer
 from autosparse.masks.mask import MaskReport, Masks
-from autosparse.scorers.bundled import bundled
 from autosparse.scorers.card import Card
+from autosparse.scorers.loading import bundled
 from autosparse.scorers.records import Record, read_record, write_record
 from autosparse.scorers.scorer import Scorer, build_network, read_scorer
 from autosparse.trainability.stored import load_network, load_weights, save_network, save_weights

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
+from autosparse import tracking
 from autosparse.errors import AutoSparseError
-from autosparse.experiment import tracking
-from autosparse.experiment.tracking import download_scorer, track
+from autosparse.tracking import download_scorer, track
 
 
 @pytest.fixture(scope="session")

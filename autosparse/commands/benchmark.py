@@ -15,8 +15,8 @@ from autosparse.commands.terminal import Live, bars, epochs_of, print_table, say
 from autosparse.errors import AutoSparseFailure
 from autosparse.experiment.benchmark import failures, grid, result_path, run_grid, with_inputs
 from autosparse.experiment.checks import expand, tables
-from autosparse.experiment.tracking import track
 from autosparse.report.rows import Result, collect, summary
+from autosparse.tracking import track
 from autosparse.training.data import load_data
 from autosparse.training.loop import fabric_for
 

@@ -10,10 +10,10 @@ from autosparse.commands.profiles import profiled
 from autosparse.commands.schemas import GenerateConfig
 from autosparse.commands.terminal import Live, bars, epochs_of, say, say_failed
 from autosparse.errors import AutoSparseFailure
-from autosparse.experiment.tracking import track
 from autosparse.jobs.executor import Event
 from autosparse.scorers.corpus import write_index
 from autosparse.scorers.records import is_complete
+from autosparse.tracking import track
 from data_gen.campaign import generate as run_all
 from data_gen.campaign import record_path, runs
 from data_gen.tasks import sample_tasks

@@ -7,8 +7,8 @@ from autosparse.experiment.candidates import METHODS
 from autosparse.experiment.checks import CHECKS
 from autosparse.network.signals import SIGNALS, WARMUP_SIGNALS
 from autosparse.pruning.criteria import EARLY, PRESETS
-from autosparse.scorers.bundled import bundled
 from autosparse.scorers.features import FEATURES, GROUPS
+from autosparse.scorers.loading import bundled
 from autosparse.scorers.scorer import read_scorer
 from autosparse.trainability.prepare import PREPARATIONS
 from autosparse.training.models import MODELS

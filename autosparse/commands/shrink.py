@@ -11,8 +11,8 @@ from autosparse.commands.terminal import Live, bars, print_table, say, say_faile
 from autosparse.errors import AutoSparseFailure
 from autosparse.experiment.benchmark import with_inputs
 from autosparse.experiment.structured import result_path, run_thinnings, summary, thinnings
-from autosparse.experiment.tracking import track
 from autosparse.jobs.executor import Event
+from autosparse.tracking import track
 from autosparse.training.data import load_data
 from autosparse.training.loop import fabric_for
 

@@ -10,9 +10,9 @@ from autosparse.commands.profiles import profiled
 from autosparse.commands.schemas import TrainConfig
 from autosparse.commands.terminal import bars, epoch_text, say
 from autosparse.experiment.benchmark import build_model
-from autosparse.experiment.tracking import track
 from autosparse.files import fingerprint, read_json, write_json
 from autosparse.masks.mask import Masks
+from autosparse.tracking import track
 from autosparse.trainability.prepare import prepare
 from autosparse.trainability.stored import save_weights
 from autosparse.training.content import of_network

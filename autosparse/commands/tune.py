@@ -10,11 +10,11 @@ from typing import Any
 from autosparse.commands.directory import claim_directory
 from autosparse.commands.schemas import TuneConfig
 from autosparse.commands.terminal import Live, bars, quiet_warnings, say, say_failed
-from autosparse.experiment.tracking import load_scorer
 from autosparse.files import write_json
 from autosparse.jobs.executor import Event, Job, run_jobs
 from autosparse.jobs.status import journal
 from autosparse.network.signals import SignalSettings
+from autosparse.scorers.loading import load_scorer
 from autosparse.scorers.outcome import Task, Trial, do_trial, no_scorer, sought, starting_point, tune
 from autosparse.search.irp import IRPSettings
 from data_gen.tasks import sample_tasks

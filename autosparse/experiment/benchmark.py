@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from autosparse.errors import AutoSparseStateError, require
-from autosparse.experiment.candidates import Candidate, Found, find_masks, identity, prepare_found, resolve
+from autosparse.experiment.candidates import METHODS, Candidate, Found, find_masks, identity, prepare_found
 from autosparse.files import fingerprint, read_json, replace_file, write_json
 from autosparse.jobs.executor import INLINE, Event, ExecutorSettings, Job, run_jobs
 from autosparse.jobs.status import FOLDER, journal, kept_up
@@ -29,6 +29,7 @@ from autosparse.masks.mask import Masks
 from autosparse.masks.random import derive
 from autosparse.masks.schedule import check_sparsity
 from autosparse.network.graph import trace
+from autosparse.scorers.loading import criterion_for
 from autosparse.training.content import of_start
 from autosparse.training.data import DataSettings, ImageData, shared_data
 from autosparse.training.loop import Recipe, Trained, check_fits, fabric_for, put_back, steps_per_epoch, train
@@ -325,7 +326,8 @@ def run_grid(
     for criterion in {
         c.base for candidate in candidates for c in (candidate, candidate.layer_densities) if c is not None
     }:
-        resolve(criterion)
+        if criterion not in METHODS:
+            criterion_for(criterion)
     at = {path.stem: path for path in paths}
     told = 0
 

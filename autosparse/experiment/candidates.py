@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from autosparse.errors import AutoSparseError, of_state, require, settings, suggest
 from autosparse.experiment.checks import CHECKS, split
-from autosparse.experiment.tracking import find_scorer, load_scorer
 from autosparse.files import fingerprint, sha256, write_json
 from autosparse.masks.layers import Layer, prunable_layers
 from autosparse.masks.mask import Masks
@@ -22,10 +21,11 @@ from autosparse.masks.schedule import SCHEDULES, check_sparsity
 from autosparse.masks.selection import SCOPES, Scope, parse_granularity
 from autosparse.network.graph import trace
 from autosparse.network.signals import parse_warmup
-from autosparse.pruning.criteria import PRESETS, Criterion, Inverted, Preset, preset_for
+from autosparse.plugins import is_outside, source_of
+from autosparse.pruning.criteria import PRESETS, Inverted, Preset, preset_for
 from autosparse.pruning.prune import describe, prune
 from autosparse.pruning.warmup import WarmupSettings, warmup
-from autosparse.scorers.bundled import is_scorer
+from autosparse.scorers.loading import criterion_for, find_scorer, is_scorer
 from autosparse.search.dissipating import DissipatingSettings, combined, dissipating
 from autosparse.search.irp import IRPSettings, irp
 from autosparse.search.kstarts import KStartsSettings, kstarts, read_progress
@@ -78,10 +78,11 @@ class Candidate:
     prepare: str | None = None
 
     def __post_init__(self) -> None:
-        if not is_scorer(self.base) and self.base.partition("@")[0] not in (*PRESETS, *METHODS):
+        by_name = self.base.partition("@")[0] in (*PRESETS, *METHODS)
+        if not by_name and not is_scorer(self.base) and not is_outside(self.base):
             raise AutoSparseError(
                 f"criterion is {self.criterion!r}: {suggest(self.base, [*PRESETS, *METHODS])}; "
-                f"or a scorer's file, NAME.safetensors; or {': or '.join(CHECKS)}: before one of them"
+                f"or a scorer's file, NAME.safetensors; or package.module:name; or {': or '.join(CHECKS)}: before one of them"
             )
         if not is_scorer(self.base) and not self.searches:
             preset_for(self.base)  # a horizon that is none is told now
@@ -217,11 +218,6 @@ class Found:
     steps: int = 0
 
 
-def resolve(text: str) -> str | Criterion:
-    """A preset's name as it is; a scorer for its name, file or `models:/` URI."""
-    return load_scorer(text) if is_scorer(text) else text
-
-
 def identity(candidate: Candidate) -> dict[str, Any]:
     """What a result depends on, as plain values: what is given but for its label, and for a scorer what its file holds.
 
@@ -233,6 +229,8 @@ def identity(candidate: Candidate) -> dict[str, Any]:
     if is_scorer(candidate.base):
         variant = "" if candidate.variant is None else f"{candidate.variant}:"
         given["criterion"] = variant + sha256(find_scorer(candidate.base))
+    elif is_outside(candidate.base):
+        given["source"] = source_of(candidate.base)
     if (other := candidate.layer_densities) is not None:
         given["scope"] = {"densities": identity(other)}
     return given
@@ -337,8 +335,8 @@ def _scored(work: _Work, candidate: Candidate, inverted: bool = False) -> Found:
     """Masks by a criterion or scorer, after its warm-up; `inverted`: by its lowest scores."""
     model, data, seed = work.model, work.data, work.seed
     clock = time.perf_counter()
-    rule = resolve(candidate.base)
-    preset = preset_for(rule) if isinstance(rule, str) else Preset(rule)
+    rule = criterion_for(candidate.base)
+    preset = rule if isinstance(rule, Preset) else Preset(rule)
     rule = preset.criterion
     size = candidate.batch_size or int(getattr(rule, "batch_size", 128))
     wanted = candidate.n_batches or preset.n_batches or rule.n_batches

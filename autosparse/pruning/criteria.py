@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from autosparse.errors import AutoSparseError, suggest
+from autosparse.errors import AutoSparseError, require, suggest
 from autosparse.masks.layers import Layer
 from autosparse.masks.mask import masked
 from autosparse.masks.random import make_generator
-from autosparse.network.signals import Signals, parse_horizon
+from autosparse.network.signals import FROM_BATCHES, Signals, parse_horizon
+from autosparse.plugins import is_outside, load_outside
 
 if TYPE_CHECKING:
     from autosparse.network.graph import Graph
@@ -349,14 +350,35 @@ PRESETS: dict[str, Preset] = {
 }
 
 
+def _outside(text: str) -> Preset:
+    found = load_outside(text, "criterion")
+    if isinstance(found, Preset):
+        return found
+    if callable(found) and all(hasattr(found, part) for part in ("name", "signals", "n_batches")):
+        return Preset(found)
+    require(
+        callable(found) and isinstance(getattr(found, "signals", None), (tuple, list)),
+        "criterion",
+        text,
+        "it must be a Preset, a Criterion, or a function (signals, context) with an attribute `signals`, a tuple of names",
+    )
+    names = tuple(found.signals)
+    return Preset(HandMade(text, found, names, getattr(found, "n_batches", int(bool(set(FROM_BATCHES) & set(names))))))
+
+
 def preset_for(text: str) -> Preset:
     """The preset of that name; `"movement@0.5"` is `"movement"` with a warm-up of half an epoch instead of one.
+
+    `"package.module:name"` is a criterion or preset of your own, or a function `(signals, context) -> scores` whose attribute
+    `signals` names the signals that it needs (`n_batches`: batches for these, 1 by default).
 
     Raises:
         AutoSparseError: the name is unknown, or the horizon no positive number, or the preset takes none.
     """
     if text in PRESETS:
         return PRESETS[text]
+    if is_outside(text):
+        return _outside(text)
     name = text.partition("@")[0]
     if name not in PRESETS:
         raise AutoSparseError(f"criterion is {text!r}: {suggest(name, PRESETS)}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import inspect
 import itertools
 import json
@@ -19,6 +18,7 @@ from torch.nn.parameter import UninitializedParameter
 from autosparse.errors import AutoSparseError, first_line, require, settings, suggest
 from autosparse.masks.random import seeded
 from autosparse.network.running import eval_mode
+from autosparse.plugins import load_outside
 from autosparse.training.cells import CellNet, soften_branches
 
 M = TypeVar("M", bound=nn.Module)
@@ -362,12 +362,7 @@ def _timm(name: str, in_channels: int, classes: int, image_size: int, options: d
 
 
 def _own(module_name: str, name: str, in_channels: int, classes: int, options: dict[str, Any]) -> nn.Module:
-    try:
-        factory = getattr(importlib.import_module(module_name), name)
-    except (ImportError, AttributeError) as error:
-        raise AutoSparseError(
-            f"model is '{module_name}:{name}': {error}; the module must be importable (PYTHONPATH) and hold the factory"
-        ) from error
+    factory = load_outside(f"{module_name}:{name}", "model")
     given = {"in_channels": in_channels, "classes": classes}
     accepted = inspect.signature(factory).parameters
     if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in accepted.values()):

@@ -27,6 +27,7 @@ import numpy as np
 
 from autosparse.errors import AutoSparseError, first_line, raise_out_of_memory, suggest, warn
 from autosparse.masks.random import make_numpy_generator
+from autosparse.plugins import is_outside, load_outside
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -67,10 +68,30 @@ def read(name: str, root: Path, image_size: int | None) -> tuple[Raw, str]:
         return _hdf5(Path(name.removeprefix("hdf5:"))), "crop+flip"
     if name.startswith("imagefolder:"):
         return _imagefolder(Path(name.removeprefix("imagefolder:")), image_size), "crop+flip"
+    if is_outside(name):
+        return _outside(name, root), "crop+flip"
     if name not in DATA:
-        raise AutoSparseError(f"data is {name!r}: {suggest(name, DATA)}; or imagefolder:PATH, hdf5:PATH")
+        known = f"{suggest(name, DATA)}; or imagefolder:PATH, hdf5:PATH, package.module:reader"
+        raise AutoSparseError(f"data is {name!r}: {known}")
     reader, augment = DATA[name]
     return reader(root), augment
+
+
+def _outside(name: str, root: Path) -> Raw:
+    """What a reader of the user gives for `root`: training images, their labels, test images, their labels."""
+    arrays = load_outside(name, "data")(root)
+    try:
+        train, train_labels, test, test_labels = (np.asarray(a) for a in arrays)
+        good = all(a.dtype == np.uint8 and a.ndim == 4 and a.shape[3] in (1, 3) for a in (train, test))
+        good &= (len(train), len(test)) == (len(train_labels), len(test_labels)) and min(len(train), len(test)) > 0
+    except (TypeError, ValueError):
+        good = False
+    if not good:
+        raise AutoSparseError(
+            f"data is {name!r}: the reader must give four arrays: training images, labels, test images, labels; images uint8 of "
+            "shape (N, height, width, 1 or 3), and a label for each"
+        )
+    return Raw(train, train_labels.astype(np.int64), test, test_labels.astype(np.int64))
 
 
 def _digits(root: Path) -> Raw:

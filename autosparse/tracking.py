@@ -16,7 +16,7 @@ from urllib.parse import quote
 from autosparse.errors import AutoSparseError, first_line
 
 if TYPE_CHECKING:
-    from autosparse.scorers.scorer import Scorer
+    pass
 
 FLUSH_AT = 500  # metrics; MLflow takes 1000 in a batch
 KEY_LENGTH, VALUE_LENGTH, PARAMS_IN_BATCH = 250, 6000, 100  # MLflow's limits
@@ -181,37 +181,6 @@ def download_scorer(uri: str, directory: Path | None = None) -> Path:
             f"scorer {uri!r} holds {len(files)} safetensors files: register a folder with exactly one"
         )
     return files[0]
-
-
-def load_scorer(source: str | Path, directory: Path | None = None) -> Scorer:
-    """Load a trained scorer, for use as `criterion` of `prune`.
-
-    Args:
-        source: the name of a scorer in the package, a safetensors file, or a model in MLflow's registry,
-            `"models:/NAME/VERSION"` or `"models:/NAME@ALIAS"`.
-        directory: holds the registry as `mlflow.db`, unless MLFLOW_TRACKING_URI is set.
-
-    Raises:
-        AutoSparseError: there is no such file or model, or it is not a scorer of this version.
-    """
-    from autosparse.scorers.scorer import read_scorer
-
-    return read_scorer(find_scorer(source, directory))
-
-
-def find_scorer(source: str | Path, directory: Path | None = None) -> Path:
-    """The file of a scorer that is named as for `load_scorer`.
-
-    AutoSparseError: no such file or model.
-    """
-    from autosparse.scorers.bundled import bundled
-
-    if str(source).startswith("models:/"):
-        return download_scorer(str(source), directory)
-    path = Path(bundled().get(str(source), source))
-    if not path.is_file():
-        raise AutoSparseError(f"scorer file {path} does not exist: fit it first, or check the path")
-    return path
 
 
 def require_mlflow() -> None:

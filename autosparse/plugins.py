@@ -1,0 +1,42 @@
+"""What users add from outside of the package, by name: `package.module:name`."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from pathlib import Path
+from typing import Any
+
+from autosparse.errors import AutoSparseError
+from autosparse.files import sha256
+
+
+def is_outside(text: str) -> bool:
+    """Whether a name has the form `package.module:name`."""
+    module, sign, name = text.partition(":")
+    return bool(sign) and name.isidentifier() and all(part.isidentifier() for part in module.split("."))
+
+
+def load_outside(text: str, what: str) -> Any:
+    """The object that `package.module:name` names.
+
+    Args:
+        what: the setting that names it, for messages.
+
+    Raises:
+        AutoSparseError: the module cannot be imported, or holds no such name.
+    """
+    module, _, name = text.partition(":")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise AutoSparseError(
+            f"{what} is {text!r}: {error}; the module must be importable (PYTHONPATH) and hold {name!r}"
+        ) from error
+
+
+def source_of(text: str) -> str:
+    """SHA-256 of the file that `package.module:name` is defined in, so that results are known by what they came from."""
+    found = load_outside(text, "name")
+    path = inspect.getsourcefile(found if callable(found) and hasattr(found, "__code__") else type(found))
+    return sha256(Path(path)) if path is not None and Path(path).is_file() else ""

@@ -1,0 +1,83 @@
+"""Criteria and data sets of users, named as package.module:name."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import autosparse
+from autosparse.cli import main
+from autosparse.errors import AutoSparseError
+from autosparse.experiment.candidates import Candidate, identity
+from autosparse.plugins import is_outside
+from autosparse.training.data import load_data
+from autosparse.training.models import create_model
+
+BATCHES = [(torch.randn(8, 1, 8, 8), torch.randint(10, (8,)))]
+
+
+def test_what_is_a_name_from_outside():
+    assert is_outside("a.b:c") and is_outside("outside:largest")
+    assert not any(map(is_outside, ("snip", "hdf5:data/a.h5", "models:/a/1", "a:b:c", "a b:c", ":c", "a:")))
+
+
+@pytest.mark.parametrize(("mine", "theirs"), [("largest", "magnitude"), ("saliency", "snip")])
+def test_a_function_is_a_criterion(mine: str, theirs: str):
+    model = create_model("convnet", in_channels=1, classes=10, image_size=8)
+    masks = autosparse.prune(model, 0.8, f"outside:{mine}", batches=BATCHES)
+    assert masks == autosparse.prune(model, 0.8, theirs, batches=BATCHES)
+    assert masks.report.origin["criterion"] == f"outside:{mine}"
+
+
+def test_a_preset_brings_its_settings():
+    model = create_model("convnet", in_channels=1, classes=10, image_size=8)
+    masks = autosparse.prune(model, 0.8, "outside:preset", batches=BATCHES)
+    assert (masks.report.origin["scope"], masks.report.origin["steps"]) == ("erk", 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "match"),
+    [
+        ("outside:unnamed", "a function .* with an attribute `signals`"),
+        ("outside:missing", "has no attribute 'missing'.*importable"),
+        ("nowhere:largest", "No module named 'nowhere'.*PYTHONPATH"),
+    ],
+)
+def test_what_cannot_be_a_criterion_is_one_line(name: str, match: str):
+    with pytest.raises(AutoSparseError, match=match):
+        autosparse.prune(torch.nn.Linear(4, 4), 0.5, name, example_input=torch.ones(1, 4))
+
+
+def test_a_reader_gives_a_data_set():
+    data = load_data("outside:stripes")
+    assert (data.classes, data.channels, data.image_size, len(data.test)) == (2, 1, 8, 10)
+    assert data.test.images[0, 0, :, 0].tolist() == [255, 0] * 4
+    with pytest.raises(AutoSparseError, match=r"outside:no_images.*must give four arrays"):
+        load_data("outside:no_images")
+
+
+def test_in_a_comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.chdir(tmp_path)
+    config = {
+        "models": [{"name": "convnet", "width": 4}],
+        "data": {"name": "outside:stripes", "validation": 0},
+        "criteria": ["outside:largest", "densities:outside:largest"],
+        "recipe": {"epochs": 1, "batch_size": 10},
+        "sparsities": [0.5],
+        "seeds": [0],
+        "executor": "inline",
+        "tracking": False,
+    }
+    Path("c.yaml").write_text(yaml.safe_dump(config))
+    main_code = None
+    try:
+        main(["benchmark", "c.yaml"])
+    except SystemExit as end:
+        main_code = end.code
+    assert main_code == 0, capsys.readouterr().err
+    assert "densities:outside:largest" in capsys.readouterr().out
+
+
+def test_a_result_is_known_by_the_source():
+    assert identity(Candidate("outside:largest"))["source"] == identity(Candidate("outside:saliency"))["source"] != ""

@@ -13,6 +13,7 @@ import torch
 import autosparse
 from autosparse.errors import AutoSparseError
 from autosparse.experiment.candidates import Candidate, identity
+from autosparse.pruning.criteria import PRESETS
 from autosparse.scorers.loading import bundled, criterion_for, is_scorer
 from autosparse.scorers.scorer import Scorer
 from autosparse.training.models import create_model

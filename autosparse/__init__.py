@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from autosparse.trainability.export import export
     from autosparse.trainability.prepare import prepare
     from autosparse.trainability.shrink import shrink
-    from autosparse.training.loop import Recipe, train
+    from autosparse.training.recipe import Recipe
+    from autosparse.training.train import train
 
 __version__ = "0.1.0"
 
@@ -41,7 +42,7 @@ _WHERE = {
     "Masks": "autosparse.masks.mask",
     "NM": "autosparse.masks.selection",
     "Preset": "autosparse.pruning.criteria",
-    "Recipe": "autosparse.training.loop",
+    "Recipe": "autosparse.training.recipe",
     "diagnose": "autosparse.network.diagnostics",
     "export": "autosparse.trainability.export",
     "irp": "autosparse.search.irp",
@@ -49,7 +50,7 @@ _WHERE = {
     "prepare": "autosparse.trainability.prepare",
     "prune": "autosparse.api",
     "shrink": "autosparse.trainability.shrink",
-    "train": "autosparse.training.loop",
+    "train": "autosparse.training.train",
     "warmup": "autosparse.pruning.warmup",
 }
 

@@ -14,7 +14,7 @@ import typer
 from autosparse.commands.streams import streams
 from autosparse.commands.terminal import busy
 from autosparse.errors import AutoSparseError, AutoSparseFailure, memory_watched
-from autosparse.jobs.processes import let_threads_sleep
+from autosparse.processes import let_threads_sleep
 
 app = typer.Typer(
     name="autosparse",

@@ -50,8 +50,9 @@ from autosparse.scorers.records import Record, read_record, write_record
 from autosparse.scorers.scorer import Scorer, build_network
 from autosparse.trainability.shrink import remove
 from autosparse.training.data import ImageData, Split
-from autosparse.training.loop import Recipe, build_optimizer, train
 from autosparse.training.models import ModelSettings, create_model
+from autosparse.training.recipe import Recipe, build_optimizer
+from autosparse.training.train import train
 
 BATCH, SIDE, CLASSES = 128, 16, 10  # of the training benchmarks
 MB = 1e6

@@ -16,8 +16,9 @@ from autosparse.network.signals import SignalSettings
 from autosparse.scorers.records import is_complete
 from autosparse.search.irp import IRPSettings, Round
 from autosparse.training.data import DataSettings, ImageData, shared_data
-from autosparse.training.loop import Recipe, fabric_for
+from autosparse.training.loop import fabric_for
 from autosparse.training.models import ModelSettings, create_model
+from autosparse.training.recipe import Recipe
 from data_gen.runs import Run, generate_record
 
 

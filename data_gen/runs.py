@@ -26,8 +26,9 @@ from autosparse.scorers.records import Record, read_record, write_record
 from autosparse.search.irp import IRPSettings, Round, irp
 from autosparse.training.content import of_start
 from autosparse.training.data import DataSettings, ImageData, load_data
-from autosparse.training.loop import Recipe, fabric_for
+from autosparse.training.loop import fabric_for
 from autosparse.training.models import ModelSettings, create_model
+from autosparse.training.recipe import Recipe
 from autosparse.training.threads import threads_for
 
 _STATE = "autosparse.state/1"

@@ -22,8 +22,8 @@ from autosparse.network.size import size
 from autosparse.search.irp import IRPSettings
 from autosparse.training.cells import CellNet
 from autosparse.training.data import ImageData, shared_data
-from autosparse.training.loop import Recipe
 from autosparse.training.models import ModelSettings
+from autosparse.training.recipe import Recipe
 from autosparse.training.tasks import TaskSettings
 from data_gen.runs import Run
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, distributed, nn
 
 from autosparse.training.data import DataSettings, load_data
-from autosparse.training.loop import Recipe, train
+from autosparse.training.recipe import Recipe
+from autosparse.training.train import train
 
 
 class Net(nn.Module):

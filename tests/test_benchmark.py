@@ -35,8 +35,8 @@ from autosparse.search.kstarts import KStartsSettings
 from autosparse.trainability.preparation import Preparation
 from autosparse.trainability.prepare import PREPARATIONS
 from autosparse.training.data import DataSettings, ImageData, load_data
-from autosparse.training.loop import Recipe
 from autosparse.training.models import ModelSettings
+from autosparse.training.recipe import Recipe
 
 torch.set_num_threads(1)
 

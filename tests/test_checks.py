@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autosparse.errors import AutoSparseError
-from autosparse.experiment import checks
-from autosparse.experiment.candidates import Candidate
-from autosparse.experiment.checks import checked, expand, finding, p_text, split, tables, verdict, verdicts
+from autosparse.experiment.candidates import Candidate, expand
+from autosparse.report import checks
+from autosparse.report.checks import checked, finding, p_text, split, tables, verdict, verdicts
 from autosparse.report.rows import Result, paired_test
 
 # -- what is run --------------------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from autosparse.scorers import scorer
 from autosparse.scorers.features import DEFAULT
 from autosparse.scorers.scorer import Scorer, build_network
 from autosparse.training.models import create_model
+from autosparse.training.train import train
 
 torch.set_num_threads(1)
 
@@ -520,8 +521,8 @@ def test_training_goes_on_from_its_checkpoint(run: Run, monkeypatch: pytest.Monk
 
     whole = run("train", train_config(output="whole"), "recipe.epochs=4")
     assert whole.code == 0
-    assert loop.train.__kwdefaults__ is not None
-    monkeypatch.setitem(loop.train.__kwdefaults__, "checkpoint_every", 0.0)
+    assert train.__kwdefaults__ is not None
+    monkeypatch.setitem(train.__kwdefaults__, "checkpoint_every", 0.0)
     real, calls = loop.evaluate, []
 
     def stop(*arguments: Any, **keywords: Any) -> Any:

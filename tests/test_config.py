@@ -29,8 +29,8 @@ from autosparse.experiment.candidates import Candidate
 from autosparse.jobs.executor import ExecutorSettings
 from autosparse.search.irp import IRPSettings
 from autosparse.training.data import DataSettings
-from autosparse.training.loop import Recipe
 from autosparse.training.models import ModelSettings
+from autosparse.training.recipe import Recipe
 
 ROOT = Path(__file__).parent.parent / "configs"
 SCHEMAS: dict[str, type] = {

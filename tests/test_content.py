@@ -180,8 +180,8 @@ def test_commands_know_their_results_by_content(run: Callable[..., str]) -> None
 
 def test_cells_are_known_by_their_start(digits: ImageData) -> None:
     from autosparse.experiment.benchmark import grid
-    from autosparse.training.loop import Recipe
     from autosparse.training.models import ModelSettings
+    from autosparse.training.recipe import Recipe
 
     models = [ModelSettings("mlp", 4), ModelSettings("mlp", 5)]
     cells = grid(models, DataSettings("digits"), Recipe(), [Candidate("snip")], [0.5], [0, 1])

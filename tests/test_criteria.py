@@ -20,8 +20,8 @@ from autosparse.pruning.criteria import CRITERIA, PRESETS, Context, preset_for
 from autosparse.pruning.prune import prune
 from autosparse.pruning.warmup import warmup
 from autosparse.training.data import ImageData, Split
-from autosparse.training.loop import Recipe
 from autosparse.training.models import MODELS, ModelSettings, create_model
+from autosparse.training.recipe import Recipe
 
 LAYERS = {"a": Layer("a", "linear", (1, 4)), "b": Layer("b", "linear", (2, 1))}
 

@@ -29,9 +29,11 @@ from autosparse.pruning.prune import prune
 from autosparse.search.irp import IRPSettings
 from autosparse.training.data import DataSettings, ImageData
 from autosparse.training.devices import device_names
-from autosparse.training.loop import Recipe, Trained, fabric_for, full_state, train
+from autosparse.training.loop import Trained, fabric_for, full_state
 from autosparse.training.models import ModelSettings
 from autosparse.training.ranks import _portable
+from autosparse.training.recipe import Recipe
+from autosparse.training.train import train
 from data_gen.campaign import generate, runs
 
 HERE = Path(__file__).parent

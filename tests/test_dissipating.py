@@ -18,7 +18,9 @@ from autosparse.masks.mask import Masks
 from autosparse.search.dissipating import DissipatingSettings, combined, displacement, dissipating, remove
 from autosparse.search.kstarts import KStartsSettings, Selected
 from autosparse.training.data import ImageData
-from autosparse.training.loop import Recipe, full_state, train
+from autosparse.training.loop import full_state
+from autosparse.training.recipe import Recipe
+from autosparse.training.train import train
 
 Make = Callable[..., nn.Module]
 RECIPE = Recipe(epochs=3, batch_size=16, lr=0.05)  # 4 steps an epoch

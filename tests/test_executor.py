@@ -34,8 +34,8 @@ from autosparse.jobs.status import FOLDER, journal, kept_up, statuses
 from autosparse.network.signals import SignalSettings
 from autosparse.search.irp import IRPSettings
 from autosparse.training.data import DataSettings, load_data
-from autosparse.training.loop import Recipe
 from autosparse.training.models import ModelSettings
+from autosparse.training.recipe import Recipe
 from data_gen.campaign import generate, runs
 
 torch.set_num_threads(1)

@@ -17,15 +17,9 @@ from autosparse.errors import AutoSparseError, AutoSparseFailure
 from autosparse.scorers import fitting
 from autosparse.scorers.card import OWN, read_card
 from autosparse.scorers.features import DEFAULT, of_weights
-from autosparse.scorers.fitting import (
-    FitSettings,
-    Rows,
-    Source,
-    fit,
-    fit_parts,
-    open_source,
-)
+from autosparse.scorers.fitting import fit, fit_parts
 from autosparse.scorers.records import read_record, write_record
+from autosparse.scorers.rows import FitSettings, Rows, Source, open_source
 from autosparse.scorers.scorer import Scorer
 from autosparse.scorers.splits import Parts, folds, split_records
 

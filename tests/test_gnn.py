@@ -18,9 +18,10 @@ from autosparse.pruning.criteria import Context
 from autosparse.scorers import features as features_module
 from autosparse.scorers.card import OWN
 from autosparse.scorers.features import DEFAULT, View, channel_index, of_weights
-from autosparse.scorers.fitting import FitSettings, Rows, _Task, as_signals, fit, open_source
+from autosparse.scorers.fitting import _Task, fit
 from autosparse.scorers.gnn import BETWEEN, EDGE_INPUTS, KINDS, GNNScorer, batch, network_data, node_inputs
 from autosparse.scorers.records import read_record
+from autosparse.scorers.rows import FitSettings, Rows, as_signals, open_source
 from autosparse.scorers.scorer import Scorer
 
 torch.set_num_threads(1)

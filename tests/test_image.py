@@ -14,8 +14,9 @@ from autosparse.errors import AutoSparseError
 from autosparse.masks.layers import Layer
 from autosparse.scorers import image
 from autosparse.scorers.features import View
-from autosparse.scorers.fitting import FitSettings, Rows, fit, open_source
+from autosparse.scorers.fitting import fit
 from autosparse.scorers.image import ImageScorer, TableScorer
+from autosparse.scorers.rows import FitSettings, Rows, open_source
 
 torch.set_num_threads(1)
 

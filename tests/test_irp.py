@@ -17,9 +17,9 @@ from autosparse.masks.layers import prunable_layers
 from autosparse.masks.mask import Masks
 from autosparse.pruning.criteria import CRITERIA, HandMade
 from autosparse.search.irp import IRPSettings, Round, full_state, irp
-from autosparse.training import loop
 from autosparse.training.data import ImageData
-from autosparse.training.loop import Recipe, train
+from autosparse.training.recipe import Recipe
+from autosparse.training.train import train
 
 Make = Callable[..., nn.Module]
 RECIPE = Recipe(epochs=2, batch_size=16, lr=0.05)
@@ -172,7 +172,7 @@ def test_a_stop_inside_a_round(
         if len(epochs) == 6:
             raise Stop
 
-    plain = loop.train
+    plain = train
     monkeypatch.setattr("autosparse.search.irp.train", lambda *a, **o: plain(*a, **o, checkpoint_every=0.0))
     checkpoint = tmp_path / "training.pt"
     done: list[Round] = []

@@ -31,7 +31,9 @@ from autosparse.search.kstarts import (
 )
 from autosparse.training import loop
 from autosparse.training.data import ImageData, Split
-from autosparse.training.loop import Recipe, full_state, put_back, train
+from autosparse.training.loop import full_state, put_back
+from autosparse.training.recipe import Recipe
+from autosparse.training.train import train
 
 Make = Callable[..., nn.Module]
 RECIPE = Recipe(epochs=3, batch_size=16, lr=0.05)  # 4 steps an epoch
@@ -258,7 +260,7 @@ def test_a_stop_inside_a_start(
     """It goes on from the checkpoint, but where the gradients of all steps are needed it starts again."""
     settings = KStartsSettings(k=2, epochs=3, fitness=fitness)
     whole = run(convnet(), digits, settings)
-    plain = loop.train
+    plain = train
     monkeypatch.setattr("autosparse.search.kstarts.train", lambda *a, **o: plain(*a, **o, checkpoint_every=0.0))
     with pytest.raises(Stop):
         run(convnet(), digits, settings, state=tmp_path, on_epoch=stopping(5, []))

@@ -24,18 +24,10 @@ from autosparse.masks.layers import prunable_layers
 from autosparse.masks.mask import Masks
 from autosparse.pruning.prune import prune
 from autosparse.training.data import ImageData, Split
-from autosparse.training.loop import (
-    Recipe,
-    Trained,
-    check_fits,
-    evaluate,
-    fabric_for,
-    learning_rate,
-    steps_per_epoch,
-    training_loss,
-)
-from autosparse.training.loop import train as train_anywhere
+from autosparse.training.loop import Trained, check_fits, evaluate, fabric_for, training_loss
 from autosparse.training.models import create_model
+from autosparse.training.recipe import Recipe, learning_rate, steps_per_epoch
+from autosparse.training.train import train as train_anywhere
 
 Make = Callable[..., nn.Module]
 SHORT = Recipe(epochs=3, batch_size=16, lr=0.05, schedule="cosine")

@@ -18,7 +18,8 @@ import torch
 from torch.nn import functional as F
 import autosparse
 from autosparse.training.data import DataSettings, load_data
-from autosparse.training.loop import Recipe, train
+from autosparse.training.recipe import Recipe
+from autosparse.training.train import train
 from autosparse.training.models import ModelSettings, create_model
 
 torch.set_num_threads(1)

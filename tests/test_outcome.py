@@ -30,8 +30,8 @@ from autosparse.scorers.outcome import (
 )
 from autosparse.scorers.scorer import Scorer, build_network, read_scorer
 from autosparse.training.data import DataSettings
-from autosparse.training.loop import Recipe
 from autosparse.training.models import ModelSettings
+from autosparse.training.recipe import Recipe
 
 torch.set_num_threads(1)
 

@@ -16,8 +16,9 @@ from torch import nn
 from autosparse.pruning.prune import prune
 from autosparse.training import profile as module
 from autosparse.training.data import ImageData
-from autosparse.training.loop import Recipe, train
 from autosparse.training.profile import PARTS, Profile, parts, profiling
+from autosparse.training.recipe import Recipe
+from autosparse.training.train import train
 
 Make = Callable[..., nn.Module]
 CPU = torch.device("cpu")

@@ -16,8 +16,8 @@ from autosparse.masks.random import derive, make_generator, make_numpy_generator
 from autosparse.masks.selection import select
 from autosparse.search.kstarts import KStartsSettings, kstarts
 from autosparse.training.data import load_data
-from autosparse.training.loop import Recipe
 from autosparse.training.models import ModelSettings, create_model
+from autosparse.training.recipe import Recipe
 
 PACKAGES = [Path(autosparse.__file__).parent, Path(autosparse.__file__).parents[1] / "data_gen"]
 

@@ -23,7 +23,8 @@ from autosparse.report import rows as results
 from autosparse.report.rows import Result
 from autosparse.scorers import records
 from autosparse.scorers.card import Card
-from autosparse.scorers.fitting import FitSettings, fit
+from autosparse.scorers.fitting import fit
+from autosparse.scorers.rows import FitSettings
 
 COLUMNS = [
     *("model", "data", "criterion", "sparsity", "sparsity_got", "effective_sparsity", "seed", "accuracy", "loss"),

@@ -25,10 +25,10 @@ from autosparse.network.signals import SignalSettings, measure
 from autosparse.pruning.warmup import WarmupSettings, warmup
 from autosparse.scorers.records import Record, is_complete, read_record
 from autosparse.search.irp import IRPSettings
-from autosparse.training import loop
 from autosparse.training.data import DataSettings, ImageData, load_data
-from autosparse.training.loop import Recipe
 from autosparse.training.models import ModelSettings, create_model
+from autosparse.training.recipe import Recipe
+from autosparse.training.train import train
 from data_gen import runs as runs_module
 from data_gen.campaign import generate, runs
 from data_gen.runs import Run, generate_record, masks_of_round, sole_writer
@@ -220,8 +220,8 @@ def test_stopped_in_every_epoch(
     whole: dict[str, Path], data: ImageData, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With a checkpoint at every epoch's end, a stop in any epoch loses at most that one."""
-    assert loop.train.__kwdefaults__ is not None
-    monkeypatch.setitem(loop.train.__kwdefaults__, "checkpoint_every", 0.0)
+    assert train.__kwdefaults__ is not None
+    monkeypatch.setitem(train.__kwdefaults__, "checkpoint_every", 0.0)
     path, epochs = tmp_path / "r.h5", []
 
     def stop(row: dict[str, float]) -> None:
@@ -261,7 +261,7 @@ def test_a_finished_run_answers_without_training(
         raise AssertionError("trained again")
 
     monkeypatch.setattr(runs_module, "irp", never)
-    monkeypatch.setattr(loop, "train", never)
+    monkeypatch.setattr("autosparse.search.irp.train", never)
     before = whole["magnitude"].read_bytes()
     calls: list[Any] = []
     record = generate_record(RUN, whole["magnitude"], data=data, on_round=lambda *a: calls.append(a))

@@ -25,8 +25,8 @@ from autosparse.scorers.records import read_record
 from autosparse.search.irp import IRPSettings
 from autosparse.training.cells import CELLS
 from autosparse.training.data import DataSettings, shared_data
-from autosparse.training.loop import Recipe
 from autosparse.training.models import ModelSettings, create_model
+from autosparse.training.recipe import Recipe
 from autosparse.training.tasks import TaskSettings
 from data_gen.runs import Run
 from data_gen.tasks import macs, sample_tasks

@@ -13,8 +13,8 @@ from autosparse.experiment import estimate
 from autosparse.experiment.estimate import seconds_of_trainings
 from autosparse.jobs.executor import INLINE, Event, ExecutorSettings
 from autosparse.training.data import ImageData
-from autosparse.training.loop import Recipe
 from autosparse.training.models import ModelSettings
+from autosparse.training.recipe import Recipe
 
 
 @pytest.mark.parametrize(

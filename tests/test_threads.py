@@ -9,13 +9,14 @@ import pytest
 import torch
 from torch import nn
 
+from autosparse import processes
 from autosparse.experiment.benchmark import Cell, run_cell
 from autosparse.experiment.candidates import Candidate
-from autosparse.jobs import executor, processes
+from autosparse.jobs import executor
 from autosparse.jobs.executor import ExecutorSettings, _shares
 from autosparse.training.data import DataSettings, ImageData, load_data
-from autosparse.training.loop import Recipe
 from autosparse.training.models import ModelSettings
+from autosparse.training.recipe import Recipe
 from autosparse.training.threads import threads_for
 
 

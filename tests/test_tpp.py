@@ -32,8 +32,9 @@ from autosparse.trainability.tpp import (
 )
 from autosparse.training import loop
 from autosparse.training.data import DataSettings, ImageData
-from autosparse.training.loop import Recipe, train
 from autosparse.training.models import ModelSettings, create_model
+from autosparse.training.recipe import Recipe
+from autosparse.training.train import train
 
 W = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
 FIRST = torch.tensor([True, False])
@@ -271,8 +272,8 @@ def test_the_comparison(tmp_path: Path, digits: ImageData) -> None:
 
 
 def test_after_any_stops_it_gives_the_same(tmp_path: Path, digits: ImageData, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert loop.train.__kwdefaults__ is not None
-    monkeypatch.setitem(loop.train.__kwdefaults__, "checkpoint_every", 0.0)
+    assert train.__kwdefaults__ is not None
+    monkeypatch.setitem(train.__kwdefaults__, "checkpoint_every", 0.0)
     todo = plan()
     whole = run_thinnings(todo, tmp_path / "whole", digits, device="cpu")
     stops, epochs = 0, []

@@ -20,7 +20,8 @@ from autosparse.pruning.prune import prune
 from autosparse.pruning.warmup import Warm, WarmupSettings, order_seeds
 from autosparse.pruning.warmup import warmup as warmup_anywhere
 from autosparse.training.data import ImageData, Split
-from autosparse.training.loop import Recipe, train
+from autosparse.training.recipe import Recipe
+from autosparse.training.train import train
 
 Make = Callable[..., nn.Module]
 Guard = Callable[[nn.Module], AbstractContextManager[None]]

@@ -14,7 +14,8 @@ from autosparse.commands.schemas import BenchmarkConfig, CheckConfig
 from autosparse.commands.terminal import Live, bars, epochs_of, print_table, say, say_failed
 from autosparse.errors import AutoSparseFailure
 from autosparse.experiment.benchmark import failures, grid, result_path, run_grid, with_inputs
-from autosparse.experiment.checks import expand, tables
+from autosparse.experiment.candidates import expand
+from autosparse.report.checks import tables
 from autosparse.report.rows import Result, collect, summary
 from autosparse.tracking import track
 from autosparse.training.data import load_data

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from autosparse.errors import AutoSparseError, suggest
 from autosparse.experiment.candidates import METHODS
-from autosparse.experiment.checks import CHECKS
 from autosparse.network.signals import SIGNALS, WARMUP_SIGNALS
 from autosparse.pruning.criteria import EARLY, PRESETS
+from autosparse.report.checks import CHECKS
 from autosparse.scorers.features import FEATURES, GROUPS
 from autosparse.scorers.loading import bundled
 from autosparse.scorers.scorer import read_scorer

@@ -14,7 +14,7 @@ from autosparse.commands.terminal import busy, say, words
 from autosparse.experiment.candidates import Candidate
 from autosparse.experiment.estimate import seconds_of_trainings
 from autosparse.jobs.executor import jobs_at_once
-from autosparse.jobs.processes import start_server
+from autosparse.processes import start_server
 from autosparse.scorers.records import is_complete
 from autosparse.training.data import load_data
 

@@ -5,22 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from autosparse.errors import require, settings, suggest
-from autosparse.experiment.candidates import Candidate
-from autosparse.experiment.checks import CHECKS, expand
+from autosparse.experiment.candidates import Candidate, expand
 from autosparse.experiment.structured import thinnings
 from autosparse.jobs.executor import ExecutorSettings
 from autosparse.masks.schedule import check_sparsity
 from autosparse.network.diagnostics import DiagnosticSettings
 from autosparse.network.signals import SignalSettings
-from autosparse.scorers.fitting import FitSettings
+from autosparse.report.checks import CHECKS
 from autosparse.scorers.outcome import OutcomeSettings
+from autosparse.scorers.rows import FitSettings
 from autosparse.search.irp import IRPSettings
 from autosparse.trainability.export import ExportSettings
 from autosparse.trainability.prepare import check_preparation
 from autosparse.trainability.tpp import TPPSettings
 from autosparse.training.data import DataSettings
-from autosparse.training.loop import Recipe
 from autosparse.training.models import ModelSettings
+from autosparse.training.recipe import Recipe
 from autosparse.training.tasks import TaskSettings
 
 

@@ -12,7 +12,7 @@ from autosparse.commands.streams import readable
 
 if TYPE_CHECKING:
     from autosparse.jobs.executor import Event
-    from autosparse.training.loop import Recipe
+    from autosparse.training.recipe import Recipe
 
 
 @contextmanager

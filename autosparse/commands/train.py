@@ -17,8 +17,9 @@ from autosparse.trainability.prepare import prepare
 from autosparse.trainability.stored import save_weights
 from autosparse.training.content import of_network
 from autosparse.training.data import load_data
-from autosparse.training.loop import fabric_for, train
+from autosparse.training.loop import fabric_for
 from autosparse.training.threads import threads_for
+from autosparse.training.train import train
 
 
 def run(config: TrainConfig, *, profile: bool = False) -> dict[str, Any]:

@@ -32,9 +32,11 @@ from autosparse.network.graph import trace
 from autosparse.scorers.loading import criterion_for
 from autosparse.training.content import of_start
 from autosparse.training.data import DataSettings, ImageData, shared_data
-from autosparse.training.loop import Recipe, Trained, check_fits, fabric_for, put_back, steps_per_epoch, train
+from autosparse.training.loop import Trained, check_fits, fabric_for, put_back
 from autosparse.training.models import ModelSettings, create_model
+from autosparse.training.recipe import Recipe, steps_per_epoch
 from autosparse.training.threads import threads_for
+from autosparse.training.train import train
 
 COLUMNS = (
     "model",

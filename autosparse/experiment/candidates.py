@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from autosparse.errors import AutoSparseError, of_state, require, settings, suggest
-from autosparse.experiment.checks import CHECKS, split
 from autosparse.files import fingerprint, sha256, write_json
 from autosparse.masks.layers import Layer, prunable_layers
 from autosparse.masks.mask import Masks
@@ -25,6 +24,8 @@ from autosparse.plugins import is_outside, source_of
 from autosparse.pruning.criteria import PRESETS, Inverted, Preset, preset_for
 from autosparse.pruning.prune import describe, prune
 from autosparse.pruning.warmup import WarmupSettings, warmup
+from autosparse.report.checks import CHECKS, split
+from autosparse.report.rows import unique
 from autosparse.scorers.loading import criterion_for, find_scorer, is_scorer
 from autosparse.search.dissipating import DissipatingSettings, combined, dissipating
 from autosparse.search.irp import IRPSettings, irp
@@ -33,7 +34,8 @@ from autosparse.search.kstarts import fingerprint as search_of
 from autosparse.trainability.prepare import check_preparation, prepare
 from autosparse.training.content import of_start
 from autosparse.training.data import ImageData
-from autosparse.training.loop import Recipe, rewound, steps_per_epoch
+from autosparse.training.loop import rewound
+from autosparse.training.recipe import Recipe, steps_per_epoch
 
 METHODS = ("irp", "kstarts", "dissipating", "kstarts_dissipating")
 
@@ -199,6 +201,21 @@ class Candidate:
     def plain(self) -> Candidate:
         """The same without its variant and its preparation: what searches for the masks."""
         return dataclasses.replace(self, criterion=self.base, label=None, prepare=None)
+
+
+def expand(candidates: Sequence[Candidate], checks: Sequence[str]) -> list[Candidate]:
+    """Every candidate, followed by its variants; a method that searches by training has no scores to invert.
+
+    AutoSparseError: a variant that the candidate cannot have.
+    """
+    result = []
+    for candidate in candidates:
+        result.append(candidate)
+        for check in unique(checks):
+            if check != "inverted" or not candidate.searches:
+                label = candidate.label and f"{check}:{candidate.label}"
+                result.append(replace(candidate, criterion=f"{check}:{candidate.criterion}", label=label))
+    return result
 
 
 _ROUNDS = 5

@@ -8,9 +8,10 @@ from dataclasses import replace
 from autosparse.experiment.benchmark import build_model
 from autosparse.jobs.executor import INLINE, ExecutorSettings, jobs_at_once
 from autosparse.training.data import ImageData
-from autosparse.training.loop import Recipe, steps_per_epoch, train
 from autosparse.training.models import ModelSettings
+from autosparse.training.recipe import Recipe, steps_per_epoch
 from autosparse.training.threads import threads_for
+from autosparse.training.train import train
 
 
 def seconds_of_training(model: ModelSettings, data: ImageData, recipe: Recipe, device: str = "cpu") -> float:

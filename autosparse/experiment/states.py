@@ -22,7 +22,7 @@ from autosparse.network.diagnostics import Diagnosis, DiagnosticSettings, diagno
 from autosparse.network.restore import private_copy
 from autosparse.training.content import of_start
 from autosparse.training.data import ImageData
-from autosparse.training.loop import Recipe
+from autosparse.training.recipe import Recipe
 
 DENSE = "dense"
 

@@ -29,9 +29,11 @@ from autosparse.trainability.shrink import remove
 from autosparse.trainability.stored import save_weights
 from autosparse.trainability.tpp import Ratio, TPPSettings, filter_densities, push_out
 from autosparse.training.data import DataSettings, ImageData, shared_data
-from autosparse.training.loop import Recipe, check_fits, evaluate, fabric_for, full_state, put_back, train
+from autosparse.training.loop import check_fits, evaluate, fabric_for, full_state, put_back
 from autosparse.training.models import ModelSettings
+from autosparse.training.recipe import Recipe
 from autosparse.training.threads import threads_for
+from autosparse.training.train import train
 
 COLUMNS = (
     "model",

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from autosparse.errors import AutoSparseError, AutoSparseFailure, first_line, require, settings, suggest
-from autosparse.jobs.processes import (
+from autosparse.processes import (
     cores,
     heed_the_end,
     how_it_ended,

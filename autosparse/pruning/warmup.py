@@ -16,7 +16,9 @@ from autosparse.masks.mask import Masks, masked
 from autosparse.masks.random import derive
 from autosparse.network.signals import WARMUP_SIGNALS, Signals, parse_warmup
 from autosparse.training.data import ImageData
-from autosparse.training.loop import Recipe, fabric_for, put_back, rewound, steps_per_epoch, train
+from autosparse.training.loop import fabric_for, put_back, rewound
+from autosparse.training.recipe import Recipe, steps_per_epoch
+from autosparse.training.train import train
 
 
 @settings

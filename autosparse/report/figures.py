@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from autosparse.experiment.checks import split
+from autosparse.report.checks import split
 from autosparse.report.rows import (
     BINS,
     DENSE,

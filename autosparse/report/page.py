@@ -14,8 +14,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from autosparse.experiment.checks import CHECKS, LEVEL, Checked, caution, checked, finding, p_text, split, verdicts
 from autosparse.files import replace_file
+from autosparse.report.checks import CHECKS, LEVEL, Checked, caution, checked, finding, p_text, split, verdicts
 from autosparse.report.figures import (
     COLOURS,
     FREE,

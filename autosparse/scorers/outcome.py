@@ -32,9 +32,11 @@ from autosparse.scorers.mlp import NoNetwork
 from autosparse.scorers.scorer import DENSITIES, Scorer, read_scorer
 from autosparse.training.content import of_start
 from autosparse.training.data import DataSettings, ImageData, shared_data
-from autosparse.training.loop import Recipe, evaluate, fabric_for, train
+from autosparse.training.loop import evaluate, fabric_for
 from autosparse.training.models import ModelSettings, create_model
+from autosparse.training.recipe import Recipe
 from autosparse.training.threads import threads_for
+from autosparse.training.train import train
 
 # Those of a layer's features that its network's structure and initial weights give.
 STRUCTURE = (

@@ -5,15 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from autosparse.errors import AutoSparseError, require
 from autosparse.masks.random import make_numpy_generator
-
-if TYPE_CHECKING:
-    from autosparse.scorers.fitting import FitSettings, Source
-
-UNITS = ("run", "model")  # what is kept whole: never is one in two parts
+from autosparse.scorers.rows import FitSettings, Source
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,9 @@ from autosparse.search.kstarts import (
     read_progress,
 )
 from autosparse.training.data import ImageData
-from autosparse.training.loop import Recipe, full_state, put_back, rewound, steps_per_epoch, train
+from autosparse.training.loop import full_state, put_back, rewound
+from autosparse.training.recipe import Recipe, steps_per_epoch
+from autosparse.training.train import train
 
 EPSILON = 1e-8  # far under any initial weight but an exact zero, whose relative change it keeps finite
 

@@ -19,7 +19,9 @@ from autosparse.masks.selection import SCOPES, Scope, select
 from autosparse.network.signals import measure
 from autosparse.pruning.criteria import CRITERIA, Context
 from autosparse.training.data import ImageData
-from autosparse.training.loop import Recipe, Trained, full_state, put_back, train
+from autosparse.training.loop import Trained, full_state, put_back
+from autosparse.training.recipe import Recipe
+from autosparse.training.train import train
 
 
 @settings

@@ -23,7 +23,9 @@ from autosparse.masks.schedule import check_density
 from autosparse.masks.selection import Scope, select
 from autosparse.training.content import of_network
 from autosparse.training.data import ImageData
-from autosparse.training.loop import Recipe, full_state, put_back, rewound, steps_per_epoch, train
+from autosparse.training.loop import full_state, put_back, rewound
+from autosparse.training.recipe import Recipe, steps_per_epoch
+from autosparse.training.train import train
 
 FITNESS = ("weights", "gradients", "both", "validation", "random")
 STATE = "autosparse.state/1"

@@ -25,7 +25,9 @@ from autosparse.network.coupling import coupled_filters
 from autosparse.network.graph import trace
 from autosparse.trainability.shrink import Removal
 from autosparse.training.data import ImageData
-from autosparse.training.loop import Recipe, Trained, train
+from autosparse.training.loop import Trained
+from autosparse.training.recipe import Recipe
+from autosparse.training.train import train
 
 Ratio = float | Mapping[str, float]
 

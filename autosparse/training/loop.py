@@ -1,4 +1,4 @@
-"""The one training loop."""
+"""The one training loop, on one device; `training.train` is its front."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 
 from autosparse.errors import (
     AutoSparseError,
@@ -23,8 +24,6 @@ from autosparse.errors import (
     AutoSparseStateError,
     first_line,
     raise_out_of_memory,
-    require,
-    settings,
 )
 from autosparse.files import check_seal, fingerprint, replace_file, seal
 from autosparse.masks.layers import unwrap
@@ -37,69 +36,10 @@ from autosparse.training.content import of_network
 from autosparse.training.data import ImageData
 from autosparse.training.devices import SUPPORTED, device_names
 from autosparse.training.profile import parts
+from autosparse.training.recipe import PRECISIONS, Recipe, build_optimizer, learning_rate, steps_per_epoch
 
-OPTIMIZERS = ("sgd", "adamw")
-LR_SCHEDULES = ("multistep", "cosine", "onecycle", "constant")
-PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed"}
 _CHECK_EVERY = 200  # steps between looks at the loss: a look waits for the device
 _ARCHITECTURES = 256  # torch compiles a class for 8 networks and runs the others uncompiled, without a word
-
-
-@settings
-class Recipe:
-    """How a network is trained.
-
-    `optimizer`: `"sgd"` (Nesterov) or `"adamw"`. `schedule` of the learning rate over the whole length: `"multistep"`
-    (× `gamma` at each of `milestones`, shares of the length), `"cosine"` (to 0), `"onecycle"` (linear up to `lr`, then
-    linear to 0), `"constant"`; `warmup` is the share of the length with a linear rise (`"onecycle"`: 0.3 if 0). Length:
-    `epochs`, or `steps` when that is given. `clip_norm`: largest gradient norm, over the kept weights. `precision`:
-    `"fp32"` or `"bf16"` (autocast). `compile`: the training steps go through `torch.compile`, once per architecture in a
-    process, whatever the seed, masks or round; `"graphs"`: as CUDA graphs too, for networks so small that the GPU waits
-    for Python (on a CPU the same as `true`; not yet run on a GPU). Weight decay is on all parameters.
-    """
-
-    epochs: int = 160
-    steps: int | None = None
-    batch_size: int = 128
-    optimizer: str = "sgd"
-    lr: float = 0.1
-    momentum: float = 0.9
-    nesterov: bool = True
-    weight_decay: float = 5e-4
-    schedule: str = "multistep"
-    milestones: tuple[float, ...] = (0.5, 0.75)
-    gamma: float = 0.1
-    warmup: float = 0.0
-    label_smoothing: float = 0.0
-    clip_norm: float | None = None
-    precision: str = "fp32"
-    channels_last: bool = False
-    compile: bool | str = False
-
-    def __post_init__(self) -> None:
-        require(self.epochs >= 1, "recipe.epochs", self.epochs, "give at least 1")
-        require(self.steps is None or self.steps >= 1, "recipe.steps", self.steps, "give at least 1")
-        require(self.batch_size >= 1, "recipe.batch_size", self.batch_size, "give at least 1")
-        require(self.optimizer in OPTIMIZERS, "recipe.optimizer", self.optimizer, f"known: {', '.join(OPTIMIZERS)}")
-        require(self.lr > 0 and math.isfinite(self.lr), "recipe.lr", self.lr, "give a positive number")
-        require(0 <= self.momentum < 1, "recipe.momentum", self.momentum, "it must lie in [0, 1)")
-        require(self.weight_decay >= 0, "recipe.weight_decay", self.weight_decay, "it must not be negative")
-        require(self.schedule in LR_SCHEDULES, "recipe.schedule", self.schedule, f"known: {', '.join(LR_SCHEDULES)}")
-        require(
-            all(0 < m < 1 for m in self.milestones),
-            "recipe.milestones",
-            self.milestones,
-            "they are shares of the training's length, such as 0.5 and 0.75",
-        )
-        require(0 <= self.warmup < 1, "recipe.warmup", self.warmup, "it is a share of the length, in [0, 1)")
-        require(0 <= self.label_smoothing < 1, "recipe.label_smoothing", self.label_smoothing, "it must be in [0, 1)")
-        require(self.clip_norm is None or self.clip_norm > 0, "recipe.clip_norm", self.clip_norm, "it must be positive")
-        require(self.precision in PRECISIONS, "recipe.precision", self.precision, f"known: {', '.join(PRECISIONS)}")
-        require(self.compile in (False, True, "graphs"), "recipe.compile", self.compile, "give true, false or graphs")
-
-    def length(self, data: ImageData) -> int:
-        """Optimizer steps of one training."""
-        return self.steps if self.steps is not None else self.epochs * steps_per_epoch(data, self.batch_size)
 
 
 @dataclass
@@ -120,23 +60,18 @@ class Trained:
     arithmetic: dict[str, Any] = field(default_factory=dict)
 
 
-def steps_per_epoch(data: ImageData, batch_size: int) -> int:
-    return max(1, len(data.train) // batch_size)
+@dataclass(frozen=True)
+class Plan:
+    """What a training is to do, whatever the device; see `training.train.train`."""
 
-
-def learning_rate(recipe: Recipe, step: int, length: int) -> float:
-    """Learning rate of `step` in `0 … length − 1`."""
-    at = step / length
-    rise = recipe.warmup or (0.3 if recipe.schedule == "onecycle" else 0.0)
-    if at < rise:
-        return recipe.lr * (step + 1) / (rise * length + 1)
-    if recipe.schedule == "multistep":
-        return recipe.lr * recipe.gamma ** sum(at >= m for m in recipe.milestones)
-    if recipe.schedule == "cosine":
-        return recipe.lr * 0.5 * (1 + math.cos(math.pi * (at - rise) / (1 - rise)))
-    if recipe.schedule == "onecycle":
-        return recipe.lr * (1 - at) / (1 - rise)
-    return recipe.lr
+    recipe: Recipe
+    masks: Masks | None = None
+    seed: int = 0
+    start_step: int = 0
+    stop_step: int | None = None
+    checkpoint: Path | None = None
+    checkpoint_every: float = 30.0
+    validate: bool = True
 
 
 def full_state(model: nn.Module) -> dict[str, Tensor]:
@@ -194,22 +129,6 @@ def fabric_for(device: str = "auto", precision: str = "fp32") -> Any:
         return Fabric(accelerator=kind, devices=[int(index)] if index else 1, precision=PRECISIONS[precision])
     except Exception as error:
         raise AutoSparseError(f"device is {device!r}: {first_line(error)}; {SUPPORTED}") from error
-
-
-def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    if not parameters:
-        raise AutoSparseError(f"{type(model).__name__} has nothing to train: let some parameters require gradients")
-    if recipe.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True)
-    return torch.optim.SGD(
-        parameters,
-        lr=recipe.lr,
-        momentum=recipe.momentum,
-        nesterov=recipe.nesterov and recipe.momentum > 0,
-        weight_decay=recipe.weight_decay,
-        fused=True,
-    )
 
 
 AUXILIARY = 0.3  # weight of each auxiliary classifier in the loss
@@ -288,195 +207,185 @@ def _layout(images: Tensor, channels_last: bool) -> Tensor:
 def train(
     model: nn.Module,
     data: ImageData,
-    recipe: Recipe,
+    plan: Plan,
     *,
-    masks: Masks | None = None,
-    seed: int = 0,
     device: str = "auto",
-    start_step: int = 0,
-    stop_step: int | None = None,
-    checkpoint: Path | None = None,
-    checkpoint_every: float = 30.0,
-    validate: bool = True,
     on_epoch: Callable[[dict[str, float]], None] | None = None,
     on_gradient: Callable[[int], None] | None = None,
     rank: int = 0,
     world: int = 1,
 ) -> Trained:
-    """Train `model` in place, its pruned weights held at zero after every step; test it after the last.
+    """`training.train.train` on one device, which is that of `rank` among `world` in a process group."""
+    return _Loop(model, data, plan, device, on_epoch, on_gradient, rank, world).run()
 
-    Data order, augmentation and dropout are functions of `seed` and the step, so that a training that starts again from
-    `checkpoint` gives what it would have given without the stop; the global RNG stays as it was.
 
-    On several devices (`device="cuda:0,1"`; `"cpu:2"`: two processes on the CPU) it is one training all the same, with a
-    process for each device (a rank): each takes its share of the same batches, and gradients are means over all shares, so
-    that what comes out is that of one device up to rounding. But dropout draws other numbers on each; on CPUs, batch norms
-    take the statistics of a rank's share, and the buffers of the first are kept (on GPUs those of `torch.nn` take all
-    ranks'). Each call starts its processes anew, so a script needs its `if __name__ == "__main__":`, and a very short
-    training gains nothing.
+class _Loop:
+    """One training: the network made ready, and its epochs and steps."""
 
-    Args:
-        masks: weights outside stay zero.
-        device: `"auto"`, `"cpu"`, `"cuda"`, `"cuda:1"`, or several, `"cuda:0,1"`; the model ends up on it, or the first.
-        start_step, stop_step: train this part of the recipe's steps only (late rewinding).
-        checkpoint: file to write at epoch ends, `checkpoint_every` seconds apart or more, and to resume from; it is
-            removed at the end. It must be of this very training: recipe, seed, masks, steps, initial weights and data.
-        validate: measure accuracy and loss on the validation images after each epoch; nothing else depends on it.
-        on_epoch: called with each new row of the history.
-        on_gradient: called before each step of the optimizer with the number of steps done, when the gradients of the
-            parameters are there (before clipping). Of several devices only the first is used then.
-        rank, world: of this process, in a process group: for the processes of a training on several devices.
+    def __init__(
+        self,
+        model: nn.Module,
+        data: ImageData,
+        plan: Plan,
+        device: str,
+        on_epoch: Callable[[dict[str, float]], None] | None,
+        on_gradient: Callable[[int], None] | None,
+        rank: int,
+        world: int,
+    ) -> None:
+        recipe, masks = plan.recipe, plan.masks
+        self.model, self.plan, self.recipe = model, plan, recipe
+        self.on_epoch, self.on_gradient, self.rank, self.world = on_epoch, on_gradient, rank, world
+        self.fabric = fabric_for(device, recipe.precision)
+        self.data = data.to(self.fabric.device)
+        model.to(self.fabric.device)
+        if recipe.channels_last:
+            model.to(memory_format=torch.channels_last)
+        check_fits(model, self.data)
+        built = build_optimizer(model, recipe)
+        parallel = model if world == 1 else distribute(model, self.data)
+        # Static shapes: else the second architecture of a class would be compiled for any number of channels.
+        mode = "reduce-overhead" if recipe.compile == "graphs" else None
+        compiled = torch.compile(parallel, dynamic=False, mode=mode) if recipe.compile else parallel
+        self.network, self.optimizer = self.fabric.setup(compiled, built, move_to_device=False)
+        self.begin = parts(self.fabric.device)
+        self.per_epoch, self.length = steps_per_epoch(self.data, recipe.batch_size), recipe.length(self.data)
+        self.stop = self.length if plan.stop_step is None else min(plan.stop_step, self.length)
+        self.result = Trained(steps=plan.start_step)
+        self.of = self._fingerprint() if plan.checkpoint is not None else ""
+        if plan.checkpoint is not None and plan.checkpoint.exists():
+            _restore(plan.checkpoint, self.of, model, self.optimizer.optimizer, self.result)
+        # Weights that are not there must not take part in the gradient's norm.
+        own = dict(unwrap(model).named_parameters())
+        self.pruned = [own.get(n) for n in masks or {}]  # of a parametrized weight the gradient has the mask already
+        self.zero = Zeroing((masks or {}).values())
 
-    Raises:
-        AutoSparseError: the model cannot take the images, or the masks are another model's, or the checkpoint another
-            training's; several devices cannot share the batch evenly.
-        AutoSparseFailure: the loss is no longer finite; the message says at which step and what to try. The process of
-            one of several devices died.
-    """
-    devices = device_names(device)
-    if len(devices) > 1 and on_gradient is None:
-        from autosparse.training.ranks import train_on
+    def _fingerprint(self) -> str:
+        """What a checkpoint belongs to: with anything else it would go on silently wrong."""
+        plan = self.plan
+        network = of_network(self.model, source=False)  # a script that was edited may go on
+        masks = plan.masks and dict(plan.masks)
+        return fingerprint(self.data.content, network, plan.recipe, masks, plan.seed, plan.start_step, self.stop)
 
-        return train_on(
-            devices,
-            model,
-            data,
-            recipe,
-            masks=masks,
-            seed=seed,
-            start_step=start_step,
-            stop_step=stop_step,
-            checkpoint=checkpoint,
-            checkpoint_every=checkpoint_every,
-            validate=validate,
-            on_epoch=on_epoch,
-        )
-    fabric = fabric_for(device, recipe.precision)
-    data = data.to(fabric.device)
-    model.to(fabric.device)
-    if recipe.channels_last:
-        model.to(memory_format=torch.channels_last)
-    check_fits(model, data)
-    built = build_optimizer(model, recipe)
-    parallel: nn.Module = model
-    if world > 1:
-        from autosparse.training.ranks import distribute
+    def run(self) -> Trained:
+        plan, result = self.plan, self.result
+        handles = []
+        if plan.masks is not None:
+            handles.append(self.optimizer.optimizer.register_step_post_hook(lambda *_: self.begin("mask")))
+            handles.append(plan.masks.enforce(self.model, self.optimizer.optimizer))
+        gpus = [self.fabric.device.index or 0] if self.fabric.device.type == "cuda" else []
+        clock, saved, seen, before = time.perf_counter(), time.perf_counter(), 0, result.seconds
+        with ExitStack() as stack:
+            stack.enter_context(safe_convolutions(self.model))
+            stack.enter_context(torch.random.fork_rng(devices=gpus))
+            stack.enter_context(_same_sums())
+            stack.enter_context(torch._dynamo.config.patch(recompile_limit=_ARCHITECTURES))
+            stack.callback(self.begin, "other")
+            result.arithmetic = arithmetic()
+            while result.steps < self.stop:
+                row, images = self._epoch()
+                seen += images
+                result.history.append(row)
+                result.seconds = before + time.perf_counter() - clock
+                if self.rank > 0:
+                    continue
+                if self.on_epoch is not None:
+                    self.on_epoch(row)
+                due = time.perf_counter() - saved >= plan.checkpoint_every
+                if plan.checkpoint is not None and result.steps < self.stop and due:
+                    _save(plan.checkpoint, self.of, self.model, self.optimizer.optimizer, result)
+                    saved = time.perf_counter()
+            for handle in handles:
+                handle.remove()
+            result.images_per_second = seen / max(time.perf_counter() - clock, 1e-9)
+            self.begin("evaluation")
+            result.accuracy, result.loss = self._evaluate("test")
+            if len(self.data.test) > 0:
+                _check_finite(result.loss, result, self.recipe)
+        result.epochs = (result.steps - plan.start_step) / self.per_epoch
+        result.seconds = before + time.perf_counter() - clock
+        if plan.checkpoint is not None and self.rank == 0:
+            plan.checkpoint.unlink(missing_ok=True)
+        return result
 
-        parallel = distribute(model, data)
-    # Static shapes: else the second architecture of a class would be compiled for any number of channels.
-    graphs = recipe.compile == "graphs"
-    mode = "reduce-overhead" if graphs else None
-    compiled = torch.compile(parallel, dynamic=False, mode=mode) if recipe.compile else parallel
-    network, optimizer = fabric.setup(compiled, built, move_to_device=False)
-    begin = parts(fabric.device)
-    per_epoch, length = steps_per_epoch(data, recipe.batch_size), recipe.length(data)
-    stop = length if stop_step is None else min(stop_step, length)
-    result = Trained(steps=start_step)
-    of = ""
-    if checkpoint is not None:  # with anything else it would go on silently wrong
-        network_now = of_network(model, source=False)  # a script that was edited may go on
-        of = fingerprint(data.content, network_now, recipe, masks and dict(masks), seed, start_step, stop)
-    if checkpoint is not None and checkpoint.exists():
-        _restore(checkpoint, of, model, optimizer.optimizer, result)
-    handles = []
-    if masks is not None:
-        handles.append(optimizer.optimizer.register_step_post_hook(lambda *_: begin("mask")))
-        handles.append(masks.enforce(model, optimizer.optimizer))
-    # Weights that are not there must not take part in the gradient's norm.
-    own = dict(unwrap(model).named_parameters())
-    pruned = [own.get(n) for n in masks or {}]  # of a parametrized weight the gradient has the mask already
-    zero = Zeroing((masks or {}).values())
-    gpus = [fabric.device.index or 0] if fabric.device.type == "cuda" else []
-
-    def look(split: str) -> tuple[float, float]:
-        if world > 1:
-            for buffer in model.buffers():
-                distributed.broadcast(buffer, 0)
-        with fabric.autocast():  # never the compiled network: to compile it again for this costs more than it wins
-            return evaluate(model, data, split, recipe.channels_last, rank, world)
-
-    clock, saved, seen = time.perf_counter(), time.perf_counter(), 0
-    before = result.seconds
-    with ExitStack() as stack:
-        stack.enter_context(safe_convolutions(model))
-        stack.enter_context(torch.random.fork_rng(devices=gpus))
-        stack.enter_context(_same_sums())
-        stack.enter_context(torch._dynamo.config.patch(recompile_limit=_ARCHITECTURES))
-        stack.callback(begin, "other")
-        result.arithmetic = arithmetic()
-        while result.steps < stop:
-            epoch = result.steps // per_epoch
-            first = result.steps % per_epoch
-            last = min(per_epoch, first + stop - result.steps)
-            network.train()
-            total = torch.zeros((), device=fabric.device)
-            batches = data.epoch(recipe.batch_size, derive(seed, "epoch", epoch), rank, world)
+    def _epoch(self) -> tuple[dict[str, float], int]:
+        """The steps that are left of an epoch: their row of the history, and how many images they saw."""
+        result, recipe, begin = self.result, self.recipe, self.begin
+        epoch, first = divmod(result.steps, self.per_epoch)
+        last = min(self.per_epoch, first + self.stop - result.steps)
+        self.network.train()
+        total, seen = torch.zeros((), device=self.fabric.device), 0
+        order = derive(self.plan.seed, "epoch", epoch)
+        batches = self.data.epoch(recipe.batch_size, order, self.rank, self.world)
+        begin("data")
+        for images, labels in itertools.islice(batches, first, last):
+            total += self._step(images, labels)
+            result.steps += 1
+            seen += len(labels) * self.world
+            if result.steps % _CHECK_EVERY == 0:
+                _check_finite(total, result, recipe)
             begin("data")
-            for images, labels in itertools.islice(batches, first, last):
-                begin("bookkeeping")
-                for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(recipe, result.steps, length)
-                optimizer.zero_grad(set_to_none=True)
-                if graphs:  # the memory of the last step's logits and gradients is free for this one's
-                    torch.compiler.cudagraph_mark_step_begin()
-                seed_global(seed, "training step", result.steps, rank, device=fabric.device)
-                begin("forward")
-                outputs = network(_layout(images, recipe.channels_last))
-                loss = training_loss(outputs, labels, recipe.label_smoothing)
-                begin("backward")
-                fabric.backward(loss)
-                begin("optimizer")
-                if on_gradient is not None:
-                    on_gradient(result.steps)
-                if recipe.clip_norm is not None:
-                    zero(None if parameter is None else parameter.grad for parameter in pruned)
-                    # To raise on a norm that is not finite would wait for the device at every step.
-                    fabric.clip_gradients(network, optimizer, max_norm=recipe.clip_norm, error_if_nonfinite=False)
-                optimizer.step()
-                begin("bookkeeping")
-                total += loss.detach()
-                result.steps += 1
-                seen += len(labels) * world
-                if result.steps % _CHECK_EVERY == 0:
-                    _check_finite(total, result, recipe)
-                begin("data")
-            begin("bookkeeping")
-            if world > 1:
-                distributed.all_reduce(total)
-                total /= world
-            _check_finite(total, result, recipe)
-            begin("evaluation")
-            accuracy, validation_loss = look("validation") if validate else (math.nan, math.nan)
-            begin("other")
-            row = {
-                "epoch": epoch + 1,
-                "step": result.steps,
-                "loss": float(total) / max(last - first, 1),
-                "accuracy": accuracy,
-                "validation_loss": validation_loss,
-                "lr": optimizer.param_groups[0]["lr"],
-            }
-            result.history.append(row)
-            result.seconds = before + time.perf_counter() - clock
-            if rank > 0:
-                continue
-            if on_epoch is not None:
-                on_epoch(row)
-            if checkpoint is not None and result.steps < stop and time.perf_counter() - saved >= checkpoint_every:
-                _save(checkpoint, of, model, optimizer.optimizer, result)
-                saved = time.perf_counter()
-        for handle in handles:
-            handle.remove()
-        result.images_per_second = seen / max(time.perf_counter() - clock, 1e-9)
+        begin("bookkeeping")
+        if self.world > 1:
+            distributed.all_reduce(total)
+            total /= self.world
+        _check_finite(total, result, recipe)
         begin("evaluation")
-        result.accuracy, result.loss = look("test")
-        if len(data.test) > 0:
-            _check_finite(result.loss, result, recipe)
-    result.epochs = (result.steps - start_step) / per_epoch
-    result.seconds = before + time.perf_counter() - clock
-    if checkpoint is not None and rank == 0:
-        checkpoint.unlink(missing_ok=True)
-    return result
+        accuracy, validation_loss = self._evaluate("validation") if self.plan.validate else (math.nan, math.nan)
+        begin("other")
+        row = {
+            "epoch": epoch + 1,
+            "step": result.steps,
+            "loss": float(total) / max(last - first, 1),
+            "accuracy": accuracy,
+            "validation_loss": validation_loss,
+            "lr": self.optimizer.param_groups[0]["lr"],
+        }
+        return row, seen
+
+    def _step(self, images: Tensor, labels: Tensor) -> Tensor:
+        """One step of the optimizer; the loss before it."""
+        recipe, begin, steps = self.recipe, self.begin, self.result.steps
+        begin("bookkeeping")
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(recipe, steps, self.length)
+        self.optimizer.zero_grad(set_to_none=True)
+        if recipe.compile == "graphs":  # the memory of the last step's logits and gradients is free for this one's
+            torch.compiler.cudagraph_mark_step_begin()
+        seed_global(self.plan.seed, "training step", steps, self.rank, device=self.fabric.device)
+        begin("forward")
+        outputs = self.network(_layout(images, recipe.channels_last))
+        loss = training_loss(outputs, labels, recipe.label_smoothing)
+        begin("backward")
+        self.fabric.backward(loss)
+        begin("optimizer")
+        if self.on_gradient is not None:
+            self.on_gradient(steps)
+        if recipe.clip_norm is not None:
+            self.zero(None if parameter is None else parameter.grad for parameter in self.pruned)
+            # To raise on a norm that is not finite would wait for the device at every step.
+            self.fabric.clip_gradients(
+                self.network, self.optimizer, max_norm=recipe.clip_norm, error_if_nonfinite=False
+            )
+        self.optimizer.step()
+        begin("bookkeeping")
+        return loss.detach()
+
+    def _evaluate(self, split: str) -> tuple[float, float]:
+        if self.world > 1:
+            for buffer in self.model.buffers():
+                distributed.broadcast(buffer, 0)
+        with self.fabric.autocast():  # never the compiled network: to compile it again costs more than it wins
+            return evaluate(self.model, self.data, split, self.recipe.channels_last, self.rank, self.world)
+
+
+def distribute(model: nn.Module, data: ImageData) -> nn.Module:
+    """`model` with gradients that are means over the ranks; parameters without a gradient are left out."""
+    weights = [p for p in model.parameters() if p.requires_grad]
+    images = data.normalise(data.train.images[:2])
+    with eval_mode(model), torch.random.fork_rng(devices=[]):
+        gradients = torch.autograd.grad(model(images).sum(), weights, allow_unused=True)
+    return DistributedDataParallel(model, find_unused_parameters=any(g is None for g in gradients))
 
 
 @contextmanager

@@ -18,13 +18,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from autosparse.errors import AutoSparseError, AutoSparseFailure, first_line, require
-from autosparse.jobs.processes import heed_the_end, how_it_ended, start_context, uninterrupted
-from autosparse.network.running import eval_mode
+from autosparse.processes import heed_the_end, how_it_ended, start_context, uninterrupted
 from autosparse.training.data import ImageData
-from autosparse.training.loop import Recipe, Trained, fabric_for, full_state, put_back, train
+from autosparse.training.loop import Plan, Trained, fabric_for, full_state, put_back, train
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 Found = tuple[Trained, dict[str, Tensor]]
@@ -34,12 +32,11 @@ def train_on(
     devices: Sequence[str],
     model: nn.Module,
     data: ImageData,
-    recipe: Recipe,
+    plan: Plan,
     *,
     on_epoch: Callable[[dict[str, float]], None] | None,
-    **options: Any,
 ) -> Trained:
-    """`train` by a spawned process on each of `devices`; `options` are its others.
+    """`train` by a process on each of `devices`.
 
     Model and data go to the ranks as copies through pipes, what was trained comes back into `model`; a training that
     does not reach its end leaves `model` as it was.
@@ -48,11 +45,12 @@ def train_on(
         AutoSparseError: what `train` raises; the batch cannot be split evenly; the model cannot be sent.
         AutoSparseFailure: what `train` raises; a rank died.
     """
+    recipe = plan.recipe
     size = min(recipe.batch_size, len(data.train))
     require(size % len(devices) == 0, "batch size", size, f"{len(devices)} devices need a multiple of {len(devices)}")
     places = [fabric_for(device).device for device in devices]  # one that is not there is told here
     try:
-        given = _packed((model, replace(data.to("cpu")), recipe, options))
+        given = _packed((model, replace(data.to("cpu")), plan))
     except Exception as error:  # whatever the model's own modules raise
         raise _unsent(type(model).__name__, error) from error
     team: list[_Rank] = []
@@ -73,15 +71,6 @@ def train_on(
     put_back(model, state)
     model.train()
     return trained
-
-
-def distribute(model: nn.Module, data: ImageData) -> DistributedDataParallel:
-    """`model` with gradients that are means over the ranks; parameters without a gradient are left out."""
-    weights = [p for p in model.parameters() if p.requires_grad]
-    images = data.normalise(data.train.images[:2])
-    with eval_mode(model), torch.random.fork_rng(devices=[]):
-        found = torch.autograd.grad(model(images).sum(), weights, allow_unused=True)
-    return DistributedDataParallel(model, find_unused_parameters=any(g is None for g in found))
 
 
 def _follow(team: Sequence[_Rank], on_epoch: Callable[[dict[str, float]], None] | None) -> Found:
@@ -185,7 +174,7 @@ def _serve(connection: Connection, rank: int, world: int, device: str, store: st
 def _train(connection: Connection, rank: int, world: int, device: str, store: str) -> Found:
     given = connection.recv_bytes()
     try:
-        model, data, recipe, options = _unpacked(given)
+        model, data, plan = _unpacked(given)
     except Exception as error:
         raise _unsent("the model", error) from error
     del given
@@ -205,7 +194,7 @@ def _train(connection: Connection, rank: int, world: int, device: str, store: st
     def on_epoch(row: dict[str, float]) -> None:
         connection.send_bytes(_packed(("epoch", row)))
 
-    trained = train(model, data, recipe, device=device, rank=rank, world=world, on_epoch=on_epoch, **options)
+    trained = train(model, data, plan, device=device, rank=rank, world=world, on_epoch=on_epoch)
     return trained, full_state(model)
 
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple
 
 from autosparse.report.rows import (
     Cell,
@@ -25,9 +25,6 @@ from autosparse.report.rows import (
     stat,
     unique,
 )
-
-if TYPE_CHECKING:
-    from autosparse.experiment.candidates import Candidate
 
 LEVEL = 0.05  # of the tests
 
@@ -75,21 +72,6 @@ class Checked:
     sparsity: float
     cell: Cell
     tests: Mapping[str, Comparison]
-
-
-def expand(candidates: Sequence[Candidate], checks: Sequence[str]) -> list[Candidate]:
-    """Every candidate, followed by its variants; a method that searches by training has no scores to invert.
-
-    AutoSparseError: a variant that the candidate cannot have.
-    """
-    result = []
-    for candidate in candidates:
-        result.append(candidate)
-        for check in unique(checks):
-            if check != "inverted" or not candidate.searches:
-                label = candidate.label and f"{check}:{candidate.label}"
-                result.append(replace(candidate, criterion=f"{check}:{candidate.criterion}", label=label))
-    return result
 
 
 def split(name: str) -> tuple[str | None, str]:

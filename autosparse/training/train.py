@@ -1,0 +1,69 @@
+"""The front of training: one device or several."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import nn
+
+from autosparse.masks.mask import Masks
+from autosparse.training import loop
+from autosparse.training.data import ImageData
+from autosparse.training.devices import device_names
+from autosparse.training.loop import Trained
+from autosparse.training.recipe import Recipe
+
+
+def train(
+    model: nn.Module,
+    data: ImageData,
+    recipe: Recipe,
+    *,
+    masks: Masks | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    start_step: int = 0,
+    stop_step: int | None = None,
+    checkpoint: Path | None = None,
+    checkpoint_every: float = 30.0,
+    validate: bool = True,
+    on_epoch: Callable[[dict[str, float]], None] | None = None,
+    on_gradient: Callable[[int], None] | None = None,
+) -> Trained:
+    """Train `model` in place, its pruned weights held at zero after every step; test it after the last.
+
+    Data order, augmentation and dropout are functions of `seed` and the step, so that a training that starts again from
+    `checkpoint` gives what it would have given without the stop; the global RNG stays as it was.
+
+    On several devices (`device="cuda:0,1"`; `"cpu:2"`: two processes on the CPU) it is one training all the same, with a
+    process for each device (a rank): each takes its share of the same batches, and gradients are means over all shares, so
+    that what comes out is that of one device up to rounding. But dropout draws other numbers on each; on CPUs, batch norms
+    take the statistics of a rank's share, and the buffers of the first are kept (on GPUs those of `torch.nn` take all
+    ranks'). Each call starts its processes anew, so a script needs its `if __name__ == "__main__":`, and a very short
+    training gains nothing.
+
+    Args:
+        masks: weights outside stay zero.
+        device: `"auto"`, `"cpu"`, `"cuda"`, `"cuda:1"`, or several, `"cuda:0,1"`; the model ends up on it, or the first.
+        start_step, stop_step: train this part of the recipe's steps only (late rewinding).
+        checkpoint: file to write at epoch ends, `checkpoint_every` seconds apart or more, and to resume from; it is
+            removed at the end. It must be of this very training: recipe, seed, masks, steps, initial weights and data.
+        validate: measure accuracy and loss on the validation images after each epoch; nothing else depends on it.
+        on_epoch: called with each new row of the history.
+        on_gradient: called before each step of the optimizer with the number of steps done, when the gradients of the
+            parameters are there (before clipping). Of several devices only the first is used then.
+
+    Raises:
+        AutoSparseError: the model cannot take the images, or the masks are another model's, or the checkpoint another
+            training's; several devices cannot share the batch evenly.
+        AutoSparseFailure: the loss is no longer finite; the message says at which step and what to try. The process of
+            one of several devices died.
+    """
+    plan = loop.Plan(recipe, masks, seed, start_step, stop_step, checkpoint, checkpoint_every, validate)
+    devices = device_names(device)
+    if len(devices) > 1 and on_gradient is None:
+        from autosparse.training.ranks import train_on
+
+        return train_on(devices, model, data, plan, on_epoch=on_epoch)
+    return loop.train(model, data, plan, device=device, on_epoch=on_epoch, on_gradient=on_gradient)

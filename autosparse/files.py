@@ -167,6 +167,12 @@ def read_safetensors(
     return tensors, metadata
 
 
+def files_under(directory: Path) -> Iterator[Path]:
+    """All files in a directory and those below; directories that another process removes meanwhile are left out."""
+    for folder, _, names in os.walk(directory):  # `Path.rglob` would raise
+        yield from (Path(folder) / name for name in names)
+
+
 def check_file(path: Path, what: str, way_out: str = "check the path") -> None:
     """Nothing, where there is a file (or a pipe) at `path`.
 

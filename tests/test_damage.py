@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from autosparse.errors import AutoSparseError
-from autosparse.files import HASH, read_json, read_safetensors, write_json, write_safetensors
+from autosparse.files import HASH, files_under, read_json, read_safetensors, write_json, write_safetensors
 from autosparse.masks.layers import Layer
 from autosparse.masks.mask import MaskReport, Masks
 from autosparse.scorers.card import Card
@@ -221,3 +222,20 @@ def test_threads_that_write_the_same_file_leave_a_whole_one(tmp_path: Path) -> N
         list(pool.map(lambda i: write_json(path, values[i % 2]), range(40)))
     assert read_json(path, "test") in values
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_folders_that_vanish_while_files_are_looked_for_are_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a/1.h5", "b/2.h5", "c/3.h5"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text("")
+    scan = os.scandir
+
+    def removed_meanwhile(path: Any) -> Any:
+        if Path(path).name == "b":
+            raise FileNotFoundError(path)
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", removed_meanwhile)
+    assert sorted(p.name for p in files_under(tmp_path)) == ["1.h5", "3.h5"]

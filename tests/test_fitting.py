@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from autosparse.errors import AutoSparseError, AutoSparseFailure
 from autosparse.scorers import fitting
+from autosparse.scorers import rows as rows_module
 from autosparse.scorers.card import OWN, read_card
 from autosparse.scorers.features import DEFAULT, of_weights
 from autosparse.scorers.fitting import fit, fit_parts
@@ -63,7 +64,7 @@ def as_sorted(table: Tensor) -> np.ndarray:
 def test_an_epoch_streamed_holds_the_rows_of_one_in_memory(
     records: list[Path], block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fitting, "_BLOCK", block)
+    monkeypatch.setattr(rows_module, "_BLOCK", block)
     part = rows_of(records, memory_gib=1e-9)
     assert not part.held() and rows_of(records).held()
     streamed, held = epoch(part, False, 0), epoch(part, True, 0)
@@ -399,7 +400,7 @@ def test_rows_know_their_layer_and_channels(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("error")
 def test_a_streamed_graph_network_learns_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fitting, "_BLOCK", 300)
+    monkeypatch.setattr(rows_module, "_BLOCK", 300)
     paths = [plant(tmp_path / f"{i}.h5", i, sizes=MEDIUM) for i in range(3)]
     values = replace(QUICK, scorer="gnn", width=8, rounds=1, records_per_step=2, memory_gib=1e-9, epochs=5)
     features = ("log_abs_weight_network", "weight_rank", "layer_size")

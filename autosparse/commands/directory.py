@@ -11,7 +11,7 @@ import yaml
 from autosparse.commands.loading import command_of, plain
 from autosparse.commands.schemas import BenchmarkConfig, CheckConfig, DiagnoseConfig, GenerateConfig, ShrinkConfig
 from autosparse.errors import AutoSparseError
-from autosparse.files import replace_file
+from autosparse.files import files_under, replace_file
 
 # Keys that may differ between two runs in one directory: they change what more is done, not what has been done.
 _FREE = {"output", "device", "executor", "tracking"}
@@ -70,10 +70,10 @@ def _bound(values: Mapping[str, Any], free: set[str]) -> dict[str, Any]:
 
 def _has_results(directory: Path) -> bool:
     """Whether there is more than the config, tracking, locks and unfinished state of a run that failed on its input."""
-    for path in directory.rglob("*"):
+    for path in files_under(directory):
         top, *_ = parts = path.relative_to(directory).parts
         ours = top == "config.yaml" or top.startswith("mlflow.db") or top == "mlartifacts"
-        if path.is_file() and not ours and not any(p.startswith(".") or p.endswith(".state") for p in parts):
+        if not ours and not any(p.startswith(".") or p.endswith(".state") for p in parts):
             return True
     return False
 

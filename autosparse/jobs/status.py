@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from autosparse.errors import AutoSparseError, AutoSparseFailure
-from autosparse.files import read_json, write_json
+from autosparse.files import files_under, read_json, write_json
 from autosparse.jobs.executor import Event
 
 FOLDER = ".jobs"
@@ -163,7 +163,7 @@ def statuses(directory: Path) -> list[Status]:
     Raises:
         AutoSparseError: there is none.
     """
-    plans = sorted(directory.rglob(f"{FOLDER}/plan.json")) if directory.is_dir() else []
+    plans = sorted(p for p in files_under(directory) if p.parts[-2:] == (FOLDER, "plan.json"))
     if not plans:
         raise AutoSparseError(
             f"no campaign or grid under {str(directory)!r}: give the output of autosparse generate, benchmark or check"

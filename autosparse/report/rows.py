@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from autosparse.errors import AutoSparseError, first_line
-from autosparse.files import read_json
+from autosparse.files import files_under, read_json
 from autosparse.scorers.card import Card, read_card
 
 REQUIRED = ("model", "data", "criterion", "sparsity", "seed", "accuracy")
@@ -439,7 +439,7 @@ def collect(directory: Path) -> Found:
     def read_diagnosis(path: Path, name: str) -> None:
         found.diagnoses.append((name, load_diagnosis(path)))
 
-    for path in sorted(p for p in directory.rglob("*") if p.suffix in {".csv", ".json", ".h5"}):
+    for path in sorted(p for p in files_under(directory) if p.suffix in {".csv", ".json", ".h5"}):
         parts = path.relative_to(directory).parts
         reader = reader_of(path, read_results, read_cell, read_record, read_scorer, read_diagnosis)
         if reader is None or any(part in SKIPPED_FOLDERS or part.startswith(".") for part in parts):

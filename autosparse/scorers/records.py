@@ -14,7 +14,7 @@ import h5py
 import numpy as np
 
 from autosparse.errors import AutoSparseError
-from autosparse.files import check_file, check_seal, is_sealed, read_sealed, sha256, write_sealed
+from autosparse.files import check_file, check_seal, files_under, is_sealed, read_sealed, sha256, write_sealed
 from autosparse.masks.layers import Layer
 from autosparse.network.graph import Graph
 
@@ -308,7 +308,8 @@ def find_records(paths: Iterable[str | Path]) -> list[Path]:
     found: dict[Path, Path] = {}
     for path in map(Path, paths):
         if path.is_dir():
-            found.update({p.resolve(): p for p in path.rglob("*.h5") if "mlartifacts" not in p.relative_to(path).parts})
+            files = (p for p in files_under(path) if p.suffix == ".h5")
+            found.update({p.resolve(): p for p in files if "mlartifacts" not in p.relative_to(path).parts})
         elif path.is_file():
             found[path.resolve()] = path
         else:

@@ -88,13 +88,13 @@ def uninterrupted() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def heed_the_end() -> None:
+def exit_with_parent() -> None:
     """For a spawned process: SIGTERM is an exit, and the end of the parent, by whatever means, is the end of this one."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     signal.signal(signal.SIGTERM, _leave)
 
 
-def how_it_ended(code: int | None, stack: str = "") -> str:
+def describe_exit(code: int | None, stack: str = "") -> str:
     """How a process ended, in words; `stack` is what `faulthandler` wrote when it crashed."""
     if code is None or code >= 0:
         return f"with exit code {code}"

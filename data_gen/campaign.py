@@ -100,7 +100,7 @@ def generate(
         complete = [job for label, job in jobs.items() if label not in open_labels]
         outcomes = run_jobs(complete, INLINE, tell, device=device)
         left = [jobs[run.label()] for run in pending]
-        outcomes |= run_jobs(left, executor, tell, device=device, planned=len(todo), profile=profile)
+        outcomes |= run_jobs(left, executor, tell, device=device, planned=len(todo), profile=profile, folder=directory)
     failed = {label: outcomes[label] for label in paths if outcomes[label].error is not None}
     campaign.records += [path for label, path in paths.items() if label not in failed]
     campaign.failures |= {label: str(outcome.error) for label, outcome in failed.items()}

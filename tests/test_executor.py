@@ -8,6 +8,8 @@ import importlib.util
 import json
 import multiprocessing
 import os
+import pickletools
+import re
 import resource
 import signal
 import subprocess
@@ -19,6 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -29,9 +32,12 @@ from autosparse.errors import AutoSparseError, AutoSparseFailure
 from autosparse.experiment.benchmark import Cell, grid, run_grid
 from autosparse.experiment.candidates import Candidate
 from autosparse.jobs import status
-from autosparse.jobs.executor import INLINE, Event, ExecutorSettings, Job, _devices, run_jobs
+from autosparse.jobs.encoding import decode_job, encode_job
+from autosparse.jobs.executor import INLINE, Event, ExecutorSettings, Job, run_jobs
+from autosparse.jobs.local import _devices
 from autosparse.jobs.status import FOLDER, journal, kept_up, statuses
 from autosparse.network.signals import SignalSettings
+from autosparse.pruning.warmup import WarmupSettings
 from autosparse.search.irp import IRPSettings
 from autosparse.training.data import DataSettings, load_data
 from autosparse.training.models import ModelSettings
@@ -69,10 +75,11 @@ def jobs_of(place: Path, **how: str) -> list[Job]:
         ({"kind": "local", "workers": 0}, "executor.workers is 0"),
         ({"kind": "local", "retries": -1}, "executor.retries is -1"),
         ({"kind": "local", "devices": ()}, "give at least one"),
-        ({"kind": "inline", "timeout": 5.0}, "executor.timeout is 5.0: set executor.kind: local or ray"),
+        ({"kind": "inline", "timeout": 5.0}, "executor.timeout is 5.0: set executor.kind: local, ray or slurm"),
         ({"kind": "ray", "timeout": 0.0}, "executor.timeout is 0.0: give seconds"),
         ({"kind": "ray", "devices": ("cuda:0",)}, "only kind local takes devices"),
         ({"kind": "local", "address": "auto"}, "only kind ray takes an address"),
+        ({"kind": "local", "slurm": {"mem_gb": 8}}, "executor.slurm is .*: only kind slurm takes"),
     ],
 )
 def test_wrong_settings_are_told(given: dict[str, Any], match: str) -> None:
@@ -84,6 +91,28 @@ def test_without_ray_it_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(AutoSparseError, match=r"package ray is not installed; pip install 'autosparse\[ray\]'"):
         run_jobs(jobs_of(tmp_path, a="good"), ExecutorSettings("ray"))
+
+
+@pytest.mark.parametrize(
+    ("asked", "match"),
+    [
+        ({}, "^executor.kind is 'slurm': .*srun.*; start the command where Slurm's commands are"),
+        ({"cluster": "locl"}, "^executor.slurm.cluster is 'locl': known: slurm, local$"),
+        ({"cluster": "local", "memory": 3}, "^executor.slurm is {'memory': 3}: Parameter 'memory' need"),
+        ({"cluster": "local", "mem_gb": "3"}, "^executor.slurm is {'mem_gb': '3'}: Parameter \"mem_gb\" expected"),
+    ],
+)
+def test_slurm_that_cannot_start_is_one_line(
+    asked: dict[str, Any], match: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with pytest.raises(AutoSparseError, match=match):
+        run_jobs(jobs_of(tmp_path, a="good"), ExecutorSettings("slurm", slurm=asked))
+    assert not list(tmp_path.rglob("slurm/*")), "nothing stays"
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    with pytest.raises(AutoSparseError, match=r"package submitit is not installed; pip install 'autosparse\[slurm\]'"):
+        run_jobs(jobs_of(tmp_path, a="good"), ExecutorSettings("slurm"))
 
 
 def test_devices_that_are_not_there_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,6 +180,89 @@ def test_a_job_that_hangs_has_its_worker_killed(tmp_path: Path, executor: Execut
     kinds = [(e.kind, e.values.get("error")) for e in events if e.key == "a" and e.kind != "progress"]
     why = "its worker died, killed since it ran longer than 0.5 s; tried again"
     assert kinds == [("started", None), ("died", why), ("started", None), ("done", None)]
+
+
+@pytest.fixture
+def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ExecutorSettings:
+    """By submitit's own stand-in on this machine; none of the files that it pickles may be read here."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("submitit.core.utils.pickle_load", None)
+    return ExecutorSettings("slurm", workers=4, slurm={"cluster": "local"})
+
+
+def at_work_on(text: str) -> list[psutil.Process]:
+    """Processes under this one with such a command."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            found += [process] if text in " ".join(process.cmdline()) else []
+    return found
+
+
+def test_slurm_by_its_stand_in(tmp_path: Path, slurm: ExecutorSettings) -> None:
+    """What dies is tried again, what hangs is killed, what is cancelled is submitted anew; no file and no process stays."""
+    events: list[Event] = []
+    modes: set[int] = set()
+
+    def on_event(event: Event) -> None:
+        events.append(event)
+        for path in (tmp_path / "cache").rglob("*_submitted.pkl"):
+            modes.update(folder.stat().st_mode & 0o777 for folder in (path.parent, *path.parents[1:4]))
+            names = {str(name) for _, name, _ in pickletools.genops(path.read_bytes())}
+            assert {n for n in names if "." in n and "/" not in n} <= {"submitit.core.utils", "autosparse.jobs.slurm"}
+        if event.key == "d" and "rounds" in event.values and not any(e.key == "d" and e.kind == "died" for e in events):
+            (command,) = at_work_on("/4.json")
+            command.parents()[1].kill()  # what stands for Slurm
+
+    how = {"a": "wrong", "b": "killed once", "c": "hangs once", "d": "hangs once"}
+    outcomes = run_jobs(jobs_of(tmp_path, **how), replace(slurm, timeout=2.0), on_event, device="cpu", folder=tmp_path)
+    assert {k: o.value for k, o in outcomes.items()} == {"a": None, **{k: f"{k} on cpu" for k in "bcd"}}
+    assert outcomes["a"].error == "model is 'x': choose another" and outcomes["a"].mistake
+    assert [len((tmp_path / f"{k}.marks").read_text()) for k in "abcd"] == [1, 2, 2, 2]
+    died = {e.key: e.values["error"] for e in events if e.kind == "died"}
+    assert died.keys() == set("bcd")
+    assert died["b"] == "its worker died, killed by signal 9 (SIGKILL) (out of memory?); tried again"
+    assert died["c"] == "its worker died, killed since it ran longer than 2 s; tried again"
+    assert re.fullmatch(r"its worker died, Slurm job \d+ in state INTERRUPTED \(.+\); tried again", died["d"])
+    assert modes == {0o700} and not list((tmp_path / "cache").rglob("slurm/*"))
+    until(lambda: not at_work_on(str(tmp_path)))
+
+
+def test_what_a_killed_driver_left_in_the_queue_ends(tmp_path: Path, slurm: ExecutorSettings) -> None:
+    code = f"""
+from pathlib import Path
+from jobs import slow
+from autosparse.jobs.executor import ExecutorSettings, Job, run_jobs
+here = Path({str(tmp_path)!r})
+jobs = [Job("a", slow, {{"place": here, "name": "a", "seconds": 600}})]
+run_jobs(jobs, ExecutorSettings("slurm", slurm={{"cluster": "local"}}), device="cpu", folder=here)
+"""
+    driver = subprocess.Popen([sys.executable, "-c", code])
+    file = tmp_path / "a.pid"
+    until(lambda: driver.poll() is not None or (file.exists() and file.read_text() != ""))
+    driver.kill()
+    driver.wait()
+    assert running(int(file.read_text()))
+    run_jobs(jobs_of(tmp_path, b="good"), slurm, device="cpu", folder=tmp_path)
+    until(lambda: not running(int(file.read_text())))
+    assert not list((tmp_path / "cache").rglob("slurm/*"))
+
+
+def test_jobs_as_json() -> None:
+    """All that jobs of ours are given, read by a process that shares no memory."""
+    warm = Candidate("movement@0.5", warmup=WarmupSettings(), scope="densities:erk")
+    arguments = {
+        "cell": replace(small_grid()[0], candidate=warm),
+        "run": corpus(1)[0],
+        "rule": (("x", 0.1), ("y", -1e-30)),
+    }
+    arguments |= {"path": Path("a/b").absolute(), "options": {"a": [1, None], 2: (True, "tuple")}, "none": None}
+    job = Job("key", work, arguments)
+    assert decode_job(json.loads(json.dumps(encode_job(job)))) == job
+    with pytest.raises(AutoSparseError, match="a job is given Tensor, which cannot be sent"):
+        encode_job(replace(job, arguments={"data": torch.zeros(1)}))
+    with pytest.raises(AutoSparseError, match="is defined in a script: put it into a module"):
+        encode_job(replace(job, function=lambda: None))
 
 
 def test_a_job_waits_for_another(tmp_path: Path) -> None:

@@ -12,8 +12,9 @@ from torch import nn
 from autosparse import processes
 from autosparse.experiment.benchmark import Cell, run_cell
 from autosparse.experiment.candidates import Candidate
-from autosparse.jobs import executor
-from autosparse.jobs.executor import ExecutorSettings, _shares
+from autosparse.jobs import local
+from autosparse.jobs.executor import ExecutorSettings
+from autosparse.jobs.local import _shares
 from autosparse.training.data import DataSettings, ImageData, load_data
 from autosparse.training.models import ModelSettings
 from autosparse.training.recipe import Recipe
@@ -22,9 +23,9 @@ from autosparse.training.threads import threads_for
 
 @pytest.fixture
 def four_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (processes, executor):
+    for module in (processes, local):
         monkeypatch.setattr(module, "cores", lambda: 4)
-    monkeypatch.setattr(executor, "memory_for", lambda processes: 100 // processes)
+    monkeypatch.setattr(local, "memory_for", lambda processes: 100 // processes)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
 
 
@@ -67,7 +68,7 @@ def test_cores_are_shared_out(
 
 def test_no_more_jobs_than_memory(four_cores: None, monkeypatch: pytest.MonkeyPatch) -> None:
     for room, expected in ((3, 3), (0, 1)):
-        monkeypatch.setattr(executor, "memory_for", lambda processes, room=room: room)
+        monkeypatch.setattr(local, "memory_for", lambda processes, room=room: room)
         assert _shares(ExecutorSettings(), ("cpu",), 75, 75) == (expected, 1)
 
 

@@ -42,7 +42,7 @@ def _parts(title: str, seconds: Mapping[str, float]) -> None:
 
 
 def _times(directory: Path) -> dict[Path, int]:
-    return {path: path.stat().st_mtime_ns for path in sorted(directory.glob("worker*/parts.csv"))}
+    return {path: path.stat().st_mtime_ns for path in sorted(directory.glob("worker*/**/parts.csv"))}
 
 
 def _say_profiles(tables: Sequence[Path]) -> None:

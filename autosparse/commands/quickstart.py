@@ -13,7 +13,7 @@ from autosparse.commands.schemas import BenchmarkConfig, FitConfig, GenerateConf
 from autosparse.commands.terminal import busy, say, words
 from autosparse.experiment.candidates import Candidate
 from autosparse.experiment.estimate import seconds_of_trainings
-from autosparse.jobs.executor import jobs_at_once
+from autosparse.jobs.local import jobs_at_once
 from autosparse.processes import start_server
 from autosparse.scorers.records import is_complete
 from autosparse.training.data import load_data

@@ -44,7 +44,7 @@ def run(config: TuneConfig) -> Path:
                 book.note(event)
                 live.show(event)
 
-            outcomes = run_jobs(jobs, config.executor, on_event, device=config.device)
+            outcomes = run_jobs(jobs, config.executor, on_event, device=config.device, folder=directory)
         live.end("trials")
         for trial in trials:
             if (reason := outcomes[trial.key].error) is not None and trial.key not in failed:

@@ -361,7 +361,7 @@ def run_grid(
         for path, cell in zip(paths, cells, strict=True):
             if path not in fresh:
                 tell(path, cell, True)
-        run_jobs(jobs, executor, heard, device=device, planned=len(cells), profile=profile)
+        run_jobs(jobs, executor, heard, device=device, planned=len(cells), profile=profile, folder=directory)
     return [results[path] for path in paths]
 
 

@@ -198,7 +198,7 @@ def run_thinnings(
         for path, thinning in fresh.items()
     ]
     with journal(directory, at) as book, kept_up(write) as changed:
-        run_jobs(jobs, executor, heard, device=device, planned=len(todo))
+        run_jobs(jobs, executor, heard, device=device, planned=len(todo), folder=directory)
     return [results[path] for path in paths]
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from autosparse.errors import AutoSparseError, AutoSparseFailure, first_line, require
-from autosparse.processes import heed_the_end, how_it_ended, start_context, uninterrupted
+from autosparse.processes import describe_exit, exit_with_parent, start_context, uninterrupted
 from autosparse.training.data import ImageData
 from autosparse.training.loop import Plan, Trained, fabric_for, full_state, put_back, train
 
@@ -96,7 +96,7 @@ def _failure(team: Sequence[_Rank], error: Exception | None) -> Exception:
             member.process.join()
             return AutoSparseFailure(
                 f"a training on {len(team)} devices ended: the process on {member.device} died, "
-                f"{how_it_ended(member.process.exitcode)}; run it again: what was computed before is kept"
+                f"{describe_exit(member.process.exitcode)}; run it again: what was computed before is kept"
             )
     assert error is not None
     return error
@@ -155,7 +155,7 @@ class _Rank:
 
 
 def _serve(connection: Connection, rank: int, world: int, device: str, store: str, threads: int) -> None:
-    heed_the_end()
+    exit_with_parent()
     torch.set_num_threads(threads)
     warnings.filterwarnings("ignore", message="Grad strides do not match")  # a stride of a dimension of size 1
     try:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from autosparse.pruning.warmup import warmup
     from autosparse.scorers.loading import load_scorer
     from autosparse.search.irp import IRPSettings, irp
+    from autosparse.search.method import Method, SearchResult
     from autosparse.trainability.export import export
     from autosparse.trainability.prepare import prepare
     from autosparse.trainability.shrink import shrink
@@ -40,9 +41,11 @@ _WHERE = {
     "IRPSettings": "autosparse.search.irp",
     "Layer": "autosparse.masks.layers",
     "Masks": "autosparse.masks.mask",
+    "Method": "autosparse.search.method",
     "NM": "autosparse.masks.selection",
     "Preset": "autosparse.pruning.criteria",
     "Recipe": "autosparse.training.recipe",
+    "SearchResult": "autosparse.search.method",
     "diagnose": "autosparse.network.diagnostics",
     "export": "autosparse.trainability.export",
     "irp": "autosparse.search.irp",
@@ -65,8 +68,10 @@ __all__ = [
     "IRPSettings",
     "Layer",
     "Masks",
+    "Method",
     "Preset",
     "Recipe",
+    "SearchResult",
     "diagnose",
     "export",
     "irp",

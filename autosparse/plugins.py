@@ -37,6 +37,7 @@ def load_outside(text: str, what: str) -> Any:
 
 def source_of(text: str) -> str:
     """SHA-256 of the file that `package.module:name` is defined in, so that results are known by what they came from."""
-    found = load_outside(text, "name")
-    path = inspect.getsourcefile(found if callable(found) and hasattr(found, "__code__") else type(found))
+    named = load_outside(text, "name")
+    path = inspect.getsourcefile(named) if hasattr(named, "__code__") else None
+    path = path or importlib.import_module(text.partition(":")[0]).__file__
     return sha256(Path(path)) if path is not None and Path(path).is_file() else ""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from autosparse import Context, Preset
+from autosparse import Context, Method, Preset, SearchResult, prune, train
 from autosparse.pruning.criteria import HandMade
 
 
@@ -42,3 +45,22 @@ def stripes(root: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 def no_images(root: Path) -> list[int]:
     return [1, 2]
+
+
+@dataclass(frozen=True)
+class ShortSettings:
+    epochs: int = 1
+
+
+def short(
+    model: Any, layers: Any, data: Any, recipe: Any, settings: ShortSettings, density: float, **common: Any
+) -> SearchResult:
+    """The largest weights after a short training."""
+    trained = deepcopy(model)
+    steps = settings.epochs * -(-len(data.train) // recipe.batch_size)
+    result = train(trained, data, recipe, seed=common["seed"], device=common["device"], stop_step=steps)
+    example = data.normalise(data.train.images[:2])
+    return SearchResult(prune(trained, 1 - density, "magnitude", example_input=example), result.epochs, result.seconds)
+
+
+method = Method(ShortSettings, short)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from autosparse.errors import AutoSparseError
-from autosparse.experiment import benchmark, candidates
+from autosparse.experiment import benchmark
 from autosparse.experiment.benchmark import (
     COLUMNS,
     Cell,
@@ -29,8 +29,9 @@ from autosparse.masks.mask import Masks
 from autosparse.pruning.prune import describe
 from autosparse.scorers.features import DEFAULT
 from autosparse.scorers.scorer import Scorer, build_network
+from autosparse.search import irp
 from autosparse.search import irp as irp_module
-from autosparse.search.dissipating import DissipatingSettings
+from autosparse.search.dissipating import CombinedSettings, DissipatingSettings
 from autosparse.search.kstarts import KStartsSettings
 from autosparse.trainability.preparation import Preparation
 from autosparse.trainability.prepare import PREPARATIONS
@@ -43,7 +44,7 @@ torch.set_num_threads(1)
 MODEL = ModelSettings("convnet", 4)
 DATA = DataSettings("digits", limit=300, limit_test=100)
 RECIPE = Recipe(epochs=2, batch_size=50, lr=0.05, schedule="cosine")
-SNIP, IRP = Candidate("snip"), Candidate("irp", rounds=2)
+SNIP, IRP = Candidate("snip"), Candidate("irp", options={"rounds": 2})
 
 
 @pytest.fixture(scope="module")
@@ -126,9 +127,9 @@ def test_names_of_candidates() -> None:
         "mine",
         "x",
     ]
-    prepared = (replace(SNIP, prepare="repair"), Candidate("densities:irp", rounds=3, prepare="rei"))
+    prepared = (replace(SNIP, prepare="repair"), Candidate("densities:irp", options={"rounds": 3}, prepare="rei"))
     assert [c.name for c in prepared] == ["snip+repair", "densities:irp-3+rei"]
-    assert [c.plain() for c in prepared] == [SNIP, Candidate("irp", rounds=3)]
+    assert [c.plain() for c in prepared] == [SNIP, Candidate("irp", options={"rounds": 3})]
 
 
 def test_a_cell_is_its_settings_and_not_where_things_lie(tmp_path: Path) -> None:
@@ -319,7 +320,7 @@ def stopping(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[BaseException]]:
     class Stop(BaseException):
         pass
 
-    real, armed = candidates.write_json, [True]
+    real, armed = irp.write_json, [True]
 
     def write(path: Path, value: Any) -> None:
         real(path, value)
@@ -327,7 +328,7 @@ def stopping(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[BaseException]]:
             armed.clear()
             raise Stop
 
-    monkeypatch.setattr(candidates, "write_json", write)
+    monkeypatch.setattr(irp, "write_json", write)
     yield Stop
 
 
@@ -353,7 +354,7 @@ def test_irp_goes_on_where_it_was_stopped(
     ("candidate", "name", "content"),
     [
         (Candidate("random"), "final.pt", b"a checkpoint of another version"),
-        (Candidate("kstarts", kstarts=KStartsSettings(k=2)), "kstarts.json", b'{"of": "another version"}'),
+        (Candidate("kstarts", options=KStartsSettings(k=2)), "kstarts.json", b'{"of": "another version"}'),
     ],
     ids=["training", "search"],
 )
@@ -392,7 +393,7 @@ def test_densities_of_a_criterion_are_its_counts_at_random_positions(digits: Ima
     masks, shuffled = (f.masks for f in found.values())
     assert [r.kept for r in masks.layers()] == [r.kept for r in shuffled.layers()] and masks != shuffled
     assert shuffled.report.effective_sparsity is not None
-    assert Candidate("densities:irp", rounds=3).name == "densities:irp-3"
+    assert Candidate("densities:irp", options={"rounds": 3}).name == "densities:irp-3"
     with pytest.raises(AutoSparseError, match="did you mean 'snip'"):
         Candidate("densities:snp")
 
@@ -433,7 +434,7 @@ def test_variants_train_what_they_say(data: ImageData, tmp_path: Path, monkeypat
 
 
 def test_a_method_and_its_shuffle_search_once(data: ImageData, tmp_path: Path, trainings: list[float]) -> None:
-    cells = cells_of(IRP, Candidate("densities:irp", rounds=2), Candidate("synflow", steps=3))
+    cells = cells_of(IRP, Candidate("densities:irp", options={"rounds": 2}), Candidate("synflow", steps=3))
     rows = run_grid(cells, tmp_path, data, device="cpu")
     assert trainings == [1.0, 1.0, 0.45, 0.2, 0.2, 0.2], "dense; two rounds and the ticket; its shuffle; synflow"
     assert rows[1]["mask_epochs"] == rows[2]["mask_epochs"] == 4.0
@@ -478,7 +479,7 @@ def test_a_prepared_candidate_trains_repaired_weights_under_the_same_masks(
 def test_a_method_and_its_prepared_candidate_search_once(
     data: ImageData, tmp_path: Path, trainings: list[float]
 ) -> None:
-    prepared = Candidate("irp", rounds=2, prepare="rei")
+    prepared = Candidate("irp", options={"rounds": 2}, prepare="rei")
     rows = run_grid(cells_of(prepared, IRP), tmp_path, data, device="cpu")
     assert trainings == [1.0, 1.0, 0.45, 0.2, 0.2], "dense; two rounds and the prepared ticket; the ticket"
     assert [row["criterion"] for row in rows] == ["dense", "irp-2+rei", "irp-2"]
@@ -514,7 +515,7 @@ def test_short_rounds_of_irp_have_their_whole_schedule(data: ImageData, monkeypa
         return trained
 
     monkeypatch.setattr(irp_module, "train", train)
-    candidate = Candidate("irp", rounds=3, epochs=0.8)
+    candidate = Candidate("irp", options={"rounds": 3, "epochs": 0.8})
     assert candidate.name == "irp-3x0.8"
     found = find_masks(build_model(MODEL, data), data, candidate, 0.8, recipe=RECIPE, device="cpu")
     per_epoch = len(data.train) // RECIPE.batch_size
@@ -534,11 +535,10 @@ def test_a_warm_up_is_counted(data: ImageData) -> None:
 @pytest.mark.parametrize("name", ["kstarts", "dissipating", "kstarts_dissipating"])
 def test_selection_in_early_training(name: str, data: ImageData, tmp_path: Path) -> None:
     starts, fading = KStartsSettings(k=3, epochs=0.4), DissipatingSettings(epochs=2)
-    given = {"kstarts": starts, "dissipating": fading}
-    given = {key: value for key, value in given.items() if key in name.split("_")}
+    given = {"kstarts": starts, "dissipating": fading, "kstarts_dissipating": CombinedSettings(starts, fading)}
     cost = {"kstarts": 1.2, "dissipating": 2.0, "kstarts_dissipating": 3.2}[name]
     (_, rewinds), (_, goes_on) = (
-        run_grid(cells_of(Candidate(name, continues=c, **given)), tmp_path / str(c), data, device="cpu")
+        run_grid(cells_of(Candidate(name, continues=c, options=given[name])), tmp_path / str(c), data, device="cpu")
         for c in (False, True)
     )
     assert rewinds["mask_epochs"] == pytest.approx(cost) and rewinds["train_epochs"] == 2.0
@@ -552,7 +552,7 @@ def test_selection_in_early_training(name: str, data: ImageData, tmp_path: Path)
 @pytest.mark.parametrize("name", ["magnitude", "kstarts", "dissipating", "kstarts_dissipating", "irp"])
 def test_the_layer_densities_of_another_candidate_as_scope(name: str, data: ImageData, tmp_path: Path) -> None:
     model = build_model(MODEL, data)
-    given = {"rounds": 1} if name == "irp" else {}
+    given = {"options": {"rounds": 1}} if name == "irp" else {}
     recipe = replace(RECIPE, epochs=3)
     common: dict[str, Any] = {"recipe": recipe, "device": "cpu"}
     inner = find_masks(model, data, Candidate("movement@0.4"), 0.8, **common)
@@ -571,8 +571,9 @@ def test_the_layer_densities_of_another_candidate_as_scope(name: str, data: Imag
     [
         ({"criterion": "inverted:irp"}, "has no scores to invert"),
         ({"criterion": "snip@1"}, "snip"),
-        ({"criterion": "snip", "rounds": 3}, "rounds of snip"),
-        ({"criterion": "snip", "kstarts": KStartsSettings()}, "kstarts of snip"),
+        ({"criterion": "snip", "options": {"rounds": 3}}, "options of snip"),
+        ({"criterion": "irp", "options": {"runds": 3}}, "runds of irp is 3: did you mean 'rounds'"),
+        ({"criterion": "kstarts", "options": DissipatingSettings()}, "options of kstarts"),
         ({"criterion": "snip", "continues": True}, "continues of snip"),
         ({"criterion": "snip", "prepare": "repiar"}, "prepare is 'repiar': did you mean 'repair'"),
         (

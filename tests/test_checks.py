@@ -18,7 +18,11 @@ from autosparse.report.rows import Result, paired_test
 
 
 def test_every_candidate_is_followed_by_its_variants() -> None:
-    candidates = [Candidate("snip", floor=0.1), Candidate("irp", rounds=3), Candidate("snip", label="mine", steps=4)]
+    candidates = [
+        Candidate("snip", floor=0.1),
+        Candidate("irp", options={"rounds": 3}),
+        Candidate("snip", label="mine", steps=4),
+    ]
     found = expand(candidates, ["densities", "inverted", "reinit", "densities"])
     assert [c.name for c in found] == [
         *("snip", "densities:snip", "inverted:snip", "reinit:snip"),
@@ -28,7 +32,7 @@ def test_every_candidate_is_followed_by_its_variants() -> None:
     prepared = expand([Candidate("snip", prepare="repair")], ["reinit"])
     assert [c.name for c in prepared] == ["snip+repair", "reinit:snip+repair"]
     assert split(prepared[1].name) == ("reinit", prepared[0].name)
-    assert found[1] == Candidate("densities:snip", floor=0.1) and found[5].rounds == 3 and found[9].steps == 4
+    assert found[1] == Candidate("densities:snip", floor=0.1) and found[5].options.rounds == 3 and found[9].steps == 4
 
 
 def test_a_variant_that_a_candidate_cannot_have_is_told() -> None:

@@ -124,7 +124,7 @@ tracking: no
              "a": 0.001, "b": 1e6, "c": -3, "d": 1000, "e": float("inf"), "f": "12:30", "g": True, "h": 150.0})}),
         (PruneConfig, "sparsity=0", {"sparsity": 0.0}),
         (BenchmarkConfig, "criteria=[snip, {criterion: irp, rounds: 2}]",
-         {"criteria": (Candidate("snip"), Candidate("irp", rounds=2))}),
+         {"criteria": (Candidate("snip"), Candidate("irp", options={"rounds": 2}))}),
         (BenchmarkConfig, "models=[vgg11, mlp]", {"models": (ModelSettings("vgg11"), ModelSettings("mlp"))}),
         (QuickstartConfig, "target=vgg11", {"target": ModelSettings("vgg11")}),
         (QuickstartConfig, "sources=[mlp]", {"sources": (ModelSettings("mlp"),)}),

@@ -15,8 +15,16 @@ from torch import Tensor, nn
 from autosparse.errors import AutoSparseError
 from autosparse.masks.layers import Layer, prunable_layers
 from autosparse.masks.mask import Masks
-from autosparse.search.dissipating import DissipatingSettings, combined, displacement, dissipating, remove
-from autosparse.search.kstarts import KStartsSettings, Selected
+from autosparse.search.dissipating import (
+    CombinedSettings,
+    DissipatingSettings,
+    combined,
+    displacement,
+    dissipating,
+    remove,
+)
+from autosparse.search.kstarts import KStartsSettings
+from autosparse.search.method import SearchResult
 from autosparse.training.data import ImageData
 from autosparse.training.loop import full_state
 from autosparse.training.recipe import Recipe
@@ -28,12 +36,13 @@ RECIPE = Recipe(epochs=3, batch_size=16, lr=0.05)  # 4 steps an epoch
 
 def run(
     model: nn.Module, data: ImageData, settings: DissipatingSettings, density: float = 0.2, **options: Any
-) -> Selected:
+) -> SearchResult:
     recipe = options.pop("recipe", RECIPE)
+    options = {"scope": "global", **options}
     return dissipating(model, prunable_layers(model), data, recipe, settings, density, device="cpu", **options)
 
 
-def same(one: Selected, other: Selected) -> bool:
+def same(one: SearchResult, other: SearchResult) -> bool:
     assert one.weights is not None and other.weights is not None
     return (
         one.masks == other.masks
@@ -225,9 +234,11 @@ def test_the_state_of_another_search_is_refused(digits: ImageData, convnet: Make
             run(convnet(), digits, settings, **{"density": 0.5, "state": tmp_path, **other})
 
 
-def both(model: nn.Module, data: ImageData, density: float = 0.09, **options: Any) -> Selected:
+def both(model: nn.Module, data: ImageData, density: float = 0.09, **options: Any) -> SearchResult:
     starts, dissipation = KStartsSettings(k=2, epochs=0.5), DissipatingSettings(epochs=2)
-    return combined(model, prunable_layers(model), data, RECIPE, starts, dissipation, density, device="cpu", **options)
+    settings = CombinedSettings(starts, dissipation, options.pop("between", None))
+    options = {"scope": "global", **options}
+    return combined(model, prunable_layers(model), data, RECIPE, settings, density, device="cpu", **options)
 
 
 def test_the_combination(digits: ImageData, convnet: Make, trainings: list, unchanged: Any) -> None:

@@ -401,8 +401,8 @@ def plain_row(row: Mapping[str, Any]) -> dict[str, Any]:
 
 def test_grids_are_the_same_by_every_executor(tmp_path: Path) -> None:
     """With a method and two variants of it, which share one search; and a cell that fails."""
-    irp = Candidate("irp", rounds=2)
-    shared = [Candidate(f"{variant}:irp", rounds=2) for variant in ("densities", "reinit")]
+    irp = Candidate("irp", options={"rounds": 2})
+    shared = [Candidate(f"{variant}:irp", options={"rounds": 2}) for variant in ("densities", "reinit")]
     greedy = Candidate("snip", label="greedy", floor=0.5)
     cells = grid([MODEL], DATA, RECIPE, [shared[0], irp, shared[1], Candidate("snip"), greedy], [0.8], [0, 1])
     data = load_data(DATA)

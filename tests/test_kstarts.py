@@ -19,7 +19,6 @@ from autosparse.masks.layers import prunable_layers
 from autosparse.masks.mask import Masks
 from autosparse.search.kstarts import (
     KStartsSettings,
-    Selected,
     child,
     crossover,
     kept_sum,
@@ -29,6 +28,7 @@ from autosparse.search.kstarts import (
     unbeaten,
     z_scores,
 )
+from autosparse.search.method import SearchResult
 from autosparse.training import loop
 from autosparse.training.data import ImageData, Split
 from autosparse.training.loop import full_state, put_back
@@ -39,12 +39,14 @@ Make = Callable[..., nn.Module]
 RECIPE = Recipe(epochs=3, batch_size=16, lr=0.05)  # 4 steps an epoch
 
 
-def run(model: nn.Module, data: ImageData, settings: KStartsSettings, density: float = 0.3, **options: Any) -> Selected:
+def run(
+    model: nn.Module, data: ImageData, settings: KStartsSettings, density: float = 0.3, **options: Any
+) -> SearchResult:
     recipe = options.pop("recipe", RECIPE)
     return kstarts(model, prunable_layers(model), data, recipe, settings, density, device="cpu", **options)
 
 
-def same(one: Selected, other: Selected) -> bool:
+def same(one: SearchResult, other: SearchResult) -> bool:
     assert one.weights is not None and other.weights is not None
     return (
         one.masks == other.masks

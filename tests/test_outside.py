@@ -1,5 +1,6 @@
 """Criteria and data sets of users, named as package.module:name."""
 
+import csv
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,8 @@ import yaml
 
 import autosparse
 from autosparse.cli import main
+from autosparse.commands.loading import load_config, plain
+from autosparse.commands.schemas import PruneConfig
 from autosparse.errors import AutoSparseError
 from autosparse.experiment.candidates import Candidate, identity
 from autosparse.plugins import is_outside
@@ -62,7 +65,7 @@ def test_in_a_comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     config = {
         "models": [{"name": "convnet", "width": 4}],
         "data": {"name": "outside:stripes", "validation": 0},
-        "criteria": ["outside:largest", "densities:outside:largest"],
+        "criteria": ["outside:largest", "densities:outside:largest", {"criterion": "outside:method", "epochs": 2}],
         "recipe": {"epochs": 1, "batch_size": 10},
         "sparsities": [0.5],
         "seeds": [0],
@@ -77,7 +80,36 @@ def test_in_a_comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
         main_code = end.code
     assert main_code == 0, capsys.readouterr().err
     assert "densities:outside:largest" in capsys.readouterr().out
+    rows = {
+        row["criterion"]: row
+        for row in csv.DictReader(next(Path("runs").rglob("results.csv")).read_text().splitlines())
+    }
+    assert float(rows["outside:method"]["mask_epochs"]) == 2 and float(rows["outside:method"]["sparsity_got"]) == 0.5
 
 
 def test_a_result_is_known_by_the_source():
     assert identity(Candidate("outside:largest"))["source"] == identity(Candidate("outside:saliency"))["source"] != ""
+    assert identity(Candidate("outside:method"))["source"] == identity(Candidate("outside:largest"))["source"]
+
+
+def test_the_settings_of_a_method_are_checked(tmp_path: Path):
+    assert Candidate("outside:method", options={"epochs": 3}).options.epochs == 3
+    with pytest.raises(AutoSparseError, match="rounds of outside:method is 3: known: epochs"):
+        Candidate("outside:method", options={"rounds": 3})
+    path = tmp_path / "c.yaml"
+    for method, message in {
+        "{criterion: outside:method, epochs: 1.5}": "outside:method: epochs is 1.5",
+        "{criterion: irp, epoch: 2}": "epoch of irp is .*did you mean 'epochs'",
+        "{criterion: kstarts, k: 0}": "kstarts.k is 0: give at least 1",
+        "{criterion: kstarts_dissipating, kstarts: {k: many}}": "kstarts.k is 'many'",
+    }.items():
+        path.write_text(f"{{model: convnet, data: digits, criterion: {method}}}")
+        with pytest.raises(AutoSparseError, match=message):
+            load_config(PruneConfig, path)
+    path.write_text(
+        "{model: convnet, data: digits, criterion: {criterion: kstarts_dissipating, kstarts: {k: 3}, between: 0.4}}"
+    )
+    candidate = load_config(PruneConfig, path).criterion
+    assert (candidate.options.kstarts.k, candidate.options.between) == (3, 0.4)
+    path.write_text(yaml.safe_dump(plain(load_config(PruneConfig, path))))
+    assert load_config(PruneConfig, path).criterion == candidate

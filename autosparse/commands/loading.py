@@ -15,7 +15,11 @@ from pydantic import TypeAdapter, ValidationError
 
 from autosparse.commands.schemas import QuickstartConfig
 from autosparse.errors import AutoSparseError, require, suggest
+from autosparse.experiment.candidates import Candidate
 from autosparse.files import check_file
+from autosparse.report.checks import split
+from autosparse.scorers.loading import is_scorer
+from autosparse.search.method import method_for, settings_for
 
 T = TypeVar("T")
 
@@ -25,6 +29,9 @@ _SHORT = {
     **dict.fromkeys(("criterion", "criteria"), "criterion"),
     "executor": "kind",
 }
+
+
+_CANDIDATE = {field.name for field in dataclasses.fields(Candidate)}
 
 
 class _Loader(yaml.SafeLoader):
@@ -75,6 +82,10 @@ def load_config(schema: type[T], path: Path | None, overrides: Sequence[str] = (
         _override(values, text)
     values = _expanded(values)
     try:
+        for key in ("criterion", "criteria"):
+            given = values.get(key)
+            for item in given if isinstance(given, list) else [given]:
+                _collect_options(item)
         _check_numbers(schema, values, "")
         config = TypeAdapter(schema).validate_python(values)
         if path is not None:
@@ -180,6 +191,25 @@ def _expanded(values: Mapping[str, Any]) -> dict[str, Any]:
         entries = [{**data, **entry} if isinstance(entry, dict) else entry for entry in entries]
         expanded["tasks"] = {**tasks, "data": entries}
     return expanded
+
+
+def _collect_options(candidate: Any) -> None:
+    """The settings of a method, which stand beside `criterion` in a config, as its `options`."""
+    if not isinstance(candidate, dict) or not isinstance(name := candidate.get("criterion"), str):
+        return
+    base = split(name)[1]
+    if is_scorer(base) or (method := method_for(base)) is None:
+        return
+    own = {field.name for field in dataclasses.fields(method.settings)}
+    beside = {key for key in candidate if key in own or key not in _CANDIDATE}
+    options = candidate.get("options")
+    options = {**(options if isinstance(options, dict) else {}), **{key: candidate.pop(key) for key in beside}}
+    settings_for(base, method, dict.fromkeys(options.keys() - own))  # raises where one is unknown
+    _check_numbers(method.settings, options, base)
+    try:
+        candidate["options"] = TypeAdapter(method.settings).validate_python(options)
+    except ValidationError as error:
+        raise AutoSparseError(f"{base}: {_explain(method.settings, error)}") from None
 
 
 def _explain(schema: type, error: ValidationError) -> str:

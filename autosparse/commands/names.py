@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from autosparse.errors import AutoSparseError, suggest
-from autosparse.experiment.candidates import METHODS
 from autosparse.network.signals import SIGNALS, WARMUP_SIGNALS
 from autosparse.pruning.criteria import EARLY, PRESETS
 from autosparse.report.checks import CHECKS
 from autosparse.scorers.features import FEATURES, GROUPS
 from autosparse.scorers.loading import bundled
 from autosparse.scorers.scorer import read_scorer
+from autosparse.search.method import METHODS
 from autosparse.trainability.prepare import PREPARATIONS
 from autosparse.training.models import MODELS
 from autosparse.training.readers import DATA

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from autosparse.errors import AutoSparseStateError, require
-from autosparse.experiment.candidates import METHODS, Candidate, Found, find_masks, identity, prepare_found
+from autosparse.experiment.candidates import Candidate, find_masks, identity, prepare_result
 from autosparse.files import fingerprint, read_json, replace_file, write_json
 from autosparse.jobs.executor import INLINE, Event, ExecutorSettings, Job, run_jobs
 from autosparse.jobs.status import FOLDER, journal, kept_up
@@ -30,6 +30,7 @@ from autosparse.masks.random import derive
 from autosparse.masks.schedule import check_sparsity
 from autosparse.network.graph import trace
 from autosparse.scorers.loading import criterion_for
+from autosparse.search.method import SearchResult, method_for
 from autosparse.training.content import of_start
 from autosparse.training.data import DataSettings, ImageData, shared_data
 from autosparse.training.loop import Trained, check_fits, fabric_for, put_back
@@ -174,7 +175,7 @@ def run_cell(
                 if cell.candidate.variant == "reinit":
                     model = build_model(cell.model, data, derive(cell.seed, "redrawn weights")).to(data.device)
                 if cell.candidate.prepare is not None:
-                    found = prepare_found(model, data, cell.candidate.prepare, found, cell.seed)
+                    found = prepare_result(model, data, cell.candidate.prepare, found, cell.seed)
             if found.weights is not None:
                 put_back(model, found.weights)
         trained = train(
@@ -199,11 +200,11 @@ def _search(
     state: Path | None,
     store: Path | None,
     on_epoch: Callable[[dict[str, float]], None] | None,
-) -> Found:
+) -> SearchResult:
     """The masks of a cell; those that took many passes come from `store` if they are there, and go there."""
     assert cell.candidate is not None
 
-    def find(candidate: Candidate, found: Found | None = None) -> Found:
+    def find(candidate: Candidate, found: SearchResult | None = None) -> SearchResult:
         return find_masks(
             model,
             data,
@@ -213,7 +214,7 @@ def _search(
             seed=cell.seed,
             device=device,
             state=state,
-            found=found,
+            result=found,
             on_epoch=on_epoch,
         )
 
@@ -223,7 +224,7 @@ def _search(
     with _one_search(path):
         if path.exists():
             masks = Masks.load(path).to(data.device)
-            found = Found(masks, masks.report.origin["seconds"], masks.report.origin["epochs"])
+            found = SearchResult(masks, masks.report.origin["epochs"], masks.report.origin["seconds"])
         else:
             found = find(cell.candidate.plain())
             origin = {**found.masks.report.origin, "seconds": found.seconds, "epochs": found.epochs}
@@ -251,7 +252,7 @@ def _one_search(path: Path) -> Iterator[None]:
         yield
 
 
-def _result(cell: Cell, found: Found | None, trained: Trained, epochs: float) -> dict[str, Any]:
+def _result(cell: Cell, found: SearchResult | None, trained: Trained, epochs: float) -> dict[str, Any]:
     masks = None if found is None else found.masks
     went_on = epochs - trained.epochs  # what the search trained already is no cost of its own
     mask_epochs = 0.0 if found is None else found.epochs - went_on
@@ -328,7 +329,7 @@ def run_grid(
     for criterion in {
         c.base for candidate in candidates for c in (candidate, candidate.layer_densities) if c is not None
     }:
-        if criterion not in METHODS:
+        if method_for(criterion) is None:
             criterion_for(criterion)
     at = {path.stem: path for path in paths}
     told = 0

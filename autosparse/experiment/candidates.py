@@ -5,17 +5,16 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from autosparse.errors import AutoSparseError, of_state, require, settings, suggest
-from autosparse.files import fingerprint, sha256, write_json
-from autosparse.masks.layers import Layer, prunable_layers
-from autosparse.masks.mask import Masks
+from autosparse.errors import AutoSparseError, require, settings, suggest
+from autosparse.files import fingerprint, sha256
+from autosparse.masks.layers import prunable_layers
 from autosparse.masks.schedule import SCHEDULES, check_sparsity
 from autosparse.masks.selection import SCOPES, Scope, parse_granularity
 from autosparse.network.graph import trace
@@ -27,36 +26,29 @@ from autosparse.pruning.warmup import WarmupSettings, warmup
 from autosparse.report.checks import CHECKS, split
 from autosparse.report.rows import unique
 from autosparse.scorers.loading import criterion_for, find_scorer, is_scorer
-from autosparse.search.dissipating import DissipatingSettings, combined, dissipating
-from autosparse.search.irp import IRPSettings, irp
-from autosparse.search.kstarts import KStartsSettings, kstarts, read_progress
-from autosparse.search.kstarts import fingerprint as search_of
+from autosparse.search.method import METHODS, Method, SearchResult, method_for, settings_for
 from autosparse.trainability.prepare import check_preparation, prepare
 from autosparse.training.content import of_start
 from autosparse.training.data import ImageData
-from autosparse.training.loop import rewound
-from autosparse.training.recipe import Recipe, steps_per_epoch
-
-METHODS = ("irp", "kstarts", "dissipating", "kstarts_dissipating")
+from autosparse.training.recipe import Recipe
 
 
 @settings
 class Candidate:
     """A criterion or method in a comparison.
 
-    `criterion`: a preset (`autosparse list criteria`), `"irp"`, or a scorer: one of `autosparse list scorers`, its file, or an
+    `criterion`: a preset or a method (`autosparse list criteria`), or a scorer: one of `autosparse list scorers`, its file, or an
     MLflow `models:/` URI.
     Before any of them may stand a variant, the sanity checks of the field (Frankle et al. 2021, Su et al. 2020):
     `"densities:"` keeps its layer densities and puts the positions within each layer at random (the layer-wise
-    shuffle), the rival that every criterion must beat: one that does not has found layer densities only; `"reinit:"`
+    shuffle), the rival that every criterion must beat: one that does not has learned layer densities only; `"reinit:"`
     trains its mask from newly drawn weights; `"inverted:"` keeps the lowest scores of each layer at its densities.
     `label`: its name in tables. `scope`: as in `prune`, or `"densities:ANY"`: the layer densities that another candidate
     finds, at its cost, with positions of this one's choice. `granularity`, `steps`, `schedule`, `n_batches`, `floor` as in `prune`;
-    `batch_size` of the batches it scores on (`None`: a scorer's own, else 128). Of `"irp"`: `rounds` of training, then
-    removing (5), and `epochs` of each (`None`: those of the recipe); a short round has the whole learning-rate schedule.
+    `batch_size` of the batches it scores on (`None`: a scorer's own, else 128).
     `warmup`: of criteria that look at a short training, whose horizon in epochs stands in their name (`"movement@0.5"`).
-    `kstarts`, `dissipating`: of the methods of these names (relative change has ERK densities unless `scope` is given); `between`: the density at which the second takes over from
-    the first (`None`: √density). `continues`: the final training goes on with the weights
+    `options`: the settings of a method, an instance or a mapping of its fields; in YAML they stand beside `criterion`:
+    `{criterion: irp, rounds: 7, epochs: 2}`. `continues`: the final training goes on with the weights
     that the method ended with, instead of rewinding to the initialization. `prepare`: what is done to the weights that stay
     before the final training (`autosparse list preparations`); the masks are those of the candidate without it.
     """
@@ -70,12 +62,8 @@ class Candidate:
     n_batches: int | None = None
     batch_size: int | None = None
     floor: float = 0.0
-    rounds: int | None = None
-    epochs: float | None = None
     warmup: WarmupSettings | None = None
-    kstarts: KStartsSettings | None = None
-    dissipating: DissipatingSettings | None = None
-    between: float | None = None
+    options: Any = None
     continues: bool = False
     prepare: str | None = None
 
@@ -86,8 +74,14 @@ class Candidate:
                 f"criterion is {self.criterion!r}: {suggest(self.base, [*PRESETS, *METHODS])}; "
                 f"or a scorer's file, NAME.safetensors; or package.module:name; or {': or '.join(CHECKS)}: before one of them"
             )
-        if not is_scorer(self.base) and not self.searches:
-            preset_for(self.base)  # a horizon that is none is told now
+        if (method := self.method) is not None:
+            object.__setattr__(self, "options", settings_for(self.base, method, self.options))
+        else:
+            require(
+                self.options is None, f"options of {self.base}", self.options, "only methods have them; leave it out"
+            )
+            if not is_scorer(self.base):
+                preset_for(self.base)  # raises where the horizon of a warm-up is wrong
         if self.scope is not None and self.layer_densities is None:
             known = f"known: {', '.join(SCOPES)}, or densities:CRITERION"
             require(self.scope in SCOPES, "scope", self.scope, known)
@@ -95,9 +89,9 @@ class Candidate:
             require(self.schedule in SCHEDULES, "schedule", self.schedule, f"known: {', '.join(SCHEDULES)}")
         if self.granularity is not None:
             parse_granularity(self.granularity)
-        for key in ("steps", "n_batches", "batch_size"):
+        for key in ("steps", "n_batches", "batch_size", "schedule"):
             value = getattr(self, key)
-            require(value is None or value >= 1, key, value, "give at least 1")
+            require(value is None or isinstance(value, str) or value >= 1, key, value, "give at least 1")
             require(value is None or not self.searches, f"{key} of {self.base}", value, "it has none; leave it out")
         require(
             self.granularity in (None, "unstructured") or not self.searches,
@@ -118,26 +112,13 @@ class Candidate:
             "a method that searches by training has no scores to invert",
         )
         require(0 <= self.floor < 1, "floor", self.floor, "it is the smallest density of a layer, in [0, 1)")
-        for key in ("rounds", "epochs"):
-            value = getattr(self, key)
-            require(value is None or self.base == "irp", f"{key} of {self.base}", value, "it has none; leave it out")
-        for key, of in (("kstarts", "kstarts"), ("dissipating", "dissipating")):
-            value = getattr(self, key)
-            require(value is None or of in self.base.split("_"), f"{key} of {self.base}", value, "leave it out")
-        require(
-            self.between is None or self.base == "kstarts_dissipating",
-            f"between of {self.base}",
-            self.between,
-            "leave it out",
-        )
-        require(self.between is None or 0 < self.between <= 1, "between", self.between, "it is a density, in (0, 1]")
         early = self.warms_up or is_scorer(self.base)
         require(self.warmup is None or early, f"warmup of {self.base}", self.warmup, "leave it out")
         require(
-            not self.continues or (self.variant is None and self.base in METHODS[1:]),
+            not self.continues or (self.variant is None and method is not None and method.continues),
             f"continues of {self.criterion}",
             self.continues,
-            f"only {', '.join(METHODS[1:])} can go on; leave it out",
+            "only methods whose weights it can take over may continue, without a variant; leave it out",
         )
         check_preparation(self.prepare)
         require(
@@ -146,8 +127,6 @@ class Candidate:
             self.prepare,
             "it continues with trained weights: leave prepare or continues out",
         )
-        require(self.rounds is None or 1 <= self.rounds <= 255, "rounds", self.rounds, "it must lie in 1 … 255")
-        require(self.epochs is None or self.epochs > 0, "epochs", self.epochs, "give a positive number")
 
     @property
     def variant(self) -> str | None:
@@ -166,9 +145,14 @@ class Candidate:
         return Candidate(rest) if sign and first == "densities" else None
 
     @property
+    def method(self) -> Method | None:
+        """The method that it is, if it trains to find its masks."""
+        return None if is_scorer(self.base) else method_for(self.base)
+
+    @property
     def searches(self) -> bool:
         """Whether it trains to find its masks."""
-        return self.base in METHODS
+        return self.method is not None
 
     @property
     def warms_up(self) -> bool:
@@ -188,8 +172,8 @@ class Candidate:
         if self.label is not None:
             return self.label
         name = self.base
-        if self.base == "irp":
-            name = f"irp-{self.rounds or _ROUNDS}" + (f"x{self.epochs:g}" if self.epochs is not None else "")
+        if self.searches:
+            name += getattr(self.options, "label", "")
         elif self.base.endswith(".safetensors"):
             name = Path(self.base).stem
         if (other := self.layer_densities) is not None:
@@ -216,23 +200,6 @@ def expand(candidates: Sequence[Candidate], checks: Sequence[str]) -> list[Candi
                 label = candidate.label and f"{check}:{candidate.label}"
                 result.append(replace(candidate, criterion=f"{check}:{candidate.criterion}", label=label))
     return result
-
-
-_ROUNDS = 5
-
-
-@dataclass(frozen=True)
-class Found:
-    """Masks and what it cost to find them: seconds, and epochs' worth of forward and backward passes.
-
-    `weights`: all parameters and buffers after `steps` of the recipe, for a candidate that `continues` from there.
-    """
-
-    masks: Masks
-    seconds: float
-    epochs: float
-    weights: Mapping[str, Tensor] | None = None
-    steps: int = 0
 
 
 def identity(candidate: Candidate) -> dict[str, Any]:
@@ -263,33 +230,33 @@ def find_masks(
     seed: int = 0,
     device: str = "auto",
     state: Path | None = None,
-    found: Found | None = None,
+    result: SearchResult | None = None,
     scope: Scope | None = None,
     on_epoch: Callable[[dict[str, float]], None] | None = None,
-) -> Found:
+) -> SearchResult:
     """Masks of `model` (at its initialization, left as it is) by a preset, a scorer or a method that trains.
 
     Args:
         data: on the device of `model`.
         recipe: of the trainings of a method.
         state: directory in which a method keeps its progress until it is done.
-        found: what `candidate.plain()` found, if that is known: its variants begin with it.
+        result: the result of `candidate.plain()`, if that is known: its variants begin with it.
         scope: in place of the candidate's: layer densities.
     """
     work = _Work(model, data, sparsity, scope or candidate.scope, recipe, seed, device, state, on_epoch)
-    if found is None:
-        found = _search(work, candidate)
+    if result is None:
+        result = _search(work, candidate)
     if candidate.variant == "densities":
-        masks = describe(model, found.masks.shuffle(seed), data.normalise(data.train.images[:2]))
-        found = replace(found, masks=masks)
+        masks = describe(model, result.masks.shuffle(seed), data.normalise(data.train.images[:2]))
+        result = replace(result, masks=masks)
     elif candidate.variant == "inverted":
-        densities = {layer.name: layer.density for layer in found.masks.layers()}
+        densities = {layer.name: layer.density for layer in result.masks.layers()}
         masks = _scored(replace(work, scope=densities), candidate, inverted=True).masks
-        found = replace(found, masks=masks)  # a check, so at the cost of what it checks
-    masks = found.masks
+        result = replace(result, masks=masks)  # a check, so at the cost of what it checks
+    masks = result.masks
     origin = {**masks.report.origin, "candidate": candidate.name, "inputs": inputs(model, data, candidate)}
     masks.report = replace(masks.report, origin=origin)
-    return found
+    return result
 
 
 def inputs(model: nn.Module, data: ImageData, candidate: Candidate) -> str:
@@ -297,12 +264,12 @@ def inputs(model: nn.Module, data: ImageData, candidate: Candidate) -> str:
     return fingerprint(of_start(model, data), identity(candidate))
 
 
-def prepare_found(model: nn.Module, data: ImageData, how: str, found: Found, seed: int = 0) -> Found:
-    """Prepare `model` in place for the masks found; gives the masks to train under, and counts the seconds that it took."""
+def prepare_result(model: nn.Module, data: ImageData, how: str, result: SearchResult, seed: int = 0) -> SearchResult:
+    """Prepare `model` in place for its masks; gives the masks to train under, and counts the seconds that it took."""
     clock = time.perf_counter()
     example = data.normalise(data.train.images[:2])
-    masks = prepare(model, found.masks, how, example_input=example, seed=seed).masks
-    return replace(found, masks=masks, seconds=found.seconds + time.perf_counter() - clock)
+    masks = prepare(model, result.masks, how, example_input=example, seed=seed).masks
+    return replace(result, masks=masks, seconds=result.seconds + time.perf_counter() - clock)
 
 
 @dataclass(frozen=True)
@@ -323,7 +290,7 @@ class _Work:
         return {"seed": self.seed, "device": self.device, "on_epoch": self.on_epoch}
 
 
-def _search(work: _Work, candidate: Candidate) -> Found:
+def _search(work: _Work, candidate: Candidate) -> SearchResult:
     """The masks of a candidate without its variant, and all that they cost."""
     seconds = epochs = 0.0
     if (other := candidate.layer_densities) is not None:
@@ -331,24 +298,37 @@ def _search(work: _Work, candidate: Candidate) -> Found:
         densities = _search(inner, other)
         work = replace(work, scope={layer.name: layer.density for layer in densities.masks.layers()})
         seconds, epochs = densities.seconds, densities.epochs
-    if not candidate.searches:
-        found = _scored(work, candidate)
+    method = candidate.method
+    if method is None:
+        result = _scored(work, candidate)
     elif work.sparsity is None:
         raise AutoSparseError("sparsity is None: give the share of weights to remove, such as 0.95")
     else:
         density = 1 - check_sparsity(work.sparsity)
         example = work.data.normalise(work.data.train.images[:2])
         layers = prunable_layers(work.model, operands=trace(work.model, example).operands)
-        search = _ticket if candidate.base == "irp" else _selected
-        found = search(work, candidate, layers, density)
+        result = method.search(
+            work.model,
+            layers,
+            work.data,
+            work.recipe,
+            candidate.options,
+            density,
+            scope=work.scope,
+            floor=candidate.floor,
+            state=work.state,
+            **work.common(),
+        )
+        if not candidate.continues:
+            result = replace(result, weights=None, steps=0)
         origin = {"criterion": candidate.base, "sparsity": work.sparsity, "seed": work.seed}
-        masks = found.masks
+        masks = result.masks
         masks.report = replace(masks.report, origin={**masks.report.origin, **origin})
-        found = replace(found, masks=describe(work.model, masks, example))
-    return replace(found, seconds=found.seconds + seconds, epochs=found.epochs + epochs)
+        result = replace(result, masks=describe(work.model, masks, example))
+    return replace(result, seconds=result.seconds + seconds, epochs=result.epochs + epochs)
 
 
-def _scored(work: _Work, candidate: Candidate, inverted: bool = False) -> Found:
+def _scored(work: _Work, candidate: Candidate, inverted: bool = False) -> SearchResult:
     """Masks by a criterion or scorer, after its warm-up; `inverted`: by its lowest scores."""
     model, data, seed = work.model, work.data, work.seed
     clock = time.perf_counter()
@@ -384,72 +364,4 @@ def _scored(work: _Work, candidate: Candidate, inverted: bool = False) -> Found:
         seed=seed,
     )
     epochs += masks.report.origin["images"] / len(data.train)
-    return Found(masks, time.perf_counter() - clock, epochs)
-
-
-def _selected(work: _Work, candidate: Candidate, layers: Mapping[str, Layer], density: float) -> Found:
-    """Masks by K-starts, by dissipating gradients, or by both."""
-    starts = candidate.kstarts or KStartsSettings()
-    fading = candidate.dissipating or DissipatingSettings()
-    model, data, recipe = work.model, work.data, work.recipe
-    common = {**work.common(), "floor": candidate.floor, "state": work.state}
-    # Relative change tells nothing between layers: globally it leaves the first ones a few percent.
-    scope = work.scope or ("erk" if fading.change == "relative" else "global")
-    if candidate.base == "kstarts":
-        found = kstarts(model, layers, data, recipe, starts, density, scope=work.scope, **common)
-    elif candidate.base == "dissipating":
-        found = dissipating(model, layers, data, recipe, fading, density, scope=scope, **common)
-    else:
-        common["between"] = candidate.between
-        found = combined(model, layers, data, recipe, starts, fading, density, scope=scope, **common)
-    masks = found.masks
-    masks.report = replace(masks.report, origin={**masks.report.origin, "fitness": found.fitness})
-    if not candidate.continues:
-        return Found(masks, found.seconds, found.epochs)
-    return Found(masks, found.seconds, found.epochs, found.weights, found.steps)
-
-
-def _ticket(work: _Work, candidate: Candidate, layers: Mapping[str, Layer], density: float) -> Found:
-    """The ticket of `rounds` removals; its trainings, but for the ticket's own, are the cost."""
-    model, data, recipe, state = work.model, work.data, work.recipe, work.state
-    rounds, per_epoch = candidate.rounds or _ROUNDS, steps_per_epoch(data, recipe.batch_size)
-    if candidate.epochs is not None:
-        recipe = replace(recipe, steps=max(1, round(candidate.epochs * per_epoch)))
-    chosen = IRPSettings(
-        rounds=rounds,
-        density=density,
-        schedule="linear" if candidate.schedule == "linear" else "geometric",
-        floor=candidate.floor,
-    )
-    start, masks, seconds = 0, None, 0.0
-    of = search_of(model, data, "irp", chosen, recipe, work.scope, work.seed)
-    with of_state():
-        progress = read_progress(state and state / "irp.json", of, {"rounds": 0, "seconds": 0.0})
-        if progress["rounds"]:
-            assert state is not None
-            start, seconds = progress["rounds"], progress["seconds"]
-            masks = Masks.load(state / f"round{start}.safetensors")
-    with rewound(model):
-        trainings = irp(
-            model,
-            layers,
-            data,
-            recipe,
-            chosen,
-            scope=work.scope,
-            start=start,
-            masks=masks,
-            checkpoint=None if state is None else state / "training.pt",
-            **work.common(),
-        )
-        while start < rounds:
-            outcome = next(trainings)
-            masks, start = outcome.next_masks, start + 1
-            seconds += outcome.seconds
-            assert masks is not None
-            if state is not None:
-                masks.save(state / f"round{start}.safetensors")
-                write_json(state / "irp.json", {"of": of, "rounds": start, "seconds": seconds})
-    assert masks is not None
-    masks.report = replace(masks.report, origin={"rounds": rounds})
-    return Found(masks, seconds, rounds * recipe.length(data) / per_epoch)
+    return SearchResult(masks, epochs, time.perf_counter() - clock)

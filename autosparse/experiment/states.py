@@ -15,11 +15,12 @@ from typing import Any
 from torch import nn
 
 from autosparse.errors import AutoSparseError, require
-from autosparse.experiment.candidates import Candidate, Found, find_masks, identity, prepare_found
+from autosparse.experiment.candidates import Candidate, find_masks, identity, prepare_result
 from autosparse.files import fingerprint, read_json, replace_file, sha256, write_json
 from autosparse.masks.mask import Masks
 from autosparse.network.diagnostics import Diagnosis, DiagnosticSettings, diagnose
 from autosparse.network.restore import private_copy
+from autosparse.search.method import SearchResult
 from autosparse.training.content import of_start
 from autosparse.training.data import ImageData
 from autosparse.training.recipe import Recipe
@@ -103,7 +104,7 @@ def run_states(
             if state.prepare is not None:
                 assert found is not None
                 network = private_copy(model)
-                found = prepare_found(network, data, state.prepare, found, seed)
+                found = prepare_result(network, data, state.prepare, found, seed)
             masks = None if found is None else found.masks
             batches = data.sample(settings.batch_size, settings.n_batches, seed)
             diagnosis = diagnose(
@@ -137,17 +138,17 @@ def _masks(
     recipe: Recipe,
     seed: int,
     device: str,
-) -> Found:
+) -> SearchResult:
     """The masks of a state before its preparation; found once for all preparations."""
     if isinstance(state.pruned, Path):
         masks = Masks.load(state.pruned).to(data.device)
         masks.check(model)
-        return Found(masks, 0.0, 0.0)
+        return SearchResult(masks, 0.0, 0.0)
     assert state.pruned is not None
     key = State(state.pruned).key(of)
     path = directory / "masks" / f"{key}.safetensors"
     if path.exists():
-        return Found(Masks.load(path).to(data.device), 0.0, 0.0)
+        return SearchResult(Masks.load(path).to(data.device), 0.0, 0.0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # dead layers stand in the result
         found = find_masks(

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +21,11 @@ from autosparse.masks.selection import SCOPES, Scope, select
 from autosparse.search.kstarts import (
     STATE,
     KStartsSettings,
-    Selected,
     fingerprint,
     kstarts,
     read_progress,
 )
+from autosparse.search.method import Method, SearchResult
 from autosparse.training.data import ImageData
 from autosparse.training.loop import full_state, put_back, rewound
 from autosparse.training.recipe import Recipe, steps_per_epoch
@@ -70,11 +71,11 @@ def dissipating(
     seed: int = 0,
     device: str = "auto",
     masks: Masks | None = None,
-    scope: Scope = "global",
+    scope: Scope | None = None,
     floor: float = 0.0,
     state: Path | None = None,
     on_epoch: Callable[[dict[str, float]], None] | None = None,
-) -> Selected:
+) -> SearchResult:
     """What still moves in early training, which starts from the state `θ₀` of `model` at the call and goes on over the
     removals.
 
@@ -88,9 +89,9 @@ def dissipating(
     Args:
         density: fraction of all prunable weights kept at the end; `floor` the smallest of any layer.
         masks: start within these; all weights if `None`.
-        scope: where weights are ranked, as in `select`; by threshold only once the density binds.
-            Relative changes are much alike in all layers, so that `"global"` leaves small layers as sparse as large
-            ones: prefer `"erk"` with them.
+        scope: where weights are ranked, as in `select`; by threshold only once the density binds. `None`: `"erk"` for
+            relative changes, which are much alike in all layers, so that a global ranking leaves the first ones a few
+            percent; `"global"` for absolute ones.
         state: directory for what is done, to continue after a stop; the caller deletes it.
 
     Raises:
@@ -99,6 +100,7 @@ def dissipating(
         AutoSparseFailure: the training diverged.
     """
     check_density(density)
+    scope = scope or ("erk" if settings.change == "relative" else "global")
     require(not isinstance(scope, str) or scope in SCOPES, "scope", scope, f"known: {', '.join(SCOPES)}")
     require(0 <= floor < 1, "floor", floor, "it is the smallest density of a layer, in [0, 1)")
     per_epoch, length = steps_per_epoch(data, recipe.batch_size), recipe.length(data)
@@ -168,7 +170,7 @@ def dissipating(
     if masks.kept > target:
         notes = (*notes, f"threshold {threshold:g} left density {masks.density:.4g}, asked {density:g}")
     masks.report = replace(masks.report, notes=notes, origin={**origin, "seed": seed, "densities": reached})
-    return Selected(masks, float(len(reached)), seconds, weights=final, steps=len(reached) * per_epoch)
+    return SearchResult(masks, float(len(reached)), seconds, weights=final, steps=len(reached) * per_epoch)
 
 
 def displacement(weight: Tensor, initial: Tensor, change: str) -> Tensor:
@@ -202,61 +204,48 @@ def remove(
     return select(changes, density, layers=layers, scope=scope, floor=floor, within=masks, seed=seed)
 
 
+@settings
+class CombinedSettings:
+    """`kstarts` to the density `between` (`None`: `√ρ`), then `dissipating` within the winner's mask."""
+
+    kstarts: KStartsSettings = KStartsSettings()
+    dissipating: DissipatingSettings = DissipatingSettings()
+    between: float | None = None
+
+    def __post_init__(self) -> None:
+        require(self.between is None or 0 < self.between <= 1, "between", self.between, "it is a density, in (0, 1]")
+
+
 def combined(
     model: nn.Module,
     layers: Mapping[str, Layer],
     data: ImageData,
     recipe: Recipe,
-    starts: KStartsSettings,
-    dissipation: DissipatingSettings,
+    settings: CombinedSettings,
     density: float,
     *,
-    between: float | None = None,
-    seed: int = 0,
-    device: str = "auto",
-    scope: Scope = "global",
-    floor: float = 0.0,
+    scope: Scope | None = None,
     state: Path | None = None,
-    on_epoch: Callable[[dict[str, float]], None] | None = None,
-) -> Selected:
+    **common: Any,
+) -> SearchResult:
     """K-starts to an intermediate density, then dissipating gradients within the winner's mask, from `θ₀` again.
 
-    `between`: the intermediate density, `√ρ` if `None`. The costs of both add up. The rest as in `kstarts` and
-    `dissipating`, of which it raises the errors.
+    The costs of both add up. The rest as in `kstarts` and `dissipating`, of which it raises the errors; K-starts takes no
+    named scope but its own.
     """
     check_density(density)
-    between = math.sqrt(density) if between is None else check_density(between, "between")
+    between = math.sqrt(density) if settings.between is None else settings.between
     require(between >= density, "between", between, f"it must be at least the density {density:g}")
-    first = kstarts(
-        model,
-        layers,
-        data,
-        recipe,
-        starts,
-        between,
-        seed=seed,
-        device=device,
-        scope=None if isinstance(scope, str) else scope,
-        floor=floor,
-        state=state and state / "kstarts",
-        on_epoch=on_epoch,
-    )
-    then = dissipating(
-        model,
-        layers,
-        data,
-        recipe,
-        dissipation,
-        density,
-        seed=seed,
-        device=device,
-        masks=first.masks,
-        scope=scope,
-        floor=floor,
-        state=state and state / "dissipating",
-        on_epoch=on_epoch,
-    )
+    given = None if isinstance(scope, str) else scope
+    folder = state and state / "kstarts"
+    first = kstarts(model, layers, data, recipe, settings.kstarts, between, scope=given, state=folder, **common)
+    common |= {"masks": first.masks, "scope": scope, "state": state and state / "dissipating"}
+    then = dissipating(model, layers, data, recipe, settings.dissipating, density, **common)
     masks = then.masks
     origin = {"criterion": "kstarts+dissipating", "kstarts": first.masks.report.origin}
     masks.report = replace(masks.report, origin={**masks.report.origin, **origin})
     return replace(then, epochs=first.epochs + then.epochs, seconds=first.seconds + then.seconds, fitness=first.fitness)
+
+
+METHOD = Method(DissipatingSettings, dissipating, continues=True)
+COMBINED = Method(CombinedSettings, combined, continues=True)

@@ -5,22 +5,25 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from autosparse.errors import AutoSparseError, require, settings
+from autosparse.errors import AutoSparseError, of_state, require, settings
+from autosparse.files import write_json
 from autosparse.masks.layers import Layer
 from autosparse.masks.mask import Masks
 from autosparse.masks.schedule import check_density, densities
 from autosparse.masks.selection import SCOPES, Scope, select
 from autosparse.network.signals import measure
 from autosparse.pruning.criteria import CRITERIA, Context
+from autosparse.search.kstarts import fingerprint, read_progress
+from autosparse.search.method import Method, SearchResult
 from autosparse.training.data import ImageData
-from autosparse.training.loop import Trained, full_state, put_back
-from autosparse.training.recipe import Recipe
+from autosparse.training.loop import Trained, full_state, put_back, rewound
+from autosparse.training.recipe import Recipe, steps_per_epoch
 from autosparse.training.train import train
 
 
@@ -184,3 +187,92 @@ def _remove(
         within=masks,
         seed=seed,
     )
+
+
+@settings
+class TicketSettings:
+    """How a ticket is searched for: `rounds` of training, removing, rewinding, each of `epochs` (`None`: those of the
+    recipe). A short round has the whole learning-rate schedule. `schedule`: see `IRPSettings`."""
+
+    rounds: int = 5
+    epochs: float | None = None
+    schedule: str = "geometric"
+
+    def __post_init__(self) -> None:
+        require(1 <= self.rounds <= 255, "rounds", self.rounds, "it must lie in 1 … 255")
+        require(self.epochs is None or self.epochs > 0, "epochs", self.epochs, "give a positive number")
+        require(self.schedule in ("geometric", "linear"), "schedule", self.schedule, "known: geometric, linear")
+
+    @property
+    def label(self) -> str:
+        """What follows the method's name in tables."""
+        return f"-{self.rounds}" + (f"x{self.epochs:g}" if self.epochs is not None else "")
+
+
+def ticket(
+    model: nn.Module,
+    layers: Mapping[str, Layer],
+    data: ImageData,
+    recipe: Recipe,
+    settings: TicketSettings,
+    density: float,
+    *,
+    seed: int = 0,
+    device: str = "auto",
+    scope: Scope | None = None,
+    floor: float = 0.0,
+    state: Path | None = None,
+    on_epoch: Callable[[dict[str, float]], None] | None = None,
+) -> SearchResult:
+    """The masks after the last removal of `irp`; its trainings, but for the ticket's own, are the cost.
+
+    The model is left as it was.
+
+    Args:
+        state: directory for what is done, to continue after a stop; the caller deletes it.
+
+    Raises:
+        AutoSparseError: as `irp`, or the state is another search's.
+        AutoSparseFailure: a training diverged.
+    """
+    rounds, per_epoch = settings.rounds, steps_per_epoch(data, recipe.batch_size)
+    if settings.epochs is not None:
+        recipe = replace(recipe, steps=max(1, round(settings.epochs * per_epoch)))
+    chosen = IRPSettings(rounds=rounds, density=density, schedule=settings.schedule, floor=floor)
+    start, masks, seconds = 0, None, 0.0
+    of = fingerprint(model, data, "irp", chosen, recipe, scope, seed)
+    with of_state():
+        progress = read_progress(state and state / "irp.json", of, {"rounds": 0, "seconds": 0.0})
+        if progress["rounds"]:
+            assert state is not None
+            start, seconds = progress["rounds"], progress["seconds"]
+            masks = Masks.load(state / f"round{start}.safetensors")
+    with rewound(model):
+        trainings = irp(
+            model,
+            layers,
+            data,
+            recipe,
+            chosen,
+            seed=seed,
+            device=device,
+            scope=scope,
+            start=start,
+            masks=masks,
+            checkpoint=None if state is None else state / "training.pt",
+            on_epoch=on_epoch,
+        )
+        while start < rounds:
+            outcome = next(trainings)
+            masks, start = outcome.next_masks, start + 1
+            seconds += outcome.seconds
+            assert masks is not None
+            if state is not None:
+                masks.save(state / f"round{start}.safetensors")
+                write_json(state / "irp.json", {"of": of, "rounds": start, "seconds": seconds})
+    assert masks is not None
+    masks.report = replace(masks.report, origin={"rounds": rounds})
+    return SearchResult(masks, rounds * recipe.length(data) / per_epoch, seconds)
+
+
+METHOD = Method(TicketSettings, ticket)

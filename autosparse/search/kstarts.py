@@ -6,7 +6,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from autosparse.masks.mask import MaskReport, Masks
 from autosparse.masks.random import derive, make_generator
 from autosparse.masks.schedule import check_density
 from autosparse.masks.selection import Scope, select
+from autosparse.search.method import Method, SearchResult
 from autosparse.training.content import of_network
 from autosparse.training.data import ImageData
 from autosparse.training.loop import full_state, put_back, rewound
@@ -71,24 +72,6 @@ class KStartsSettings:
         return max(2, (self.k + 1) // 2)
 
 
-@dataclass(frozen=True)
-class Selected:
-    """What a selection in early training found.
-
-    `epochs` and `seconds` of all its training are its cost. `fitness`: of K-starts, what each start measured, in the
-    order of training. `weights` are the network's `full_state` after the `steps` optimizer steps that it trained under
-    the mask (`None`: it trained none), for who wants to continue there instead of rewinding to `θ₀`; the optimizer then
-    starts anew, as in late rewinding.
-    """
-
-    masks: Masks
-    epochs: float
-    seconds: float
-    fitness: tuple[tuple[float, ...], ...] = ()
-    weights: dict[str, Tensor] | None = None
-    steps: int = 0
-
-
 def kstarts(
     model: nn.Module,
     layers: Mapping[str, Layer],
@@ -103,7 +86,7 @@ def kstarts(
     floor: float = 0.0,
     state: Path | None = None,
     on_epoch: Callable[[dict[str, float]], None] | None = None,
-) -> Selected:
+) -> SearchResult:
     """The fittest of k random masks of equal layer densities, each trained from the state `θ₀` of `model` at the call.
 
     Every start trains the first `e₁` epochs of `recipe`, in the same order of data, so that only the masks differ. Its
@@ -139,7 +122,7 @@ def kstarts(
     origin = {"criterion": "kstarts", **asdict(settings), "density": density, "floor": floor, "seed": seed}
     if settings.fitness == "random":
         chosen = Masks(template.shuffle(seeds[0][0]), layers, MaskReport(origin=origin))
-        return Selected(chosen, 0.0, time.perf_counter() - clock)
+        return SearchResult(chosen, 0.0, time.perf_counter() - clock)
 
     of = fingerprint(model, data, "kstarts", settings, recipe, density, scope, floor, seed)
     progress = read_progress(state and state / "kstarts.json", of, {"values": [], "seconds": 0.0})
@@ -183,8 +166,9 @@ def kstarts(
         assert state is not None
         with of_state():
             held[winner] = read_safetensors(state / f"start{winner}.safetensors", STATE, "state of a search")[0]
-    masks = Masks(trained[winner], layers, MaskReport(origin={**origin, "start": winner}))
-    return Selected(masks, len(trained) * steps / per_epoch, seconds, tuple(values), held[winner], steps)
+    masks = Masks(trained[winner], layers, MaskReport(origin={**origin, "start": winner, "fitness": values}))
+    epochs = len(trained) * steps / per_epoch
+    return SearchResult(masks, epochs, seconds, held[winner], steps, fitness=tuple(values))
 
 
 def _start(
@@ -318,3 +302,6 @@ def read_progress(path: Path | None, of: str, nothing: dict[str, Any]) -> dict[s
             "delete its directory or give another one"
         )
     return progress
+
+
+METHOD = Method(KStartsSettings, kstarts, continues=True)

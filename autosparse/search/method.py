@@ -1,0 +1,78 @@
+"""What a method of search is: it trains to find masks. The table of all methods."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from autosparse.errors import AutoSparseError, require, suggest
+from autosparse.masks.mask import Masks
+from autosparse.plugins import is_outside, load_outside
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """Masks and their cost: seconds, and epochs' worth of forward and backward passes.
+
+    `weights`: all parameters and buffers after `steps` optimizer steps under the masks, for a training that continues
+    from there instead of rewinding to `θ₀`; its optimizer starts anew. `None` if the method trained none.
+    `fitness`: of K-starts, what each start measured, in the order of training.
+    """
+
+    masks: Masks
+    epochs: float
+    seconds: float
+    weights: Mapping[str, Tensor] | None = None
+    steps: int = 0
+    fitness: tuple[tuple[float, ...], ...] = ()
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method: its settings, a dataclass that checks its own values, and its function.
+
+    The function has the signature of `kstarts`: `(model, layers, data, recipe, settings, density, *, seed, device, scope,
+    floor, state, on_epoch) -> SearchResult`. `scope` is `None` unless the user gave one. `continues`: whether the final
+    training can go on with the weights of its result.
+    """
+
+    settings: type
+    search: Callable[..., SearchResult]
+    continues: bool = False
+
+
+METHODS = {
+    "irp": "autosparse.search.irp:METHOD",
+    "kstarts": "autosparse.search.kstarts:METHOD",
+    "dissipating": "autosparse.search.dissipating:METHOD",
+    "kstarts_dissipating": "autosparse.search.dissipating:COMBINED",
+}
+
+
+def method_for(name: str) -> Method | None:
+    """The method of a name: one of `METHODS`, or a `Method` from outside as `package.module:name`; else `None`."""
+    if name not in METHODS and not is_outside(name):
+        return None
+    method = load_outside(METHODS.get(name, name), "criterion")
+    return method if isinstance(method, Method) else None
+
+
+def settings_for(name: str, method: Method, options: Any) -> Any:
+    """The settings of a method from `options`: such settings already, or a mapping of their fields; defaults for `None`.
+
+    Raises:
+        AutoSparseError: an unknown field, or a value out of range.
+    """
+    if isinstance(options, method.settings):
+        return options
+    given = dict(options or {}) if isinstance(options, Mapping | None) else {}
+    known = [field.name for field in dataclasses.fields(method.settings)]
+    require(isinstance(options, Mapping | None), f"options of {name}", options, f"give {', '.join(known)}")
+    for key in given:
+        if key not in known:
+            raise AutoSparseError(f"{key} of {name} is {given[key]!r}: {suggest(key, known)}")
+    return method.settings(**given)

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from autosparse.api import prune
     from autosparse.errors import AutoSparseError, AutoSparseFailure
+    from autosparse.masks.granularity import NM, Block, Channel
     from autosparse.masks.layers import Layer
     from autosparse.masks.mask import Masks
-    from autosparse.masks.selection import NM, Block, Channel
     from autosparse.network.diagnostics import diagnose
     from autosparse.pruning.criteria import Context, Criterion, Preset
     from autosparse.pruning.warmup import warmup
@@ -34,15 +34,15 @@ __version__ = "0.1.0"
 _WHERE = {
     "AutoSparseError": "autosparse.errors",
     "AutoSparseFailure": "autosparse.errors",
-    "Block": "autosparse.masks.selection",
-    "Channel": "autosparse.masks.selection",
+    "Block": "autosparse.masks.granularity",
+    "Channel": "autosparse.masks.granularity",
     "Context": "autosparse.pruning.criteria",
     "Criterion": "autosparse.pruning.criteria",
     "IRPSettings": "autosparse.search.irp",
     "Layer": "autosparse.masks.layers",
     "Masks": "autosparse.masks.mask",
     "Method": "autosparse.search.method",
-    "NM": "autosparse.masks.selection",
+    "NM": "autosparse.masks.granularity",
     "Preset": "autosparse.pruning.criteria",
     "Recipe": "autosparse.training.recipe",
     "SearchResult": "autosparse.search.method",

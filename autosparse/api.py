@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import nn
 
+from autosparse.masks.densities import Scope
+from autosparse.masks.granularity import Granularity
 from autosparse.masks.mask import Masks
-from autosparse.masks.selection import Granularity, Scope
 from autosparse.network.running import Batch, Loss
 from autosparse.network.signals import Signals
 from autosparse.pruning.criteria import Criterion, Preset
@@ -54,7 +55,9 @@ def prune(
         example_input: what the model takes, for tracing and for criteria without data. By default the inputs of the first
             batch. Here and in `batches`, a tuple is positional arguments and a dictionary keyword arguments. Anything else
             is one argument; so is a list, unless `forward` needs several.
-        scope: `"global"`, `"uniform"`, `"erk"`, or a dictionary with the density of each layer. By default the preset's.
+        scope: `"global"`; a rule for layer densities, `"uniform"`, `"erk"`, `"igq"`, `"smart_ratio"` or a function
+            `(layers, density) -> densities` as `"package.module:name"`; or a dictionary with the density of each layer. By
+            default the preset's.
         granularity: `"unstructured"` (default), a pattern such as `"2:4"` or `"block4x4"`, or `"channel"`. Channels that
             are added up, as in residual networks, are kept or removed together, and layers that give the outputs of the
             model stay whole (`report.dense_layers`).

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from autosparse import Masks, prune
+from autosparse.masks.granularity import NM, Block, Channel, parse_granularity
 from autosparse.masks.layers import Layer, prunable_layers
-from autosparse.masks.selection import NM, Block, Channel, parse_granularity
 from autosparse.pruning.criteria import PRESETS
 from autosparse.training.models import ModelSettings, create_model
 

@@ -66,7 +66,7 @@ def test_in_a_comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
         "models": [{"name": "convnet", "width": 4}],
         "data": {"name": "outside:stripes", "validation": 0},
         "criteria": ["outside:largest", "densities:outside:largest", {"criterion": "outside:method", "epochs": 2}],
-        "recipe": {"epochs": 1, "batch_size": 10},
+        "recipe": {"epochs": 2, "batch_size": 10},
         "sparsities": [0.5],
         "seeds": [0],
         "executor": "inline",

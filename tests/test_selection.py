@@ -11,19 +11,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from autosparse.errors import AutoSparseError
+from autosparse.masks.densities import DENSITIES, SCOPES, apportion, layer_densities
+from autosparse.masks.granularity import NM, Block, Channel, parse_granularity
 from autosparse.masks.layers import Layer
 from autosparse.masks.mask import Masks
 from autosparse.masks.schedule import densities
-from autosparse.masks.selection import (
-    NM,
-    SCOPES,
-    Block,
-    Channel,
-    apportion,
-    erk_densities,
-    parse_granularity,
-    select,
-)
+from autosparse.masks.selection import select
 
 
 def linear(name: str, rows: int, cols: int) -> Layer:
@@ -128,19 +121,6 @@ def test_uneven_blocks_at_the_border() -> None:
     assert masks.report.notes == ("whole blocks keep 5 weights, 4 were asked",)
 
 
-def test_erk_solved_by_hand() -> None:
-    """Raw densities (4+4)/16 = 1/2 and (16+16)/256 = 1/8; ε(8 + 32) = 0.1·272."""
-    layers = {"a": linear("a", 4, 4), "b": linear("b", 16, 16)}
-    epsilon = 0.1 * 272 / 40
-    assert erk_densities(layers, 0.1) == pytest.approx({"a": epsilon / 2, "b": epsilon / 8})
-    # at 0.5 ε would be 3.4: a is dense, and b takes the other 136 − 16 of its 256
-    assert erk_densities(layers, 0.5) == pytest.approx({"a": 1.0, "b": 120 / 256})
-    assert erk_densities(layers, 1) == {"a": 1.0, "b": 1.0}
-    conv = {"c": Layer("c", "conv", (8, 4, 3, 3)), "d": Layer("d", "conv", (8, 8, 3, 3))}
-    epsilon = 0.1 * (288 + 576) / (18 + 22)
-    assert erk_densities(conv, 0.1) == pytest.approx({"c": epsilon * 18 / 288, "d": epsilon * 22 / 576})
-
-
 def test_apportion() -> None:
     assert apportion({"a": 1.4, "b": 1.6}, 3, {"a": 0, "b": 0}, {"a": 9, "b": 9}) == {"a": 1, "b": 2}
     # a is held at 4, so b and c share the other 6 as 2 to 1
@@ -228,18 +208,19 @@ def test_exact_count_floor_and_seed(network, density, scope, floor, seed) -> Non
 
 
 @given(networks(), st.floats(0.01, 1))
-def test_uniform_and_erk_counts_are_within_one_of_their_share(network, density) -> None:
+def test_counts_of_every_rule_are_within_one_of_their_share(network, density) -> None:
     layers, scores = network
-    for scope, wanted in (("uniform", dict.fromkeys(layers, density)), ("erk", erk_densities(layers, density))):
+    for scope in DENSITIES:
+        wanted = layer_densities(scope, layers, density)
         masks = select(scores, density, layers=layers, scope=scope)
         for layer in masks.layers():
             assert abs(layer.kept - wanted[layer.name] * layer.total) < 1 + 1e-6
 
 
-@given(networks(), st.floats(0.01, 1))
-def test_erk_densities_keep_the_density(network, density) -> None:
+@given(networks(), st.floats(0.01, 1), st.sampled_from(sorted(DENSITIES)))
+def test_every_rule_keeps_the_density(network, density, rule) -> None:
     layers, _ = network
-    found = erk_densities(layers, density)
+    found = layer_densities(rule, layers, density)
     assert all(0 < d <= 1 for d in found.values())
     weights = sum(layer.numel for layer in layers.values())
     assert sum(found[n] * layer.numel for n, layer in layers.items()) == pytest.approx(density * weights)
@@ -428,7 +409,7 @@ def test_layers_that_cannot_be_coupled() -> None:
 
 def test_bad_choices() -> None:
     scores, layers = row(1.0, 2.0, 3.0)
-    with pytest.raises(AutoSparseError, match="scope is 'local': known are global"):
+    with pytest.raises(AutoSparseError, match="scope is 'local': known: global"):
         select(scores, 0.5, layers=layers, scope="local")
     with pytest.raises(AutoSparseError, match="floor is 1"):
         select(scores, 0.5, layers=layers, floor=1)

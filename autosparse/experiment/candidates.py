@@ -14,9 +14,10 @@ from torch import nn
 
 from autosparse.errors import AutoSparseError, require, settings, suggest
 from autosparse.files import fingerprint, sha256
+from autosparse.masks.densities import Scope, check_scope
+from autosparse.masks.granularity import parse_granularity
 from autosparse.masks.layers import prunable_layers
 from autosparse.masks.schedule import SCHEDULES, check_sparsity
-from autosparse.masks.selection import SCOPES, Scope, parse_granularity
 from autosparse.network.graph import trace
 from autosparse.network.signals import parse_warmup
 from autosparse.plugins import is_outside, source_of
@@ -43,7 +44,7 @@ class Candidate:
     `"densities:"` keeps its layer densities and puts the positions within each layer at random (the layer-wise
     shuffle), the rival that every criterion must beat: one that does not has learned layer densities only; `"reinit:"`
     trains its mask from newly drawn weights; `"inverted:"` keeps the lowest scores of each layer at its densities.
-    `label`: its name in tables. `scope`: as in `prune`, or `"densities:ANY"`: the layer densities that another candidate
+    `label`: its name in tables. `scope`: as in `prune` (`"global"`, a rule for layer densities such as `"erk"` or `"igq"`), or `"densities:ANY"`: the layer densities that another candidate
     finds, at its cost, with positions of this one's choice. `granularity`, `steps`, `schedule`, `n_batches`, `floor` as in `prune`;
     `batch_size` of the batches it scores on (`None`: a scorer's own, else 128).
     `warmup`: of criteria that look at a short training, whose horizon in epochs stands in their name (`"movement@0.5"`).
@@ -83,8 +84,7 @@ class Candidate:
             if not is_scorer(self.base):
                 preset_for(self.base)  # raises where the horizon of a warm-up is wrong
         if self.scope is not None and self.layer_densities is None:
-            known = f"known: {', '.join(SCOPES)}, or densities:CRITERION"
-            require(self.scope in SCOPES, "scope", self.scope, known)
+            check_scope(self.scope)
         if self.schedule is not None:
             require(self.schedule in SCHEDULES, "schedule", self.schedule, f"known: {', '.join(SCHEDULES)}")
         if self.granularity is not None:
@@ -217,6 +217,8 @@ def identity(candidate: Candidate) -> dict[str, Any]:
         given["source"] = source_of(candidate.base)
     if (other := candidate.layer_densities) is not None:
         given["scope"] = {"densities": identity(other)}
+    elif candidate.scope is not None and is_outside(candidate.scope):
+        given["scope_source"] = source_of(candidate.scope)
     return given
 
 

@@ -4,121 +4,18 @@ from __future__ import annotations
 
 import bisect
 import math
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from autosparse.errors import AutoSparseError, require
+from autosparse.masks.densities import Scope, apportion, check_scope, layer_densities
+from autosparse.masks.granularity import NM, Channel, Granularity
 from autosparse.masks.layers import Layer
 from autosparse.masks.mask import MaskReport, Masks, all_finite, masked
 from autosparse.masks.random import make_generator
 from autosparse.masks.schedule import check_density
-
-SCOPES = ("global", "uniform", "erk")
-Scope = str | Mapping[str, float]  # one of these, or the layer densities themselves
-
-
-@dataclass(frozen=True)
-class NM:
-    """At most `n` of every `m` weights along the input dimension (2:4 is what sparse tensor cores run)."""
-
-    n: int
-    m: int
-
-    def __post_init__(self) -> None:
-        require(0 < self.n < self.m, "N:M pattern", f"{self.n}:{self.m}", "N must be at least 1 and under M")
-
-
-@dataclass(frozen=True)
-class Block:
-    """Tiles of `height × width` of the `(out, in·k)` matrix, kept or removed whole by their mean score."""
-
-    height: int
-    width: int
-
-    def __post_init__(self) -> None:
-        require(
-            min(self.height, self.width) >= 1, "block", f"{self.height}x{self.width}", "both sides must be at least 1"
-        )
-
-
-@dataclass(frozen=True)
-class Channel:
-    """Output filters, kept or removed whole by their mean score; coupled ones together."""
-
-
-Granularity = NM | Block | Channel | None
-
-
-def parse_granularity(text: str | Granularity) -> Granularity:
-    """`"unstructured"`, `"2:4"`, `"block4x4"`, `"channel"` as a choice; choices pass through.
-
-    >>> parse_granularity("2:4")
-    NM(n=2, m=4)
-    """
-    if not isinstance(text, str):
-        return text
-    if text == "unstructured":
-        return None
-    if text == "channel":
-        return Channel()
-    if match := re.fullmatch(r"(\d+):(\d+)", text):
-        return NM(int(match[1]), int(match[2]))
-    if match := re.fullmatch(r"block(\d+)x(\d+)", text):
-        return Block(int(match[1]), int(match[2]))
-    raise AutoSparseError(f"granularity is {text!r}: use unstructured, N:M such as 2:4, blockHxW or channel")
-
-
-def erk_densities(layers: Mapping[str, Layer], density: float) -> dict[str, float]:
-    """Erdős–Rényi-kernel densities `d_l = ε·(n_in + n_out + k_h + k_w)/(n_in·n_out·k_h·k_w)`.
-
-    ε is solved so that `Σ d_l·N_l = density·Σ N_l`; layers with `d_l > 1` are dense and ε is solved again.
-    Source: Evci et al. 2020 (RigL), after Mocanu et al. 2018.
-    """
-    check_density(density)
-    raw = {name: sum(layer.shape) / layer.numel for name, layer in layers.items()}
-    dense: set[str] = set()
-    while True:
-        free = [name for name in layers if name not in dense]
-        budget = density * sum(layer.numel for layer in layers.values()) - sum(layers[n].numel for n in dense)
-        if not free:
-            return dict.fromkeys(layers, 1.0)
-        epsilon = budget / sum(raw[n] * layers[n].numel for n in free)
-        over = {n for n in free if epsilon * raw[n] > 1}
-        if not over:
-            return {n: 1.0 if n in dense else epsilon * raw[n] for n in layers}
-        dense |= over
-
-
-def apportion(
-    shares: Mapping[str, float], total: int, least: Mapping[str, int], room: Mapping[str, int]
-) -> dict[str, int]:
-    """Whole counts in proportion to `shares`, each in `least … room`, that sum exactly to `total`.
-
-    Largest remainders first. `Σ least ≤ total ≤ Σ room` must hold.
-    """
-
-    def scaled(factor: float) -> dict[str, float]:
-        return {n: min(max(factor * share, least[n]), room[n]) for n, share in shares.items()}
-
-    low, high = 0.0, max((room[n] / share for n, share in shares.items() if share > 0), default=0.0)
-    ideal = scaled(1.0)
-    if abs(sum(ideal.values()) - total) >= 1:  # bounds bite: the others take or give what these lack or have too much
-        for _ in range(200):
-            middle = (low + high) / 2
-            low, high = (middle, high) if sum(scaled(middle).values()) < total else (low, middle)
-        ideal = scaled(high)
-    counts = {n: max(math.floor(value + 1e-9), least[n]) for n, value in ideal.items()}
-    while (left := total - sum(counts.values())) != 0:
-        step = 1 if left > 0 else -1
-        movable = [n for n in counts if (counts[n] < room[n] if step > 0 else counts[n] > least[n])]
-        movable.sort(key=lambda n: -step * (ideal[n] - counts[n]))
-        for name in movable[: abs(left)]:
-            counts[name] += step
-    return counts
 
 
 def select(
@@ -140,9 +37,9 @@ def select(
         scores: one float per prunable weight, higher = keep.
         density: fraction of all prunable weights kept, in (0, 1].
         layers: what the names are (for ERK, N:M, blocks and channels).
-        scope: `"global"` ranks all weights together; `"uniform"` keeps the same fraction of every layer; `"erk"` the
-            Erdős–Rényi-kernel densities; a mapping gives each layer's density itself (scaled together, as far as layers
-            have room, where they do not add up to `density`). Per-layer counts are rounded so that their sum is exact.
+        scope: `"global"` ranks all weights together; a name of `DENSITIES`, such as `"erk"`, gives each layer its density;
+            a mapping gives the densities themselves (scaled together, as far as layers have room, where they do not add
+            up to `density`). Per-layer counts are rounded so that their sum is exact.
         granularity: `None` (single weights), `NM`, `Block` or `Channel`. Blocks and channels have their mean score, and
             the count kept is the nearest that whole ones allow. `NM` keeps the best n of every m along the input
             dimension (fewer where `within` leaves fewer) whatever the density; layers that m does not divide stay
@@ -161,12 +58,7 @@ def select(
             floor or dense layers; layers cannot be coupled.
     """
     check_density(density)
-    if isinstance(scope, Mapping):
-        for name in layers:
-            given = scope.get(name, math.nan)
-            require(0 <= given <= 1, f"density of {name!r} in scope", given, "give each layer one in [0, 1]")
-    else:
-        require(scope in SCOPES, "scope", scope, f"known are {', '.join(SCOPES)}")
+    check_scope(scope, layers)
     require(0 <= floor < 1, "floor", floor, "it is the smallest density of a layer, in [0, 1)")
     _check(scores, layers, within)
     if isinstance(granularity, NM):
@@ -220,10 +112,7 @@ def _shared_out(
     if scope == "global":
         return [(list(room), total)]
     sizes = {n: layers[n].numel for n in room}
-    if isinstance(scope, Mapping):
-        wanted = dict(scope)
-    else:
-        wanted = erk_densities(layers, density) if scope == "erk" else dict.fromkeys(sizes, density)
+    wanted = layer_densities(scope, layers, density)
     counts = apportion({n: wanted[n] * sizes[n] for n in sizes}, total, least, room)
     return [([n], c) for n, c in counts.items()]
 
@@ -332,8 +221,8 @@ def _select_coupled(
     if free:
         inside = {name: layers[name] for members in free.values() for name in members}
         rest = (total - held) / sum(layer.numel for layer in inside.values()) if stay else density
-        if scope == "erk":
-            scope = erk_densities(inside, rest)
+        if scope not in ("global", "uniform"):
+            scope = layer_densities(scope, inside, rest)
 
         def side_by_side(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             return {n: torch.cat([_matrix(tensors[m], layers[m]) for m in members], 1) for n, members in free.items()}

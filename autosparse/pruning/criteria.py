@@ -334,6 +334,8 @@ class Preset:
 PRESETS: dict[str, Preset] = {
     "random": Preset(CRITERIA["random"], scope="uniform"),
     "erk": Preset(CRITERIA["random"], scope="erk"),
+    "igq": Preset(CRITERIA["random"], scope="igq"),
+    "smart_ratio": Preset(CRITERIA["random"], scope="smart_ratio"),
     "spread": Preset(CRITERIA["spread"], scope="erk"),
     "spread_small": Preset(CRITERIA["spread_small"], scope="erk"),
     "magnitude": Preset(CRITERIA["magnitude"]),

@@ -12,11 +12,13 @@ import torch
 from torch import nn
 
 from autosparse.errors import AutoSparseError, require, warn
+from autosparse.masks.densities import Scope
+from autosparse.masks.granularity import NM, Channel, Granularity, parse_granularity
 from autosparse.masks.layers import check_model, check_real, check_values, prunable_layers, unwrap
 from autosparse.masks.mask import Masks
 from autosparse.masks.random import derive
 from autosparse.masks.schedule import check_sparsity, densities
-from autosparse.masks.selection import NM, Channel, Granularity, Scope, parse_granularity, select, whole_layers
+from autosparse.masks.selection import select, whole_layers
 from autosparse.network.coupling import coupled_filters
 from autosparse.network.graph import Graph, trace
 from autosparse.network.linearize import Traced

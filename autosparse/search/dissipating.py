@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from autosparse.errors import AutoSparseError, of_state, require, settings
 from autosparse.files import read_safetensors, write_json, write_safetensors
+from autosparse.masks.densities import Scope, check_scope
 from autosparse.masks.layers import Layer, unwrap
 from autosparse.masks.mask import Masks
 from autosparse.masks.schedule import check_density, densities
-from autosparse.masks.selection import SCOPES, Scope, select
+from autosparse.masks.selection import select
 from autosparse.search.kstarts import (
     STATE,
     KStartsSettings,
@@ -101,7 +102,7 @@ def dissipating(
     """
     check_density(density)
     scope = scope or ("erk" if settings.change == "relative" else "global")
-    require(not isinstance(scope, str) or scope in SCOPES, "scope", scope, f"known: {', '.join(SCOPES)}")
+    check_scope(scope, layers)
     require(0 <= floor < 1, "floor", floor, "it is the smallest density of a layer, in [0, 1)")
     per_epoch, length = steps_per_epoch(data, recipe.batch_size), recipe.length(data)
     require(

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from autosparse.errors import AutoSparseError, of_state, require, settings
 from autosparse.files import write_json
+from autosparse.masks.densities import Scope, check_scope
 from autosparse.masks.layers import Layer
 from autosparse.masks.mask import Masks
 from autosparse.masks.schedule import check_density, densities
-from autosparse.masks.selection import SCOPES, Scope, select
+from autosparse.masks.selection import select
 from autosparse.network.signals import measure
 from autosparse.pruning.criteria import CRITERIA, Context
 from autosparse.search.kstarts import fingerprint, read_progress
@@ -52,7 +53,7 @@ class IRPSettings:
         require(self.density < 1, "irp.density", self.density, "it must be under 1")
         require(self.schedule in ("geometric", "linear"), "irp.schedule", self.schedule, "known: geometric, linear")
         require(self.criterion in ("magnitude", "snip"), "irp.criterion", self.criterion, "known: magnitude, snip")
-        require(self.scope in SCOPES, "irp.scope", self.scope, f"known: {', '.join(SCOPES)}")
+        check_scope(self.scope, what="irp.scope")
         require(self.rewind_step >= 0, "irp.rewind_step", self.rewind_step, "give a step, 0 or more")
         require(0 <= self.floor < 1, "irp.floor", self.floor, "it is the smallest density of a layer, in [0, 1)")
         require(self.n_batches >= 1, "irp.n_batches", self.n_batches, "give at least 1")

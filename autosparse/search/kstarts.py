@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from autosparse.errors import AutoSparseFailure, AutoSparseStateError, of_state, require, settings
 from autosparse.files import fingerprint as content
 from autosparse.files import read_json, read_safetensors, write_json, write_safetensors
+from autosparse.masks.densities import Scope, check_scope
 from autosparse.masks.layers import Layer, unwrap
 from autosparse.masks.mask import MaskReport, Masks
 from autosparse.masks.random import derive, make_generator
 from autosparse.masks.schedule import check_density
-from autosparse.masks.selection import Scope, select
+from autosparse.masks.selection import select
 from autosparse.search.method import Method, SearchResult
 from autosparse.training.content import of_network
 from autosparse.training.data import ImageData
@@ -39,7 +40,8 @@ class KStartsSettings:
     `k` random masks are trained for `epochs` each. `fitness`: `"weights"`, `"gradients"` or `"both"`; as controls
     `"validation"` (lowest validation loss) and `"random"` (one of the k, no training). `generations` of evolution: in
     each, the better half stays and its children are trained in the other half's place; `mutation` is the share of a
-    child's kept weights that change places with pruned ones. `scope` gives the layers' densities: `"erk"` or `"uniform"`.
+    child's kept weights that change places with pruned ones. `scope`: the rule for the layers' densities, such as
+    `"erk"`.
     """
 
     k: int = 5
@@ -64,7 +66,8 @@ class KStartsSettings:
             self.generations == 0 or self.k >= 3, "kstarts.k", self.k, "two parents and a child need 3 or more of them"
         )
         require(0 <= self.mutation <= 1, "kstarts.mutation", self.mutation, "it is a share, in [0, 1]")
-        require(self.scope in ("erk", "uniform"), "kstarts.scope", self.scope, "known: erk, uniform")
+        require(self.scope != "global", "kstarts.scope", self.scope, "random masks need layer densities, such as erk")
+        check_scope(self.scope, what="kstarts.scope")
 
     @property
     def parents(self) -> int:

@@ -1,11 +1,14 @@
 """What people read: links lead somewhere, and code runs."""
 
+import csv
 import doctest
 import importlib
 import re
 from pathlib import Path
 
 import pytest
+
+from autosparse.cli import main
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md")]
@@ -41,6 +44,27 @@ def test_code_runs(page, tmp_path, monkeypatch):
     blocks = [block for block in PYTHON.findall((ROOT / page).read_text()) if '"runs/' not in block]
     assert blocks
     exec(compile("\n".join(blocks), page, "exec"), {})
+
+
+def test_recipes_for_extending_run(tmp_path, monkeypatch, capsys):
+    """The Python blocks as one module `mine`, and the config that uses all of them."""
+    text = (ROOT / "docs/extending.md").read_text()
+    (tmp_path / "mine.py").write_text("\n".join(PYTHON.findall(text)))
+    (tmp_path / "extended.yaml").write_text(re.search(r"^```yaml\n(.*?)^```", text, re.DOTALL | re.MULTILINE)[1])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        main(["benchmark", "extended.yaml"])
+    assert end.value.code == 0, capsys.readouterr().err
+    rows = list(csv.DictReader((tmp_path / "runs/extended/results.csv").read_text().splitlines()))
+    assert [row["criterion"] for row in rows] == [
+        "dense",
+        "mine:small_and_steep",
+        "snip by depth",
+        "mine:short",
+        "densities:mine:short",
+    ]
+    assert not any(row.get("error") for row in rows) and all(float(r["sparsity_got"]) == 0.5 for r in rows[1:])
 
 
 MODULES = [

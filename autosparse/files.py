@@ -115,10 +115,10 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], schema: str, **
         _order_metadata(temporary)
 
 
-def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """A table whose columns are the keys of the first row, in one step."""
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None) -> None:
+    """A table in one step; `columns` are the keys of all rows, by default those of the first."""
     with replace_file(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer = csv.DictWriter(file, columns or list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
 

@@ -90,17 +90,17 @@ def generate(
         here = executor.kind == "inline" or run.label() not in open_labels
         arguments = {"run": run, "path": paths[run.label()], "data": images[run.data] if here else None}
         jobs[run.label()] = Job(run.label(), do_run, arguments)
-    with journal(directory, paths) as book:
 
-        def tell(event: Event) -> None:
-            book.note(event)
-            if on_event is not None and event.key in open_labels:
-                on_event(event)
+    def receive(event: Event) -> None:
+        if on_event is not None and event.key in open_labels:
+            on_event(event)
 
+    with journal(directory, paths, receive) as book:
         complete = [job for label, job in jobs.items() if label not in open_labels]
-        outcomes = run_jobs(complete, INLINE, tell, device=device)
+        outcomes = run_jobs(complete, INLINE, book.note, device=device)
         left = [jobs[run.label()] for run in pending]
-        outcomes |= run_jobs(left, executor, tell, device=device, planned=len(todo), profile=profile, folder=directory)
+        how: dict[str, Any] = {"device": device, "planned": len(todo), "profile": profile, "folder": directory}
+        outcomes |= run_jobs(left, executor, book.note, **how)
     failed = {label: outcomes[label] for label in paths if outcomes[label].error is not None}
     campaign.records += [path for label, path in paths.items() if label not in failed]
     campaign.failures |= {label: str(outcome.error) for label, outcome in failed.items()}

@@ -25,6 +25,7 @@ from autosparse.experiment.benchmark import (
     write_results,
 )
 from autosparse.experiment.candidates import Candidate, find_masks
+from autosparse.jobs.cells import result_path
 from autosparse.masks.mask import Masks
 from autosparse.pruning.prune import describe
 from autosparse.scorers.features import DEFAULT
@@ -362,7 +363,7 @@ def test_a_state_that_does_not_fit_is_discarded_and_told(
     tmp_path: Path, data: ImageData, candidate: Candidate, name: str, content: bytes
 ) -> None:
     cells = with_inputs(cells_of(candidate), data)
-    state = benchmark.result_path(tmp_path, cells[1]).with_suffix(".state")
+    state = result_path(tmp_path, cells[1]).with_suffix(".state")
     state.mkdir(parents=True)
     (state / name).write_bytes(content)
     events: list[Any] = []

@@ -20,6 +20,7 @@ from autosparse.experiment import states as module
 from autosparse.experiment.candidates import Candidate
 from autosparse.experiment.states import State, states
 from autosparse.files import write_json, write_safetensors
+from autosparse.jobs.status import statuses
 from autosparse.report.figures import plain_power, plot_diagnosis
 from autosparse.report.page import build
 from autosparse.report.rows import diagnosis_table, load_diagnosis
@@ -99,6 +100,15 @@ def test_it_goes_on_after_a_stop(run: Run, monkeypatch: pytest.MonkeyPatch) -> N
     assert run(criteria=["erk"])[0] == 130
     assert run(criteria=["erk"])[0] == 0 and len(calls) == 4
     assert [row["state"] for row in rows("summary.csv")] == NAMES[:3]
+
+
+def test_one_that_fails_does_not_stop_the_others(run: Run) -> None:
+    greedy = {"criterion": "snip", "label": "greedy", "floor": 0.5}
+    code, _, err = run(criteria=[greedy, "erk"])
+    assert code == 2 and "floor 0.5 asks for" in err and len(err.strip().splitlines()) == 1
+    assert [row["state"] for row in rows("summary.csv")] == NAMES[:3]
+    (found,) = statuses(Path("out"))
+    assert (found.count("done"), found.count("failed"), found.alive) == (3, 2, False)
 
 
 def test_trained_weights_and_their_masks(run: Run) -> None:

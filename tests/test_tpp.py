@@ -17,7 +17,8 @@ from torch import nn
 from autosparse import AutoSparseError, Masks, prune
 from autosparse.experiment import structured
 from autosparse.experiment.benchmark import with_inputs
-from autosparse.experiment.structured import candidate, result_path, run_thinnings, summary, thinnings
+from autosparse.experiment.structured import candidate, run_thinnings, summary, thinnings
+from autosparse.jobs.cells import result_path
 from autosparse.jobs.executor import Event
 from autosparse.network.size import size
 from autosparse.trainability.shrink import remove, shrink

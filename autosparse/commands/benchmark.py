@@ -13,8 +13,9 @@ from autosparse.commands.report import write_report
 from autosparse.commands.schemas import BenchmarkConfig, CheckConfig
 from autosparse.commands.terminal import Live, bars, epochs_of, print_table, say, say_failed
 from autosparse.errors import AutoSparseFailure
-from autosparse.experiment.benchmark import failures, grid, result_path, run_grid, with_inputs
+from autosparse.experiment.benchmark import failures, grid, run_grid, with_inputs
 from autosparse.experiment.candidates import expand
+from autosparse.jobs.cells import unfinished
 from autosparse.report.checks import tables
 from autosparse.report.rows import Result, collect, summary
 from autosparse.tracking import track
@@ -47,7 +48,7 @@ def run(
     data = load_data(config.data, place)
     cells = with_inputs(cells, data)
     directory = claim_directory(config)
-    enabled = config.tracking and not all(result_path(directory, cell).exists() for cell in cells)
+    enabled = config.tracking and bool(unfinished(cells, directory))
     first = bars(f"{what}: getting ready")
     with first as shown, track(tracking or directory, what, plain(config), enabled=enabled) as tracker:
         live = Live(shown, what, len(cells), counts=False, epochs=epochs_of(config.recipe))

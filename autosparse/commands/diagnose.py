@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from autosparse.commands.report import write_report
 from autosparse.commands.schemas import DiagnoseConfig
 from autosparse.commands.terminal import bars, print_table, quiet_warnings, say
 from autosparse.experiment.benchmark import build_model
-from autosparse.experiment.states import run_states, states
+from autosparse.experiment.states import Measurement, run_states, states
 from autosparse.report.rows import diagnosis_table
 from autosparse.trainability.stored import load_weights
 from autosparse.training.data import load_data
@@ -32,11 +31,10 @@ def run(config: DiagnoseConfig) -> Path:
     check_fits(model, data)
     directory = claim_directory(config)
     with threads_for(model, data, config.recipe.batch_size), quiet_warnings(), bars() as shown:
-        task = shown.add_task(f"diagnose: {todo[0].name}", total=len(todo))
+        task = shown.add_task("diagnose", total=len(todo))
 
-        def on_state(number: int, result: Mapping[str, Any]) -> None:
-            following = todo[number + 1].name if number + 1 < len(todo) else "done"
-            shown.update(task, completed=number + 1, description=f"diagnose: {following}")
+        def on_cell(done: int, cell: Measurement, result: Any, known: bool) -> None:
+            shown.update(task, completed=done, description=f"diagnose: {cell.state.name}")
 
         results = run_states(
             todo,
@@ -48,7 +46,7 @@ def run(config: DiagnoseConfig) -> Path:
             recipe=config.recipe,
             seed=config.seed,
             device=config.device,
-            on_state=on_state,
+            on_cell=on_cell,
         )
     headers, lines = diagnosis_table(results)
     print_table(f"{config.model.label()} on {config.data.name}", headers, lines)

@@ -10,7 +10,8 @@ from autosparse.commands.schemas import ShrinkConfig
 from autosparse.commands.terminal import Live, bars, print_table, say, say_failed
 from autosparse.errors import AutoSparseFailure
 from autosparse.experiment.benchmark import with_inputs
-from autosparse.experiment.structured import result_path, run_thinnings, summary, thinnings
+from autosparse.experiment.structured import run_thinnings, summary, thinnings
+from autosparse.jobs.cells import unfinished
 from autosparse.jobs.executor import Event
 from autosparse.tracking import track
 from autosparse.training.data import load_data
@@ -33,7 +34,7 @@ def run(config: ShrinkConfig) -> list[dict[str, Any]]:
     data = load_data(config.data, place)
     todo = with_inputs(todo, data)
     directory = claim_directory(config)
-    done = sum(result_path(directory, thinning).exists() for thinning in todo)
+    done = len(todo) - len(unfinished(todo, directory))
     enabled = config.tracking and done < len(todo)
     first = bars("shrink: getting ready")
     with first as shown, track(directory, "shrink", plain(config), enabled=enabled) as tracker:

@@ -11,7 +11,7 @@ from autosparse.commands.directory import claim_directory
 from autosparse.commands.schemas import TuneConfig
 from autosparse.commands.terminal import Live, bars, quiet_warnings, say, say_failed
 from autosparse.files import write_json
-from autosparse.jobs.executor import Event, Job, run_jobs
+from autosparse.jobs.executor import Job, run_jobs
 from autosparse.jobs.status import journal
 from autosparse.network.signals import SignalSettings
 from autosparse.scorers.loading import load_scorer
@@ -38,13 +38,8 @@ def run(config: TuneConfig) -> Path:
         files = {trial.key: directory / "trials" / f"{trial.key}.json" for trial in trials}
         jobs = [Job(trial.key, do_trial, {"trial": trial, "path": files[trial.key]}) for trial in trials]
         live = Live(shown, "trials", len(jobs))
-        with journal(directory, files) as book:
-
-            def on_event(event: Event) -> None:
-                book.note(event)
-                live.show(event)
-
-            outcomes = run_jobs(jobs, config.executor, on_event, device=config.device, folder=directory)
+        with journal(directory, files, live.show) as book:
+            outcomes = run_jobs(jobs, config.executor, book.note, device=config.device, folder=directory)
         live.end("trials")
         for trial in trials:
             if (reason := outcomes[trial.key].error) is not None and trial.key not in failed:

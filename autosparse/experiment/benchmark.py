@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import hashlib
-import io
 import json
-import math
 import re
-import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from torch import nn
 
-from autosparse.errors import AutoSparseStateError, require
+from autosparse.errors import require
 from autosparse.experiment.candidates import Candidate, find_masks, identity, prepare_result
-from autosparse.files import fingerprint, read_json, replace_file, write_json
-from autosparse.jobs.executor import INLINE, Event, ExecutorSettings, Job, run_jobs
-from autosparse.jobs.status import FOLDER, journal, kept_up
+from autosparse.files import fingerprint
+from autosparse.jobs.cells import Progress, Result, run_cells, unfinished, write_table
+from autosparse.jobs.executor import INLINE, Event, ExecutorSettings
+from autosparse.jobs.status import FOLDER
 from autosparse.masks.layers import prunable_layers
 from autosparse.masks.mask import Masks
 from autosparse.masks.random import derive
@@ -32,8 +30,8 @@ from autosparse.network.graph import trace
 from autosparse.scorers.loading import criterion_for
 from autosparse.search.method import SearchResult, method_for
 from autosparse.training.content import of_start
-from autosparse.training.data import DataSettings, ImageData, shared_data
-from autosparse.training.loop import Trained, check_fits, fabric_for, put_back
+from autosparse.training.data import DataSettings, ImageData
+from autosparse.training.loop import Trained, check_fits, put_back
 from autosparse.training.models import ModelSettings, create_model
 from autosparse.training.recipe import Recipe, steps_per_epoch
 from autosparse.training.threads import threads_for
@@ -83,6 +81,7 @@ class Cell:
     sparsity: float
     seed: int
     inputs: str = ""
+    folder: ClassVar[str] = "cells"
 
     @property
     def criterion(self) -> str:
@@ -98,6 +97,25 @@ class Cell:
         digest = fingerprint(self.config())[:10]
         name = re.sub(r"[^A-Za-z0-9.-]+", "_", self.criterion)
         return f"{self.model.label()}_{name}_{self.sparsity:g}_s{self.seed}_{digest}"
+
+    def row(self) -> dict[str, Any]:
+        """What names the cell in the table."""
+        return {
+            "model": self.model.label(),
+            "data": self.data.label(),
+            "criterion": self.criterion,
+            "sparsity": self.sparsity,
+            "seed": self.seed,
+            "recipe": recipe_hash(self.recipe, self.data),
+        }
+
+    def shared(self, directory: Path) -> Path | None:
+        """The masks of its search, which its variants and preparations take too."""
+        return _stored(self, directory / "masks")
+
+    def run(self, directory: Path, data: ImageData, *, device: str, state: Path, progress: Progress) -> dict[str, Any]:
+        """See `run_cell`."""
+        return run_cell(self, data, device=device, state=state, store=directory / "masks", on_epoch=progress)
 
 
 def grid(
@@ -257,13 +275,9 @@ def _result(cell: Cell, found: SearchResult | None, trained: Trained, epochs: fl
     went_on = epochs - trained.epochs  # what the search trained already is no cost of its own
     mask_epochs = 0.0 if found is None else found.epochs - went_on
     return {
-        "model": cell.model.label(),
-        "data": cell.data.label(),
-        "criterion": cell.criterion,
-        "sparsity": cell.sparsity,
+        **cell.row(),
         "sparsity_got": 0.0 if masks is None else masks.sparsity,
         "effective_sparsity": 0.0 if masks is None else masks.report.effective_sparsity,
-        "seed": cell.seed,
         "accuracy": trained.accuracy,
         "loss": trained.loss,
         "mask_seconds": 0.0 if found is None else found.seconds,
@@ -274,7 +288,6 @@ def _result(cell: Cell, found: SearchResult | None, trained: Trained, epochs: fl
         "dead_layers": 0 if masks is None else len(masks.report.dead_layers),
         "ties": 0.0 if masks is None else masks.report.ties,
         "floor": "" if cell.candidate is None or cell.candidate.floor == 0 else cell.candidate.floor,
-        "recipe": recipe_hash(cell.recipe, cell.data),
         "error": "",
         "notes": [] if masks is None else list(masks.report.notes),
         "layers": [] if masks is None else [{"name": r.name, "kept": r.kept, "total": r.total} for r in masks.layers()],
@@ -289,11 +302,6 @@ def recipe_hash(recipe: Recipe, data: DataSettings) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
 
 
-def result_path(directory: Path, cell: Cell) -> Path:
-    """Where the cell's result lies once it is done."""
-    return directory / "cells" / f"{cell.key()}.json"
-
-
 def run_grid(
     cells: Sequence[Cell],
     directory: Path,
@@ -304,135 +312,35 @@ def run_grid(
     profile: Path | None = None,
     on_cell: Callable[[int, Cell, Mapping[str, Any], bool], None] | None = None,
     on_event: Callable[[Event], None] | None = None,
-) -> list[dict[str, Any]]:
+) -> list[Result]:
     """Run every cell that has no result in `directory/cells` yet, and keep `directory/results.csv` up to date.
 
-    Masks that took many passes to find lie in `directory/masks`. A cell that fails (its training diverges, its criterion
-    cannot score the model) is recorded with its reason, and the others go on; the next start tries it again.
-
-    Args:
-        executor: where cells run, and how many at once; the results are the same but for seconds.
-        profile: see `run_jobs`.
-        on_cell: called with the number of cells done, the cell, its result, and whether it was found done.
-        on_event: called with what happens to each cell under its key; progress is the row of an epoch.
+    Masks that took many passes to find are kept in `directory/masks`. For cells that fail (a training that diverges, a
+    criterion that cannot score the model) and the arguments, see `run_cells`.
 
     Raises:
         AutoSparseError: a model or a scorer cannot work, or another process works on the directory.
     """
     cells = with_inputs(cells, data)
-    paths = [result_path(directory, cell) for cell in cells]
-    results = {path: read_json(path, "result") for path in paths if path.exists()}
-    fresh = {path: cell for path, cell in zip(paths, cells, strict=True) if path not in results}
-    for model in {cell.model.label(): cell.model for cell in fresh.values()}.values():
+    fresh = unfinished(cells, directory)
+    for model in {cell.model.label(): cell.model for cell in fresh}.values():
         check_prunable(build_model(model, data), data.to("cpu"))  # wrong input is told before hours are spent
-    candidates = [c.candidate for c in fresh.values() if c.candidate is not None]
+    candidates = [c.candidate for c in fresh if c.candidate is not None]
     for criterion in {
         c.base for candidate in candidates for c in (candidate, candidate.layer_densities) if c is not None
     }:
         if method_for(criterion) is None:
             criterion_for(criterion)
-    at = {path.stem: path for path in paths}
-    told = 0
-
-    def write() -> None:
-        write_results(directory / "results.csv", [results[path] for path in paths if path in results])
-
-    def tell(path: Path, cell: Cell, known: bool) -> None:
-        nonlocal told
-        told += 1
-        if on_cell is not None:
-            on_cell(told, cell, results[path], known)
-
-    def heard(event: Event) -> None:
-        book.note(event)
-        if on_event is not None:
-            on_event(event)
-        path = at[event.key]
-        if event.kind == "done":
-            results[path] = event.values["value"]
-        elif event.kind == "failed":
-            results[path] = _failed(fresh[path], event.values["error"])
-        else:
-            return
-        changed()
-        tell(path, fresh[path], False)
-
-    jobs = _jobs(fresh, directory, data if executor.kind == "inline" else None)
-    with journal(directory, at) as book, kept_up(write) as changed:
-        for path, cell in zip(paths, cells, strict=True):
-            if path not in fresh:
-                tell(path, cell, True)
-        run_jobs(jobs, executor, heard, device=device, planned=len(cells), profile=profile, folder=directory)
-    return [results[path] for path in paths]
-
-
-def _jobs(cells: Mapping[Path, Cell], directory: Path, data: ImageData | None) -> list[Job]:
-    """One job for each cell; those that take the masks of a search wait for the first, which does it."""
-    first: dict[str, str] = {}
-    jobs = []
-    for path, cell in cells.items():
-        masks = _stored(cell, directory / "masks")
-        searches = path.stem if masks is None or masks.exists() else first.setdefault(masks.stem, path.stem)
-        arguments = {"cell": cell, "path": path, "store": directory / "masks", "data": data}
-        jobs.append(Job(path.stem, do_cell, arguments, after=None if searches == path.stem else searches))
-    return jobs
-
-
-def do_cell(
-    cell: Cell,
-    path: Path,
-    store: Path,
-    data: ImageData | None,
-    *,
-    device: str,
-    progress: Callable[[Mapping[str, Any]], None],
-) -> dict[str, Any]:
-    """One cell as a job: its result, which lies at `path` then; `data` when the caller has it at hand."""
-    if path.exists():  # an earlier try was killed after its last line
-        return read_json(path, "result")
-    if data is None:
-        data = shared_data(cell.data, str(fabric_for(device).device))
-    state = path.with_suffix(".state")
-    try:
-        result = run_cell(cell, data, device=device, state=state, store=store, on_epoch=progress)
-    except AutoSparseStateError as error:  # the cell's settings are in its name: another version or other data wrote it
-        progress({"note": f"its state {state} is discarded, it starts anew ({error})"})
-        shutil.rmtree(state)
-        result = run_cell(cell, data, device=device, state=state, store=store, on_epoch=progress)
-    write_json(path, result)
-    shutil.rmtree(state, ignore_errors=True)
-    return result
-
-
-def _failed(cell: Cell, reason: str) -> dict[str, Any]:
-    return {
-        "model": cell.model.label(),
-        "data": cell.data.label(),
-        "criterion": cell.criterion,
-        "sparsity": cell.sparsity,
-        "seed": cell.seed,
-        "recipe": recipe_hash(cell.recipe, cell.data),
-        "error": reason,
-    }
+    how: dict[str, Any] = {"device": device, "executor": executor, "profile": profile}
+    write = partial(write_results, directory / "results.csv")
+    return run_cells(cells, directory, data, write, on_cell=on_cell, on_event=on_event, **how)
 
 
 def write_results(path: Path, results: Sequence[Mapping[str, Any]]) -> None:
     """`results.csv`: one row a cell, with the accuracy of the dense network of the same model and seed beside."""
     dense = {(r["model"], r["seed"]): r.get("accuracy") for r in results if r["criterion"] == "dense"}
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore", restval="", lineterminator="\n")
-    writer.writeheader()
-    for result in results:
-        row = {**result, "dense_accuracy": dense.get((result["model"], result["seed"]), "")}
-        writer.writerow({k: rounded(v) for k, v in row.items()})
-    with replace_file(path) as temporary:
-        temporary.write_text(text.getvalue(), encoding="utf-8")
-
-
-def rounded(value: Any) -> Any:
-    if isinstance(value, float):
-        return "" if math.isnan(value) else float(f"{value:.6g}")
-    return "" if value is None else value
+    rows = [{**r, "dense_accuracy": dense.get((r["model"], r["seed"]), "")} for r in results]
+    write_table(path, COLUMNS, rows)
 
 
 def failures(results: Sequence[Mapping[str, Any]]) -> Iterator[str]:

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import math
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
-from autosparse.errors import AutoSparseError, require
+from autosparse.errors import AutoSparseError, AutoSparseFailure, require
 from autosparse.experiment.candidates import Candidate, find_masks, identity, prepare_result
-from autosparse.files import fingerprint, read_json, replace_file, sha256, write_json
+from autosparse.files import fingerprint, sha256, write_csv, write_json
+from autosparse.jobs.cells import Progress, Result, run_cells
+from autosparse.jobs.executor import Event
 from autosparse.masks.mask import Masks
 from autosparse.network.diagnostics import Diagnosis, DiagnosticSettings, diagnose
 from autosparse.network.restore import private_copy
@@ -69,6 +71,74 @@ def states(criteria: Sequence[Candidate], masks: Path | None, prepare: Sequence[
     return found
 
 
+@dataclass(frozen=True)
+class Measurement:
+    """One state of a network as a cell of a grid; `of`: fingerprint of the network and its images."""
+
+    state: State
+    of: str
+    model: nn.Module
+    settings: DiagnosticSettings
+    sparsity: float | None
+    recipe: Recipe
+    seed: int
+    data: None = None
+    folder: ClassVar[str] = "states"
+
+    def key(self) -> str:
+        return self.state.key(self.of)
+
+    def row(self) -> dict[str, Any]:
+        return {"state": self.state.name, "criterion": self.state.criterion, "prepare": self.state.prepare}
+
+    def shared(self, directory: Path) -> Path | None:
+        """The masks before their preparation, found once for all preparations."""
+        pruned = self.state.pruned
+        return (
+            directory / "masks" / f"{State(pruned).key(self.of)}.safetensors" if isinstance(pruned, Candidate) else None
+        )
+
+    def run(self, directory: Path, data: ImageData, *, device: str, state: Path, progress: Progress) -> dict[str, Any]:
+        """Find the masks and diagnose; the model is left as it is."""
+        found, network = None, self.model
+        if self.state.pruned is not None:
+            found = self._find(directory, data, device)
+        if self.state.prepare is not None:
+            assert found is not None
+            network = private_copy(self.model)
+            found = prepare_result(network, data, self.state.prepare, found, self.seed)
+        diagnosis = diagnose(
+            network,
+            data.sample(self.settings.batch_size, self.settings.n_batches, self.seed),
+            None if found is None else found.masks,
+            samples=self.settings.samples,
+            iterations=self.settings.iterations,
+            tolerance=self.settings.tolerance,
+            seed=self.seed,
+        )
+        return {
+            **self.row(),
+            "network": figures(diagnosis),
+            "layers": [dataclasses.asdict(layer) for layer in diagnosis.layers],
+            "singular_values": diagnosis.singular_values.tolist(),
+        }
+
+    def _find(self, directory: Path, data: ImageData, device: str) -> SearchResult:
+        pruned = self.state.pruned
+        path = pruned if isinstance(pruned, Path) else self.shared(directory)
+        assert path is not None
+        if path.exists() or not isinstance(pruned, Candidate):
+            masks = Masks.load(path).to(data.device)
+            masks.check(self.model)
+            return SearchResult(masks, 0.0, 0.0)
+        how: dict[str, Any] = {"recipe": self.recipe, "seed": self.seed, "device": device}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # dead layers are in the result
+            found = find_masks(self.model, data, pruned, self.sparsity, state=path.with_suffix(".state"), **how)
+        found.masks.save(path)
+        return found
+
+
 def run_states(
     todo: Sequence[State],
     directory: Path,
@@ -80,8 +150,8 @@ def run_states(
     recipe: Recipe,
     seed: int = 0,
     device: str = "auto",
-    on_state: Callable[[int, dict[str, Any]], None] | None = None,
-) -> list[dict[str, Any]]:
+    on_cell: Callable[[int, Measurement, Result, bool], None] | None = None,
+) -> list[Result]:
     """Diagnose `model` in each state; those that are done, and masks that are found, are read from `directory`.
 
     Writes `states/*.json`, `masks/*.safetensors`, and of all states `diagnosis.json`, `diagnosis.csv` (a row for each layer
@@ -89,92 +159,33 @@ def run_states(
 
     Args:
         data: on the device of `model`.
-        on_state: is told the place of each state in `todo`, and its result.
+        on_cell: see `run_cells`.
+
+    Raises:
+        AutoSparseError, AutoSparseFailure: why a state cannot be diagnosed, after the others.
     """
-    results = []
     of = of_start(model, data)
-    for number, state in enumerate(todo):
-        path = directory / "states" / f"{state.key(of)}.json"
-        if path.exists():
-            result = read_json(path, "state")
-        else:
-            found, network = None, model
-            if state.pruned is not None:
-                found = _masks(state, directory, of, model, data, sparsity, recipe, seed, device)
-            if state.prepare is not None:
-                assert found is not None
-                network = private_copy(model)
-                found = prepare_result(network, data, state.prepare, found, seed)
-            masks = None if found is None else found.masks
-            batches = data.sample(settings.batch_size, settings.n_batches, seed)
-            diagnosis = diagnose(
-                network,
-                batches,
-                masks,
-                samples=settings.samples,
-                iterations=settings.iterations,
-                tolerance=settings.tolerance,
-                seed=seed,
-            )
-            result = _plain(state, diagnosis)
-            write_json(path, result)
-        results.append(result)
-        if on_state is not None:
-            on_state(number, result)
-    write_json(directory / "diagnosis.json", {"states": results})
-    layers = [{"state": result["state"], **layer} for result in results for layer in result["layers"]]
-    _write_csv(directory / "diagnosis.csv", layers)
-    _write_csv(directory / "summary.csv", [{"state": result["state"], **result["network"]} for result in results])
+    cells = [Measurement(state, of, model, settings, sparsity, recipe, seed) for state in todo]
+    failed: dict[str, Event] = {}
+
+    def on_event(event: Event) -> None:
+        if event.kind == "failed":
+            failed.setdefault(event.values["error"], event)
+
+    how: dict[str, Any] = {"device": device, "on_cell": on_cell, "on_event": on_event}
+    results = run_cells(cells, directory, data, partial(_write_all, directory), **how)
+    for reason, event in failed.items():
+        raise (AutoSparseError if event.values.get("mistake") else AutoSparseFailure)(reason)
     return results
 
 
-def _masks(
-    state: State,
-    directory: Path,
-    of: str,
-    model: nn.Module,
-    data: ImageData,
-    sparsity: float | None,
-    recipe: Recipe,
-    seed: int,
-    device: str,
-) -> SearchResult:
-    """The masks of a state before its preparation; found once for all preparations."""
-    if isinstance(state.pruned, Path):
-        masks = Masks.load(state.pruned).to(data.device)
-        masks.check(model)
-        return SearchResult(masks, 0.0, 0.0)
-    assert state.pruned is not None
-    key = State(state.pruned).key(of)
-    path = directory / "masks" / f"{key}.safetensors"
-    if path.exists():
-        return SearchResult(Masks.load(path).to(data.device), 0.0, 0.0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # dead layers stand in the result
-        found = find_masks(
-            model,
-            data,
-            state.pruned,
-            sparsity,
-            recipe=recipe,
-            seed=seed,
-            device=device,
-            state=directory / "masks" / f"{key}.state",
-        )
-    found.masks.save(path)
-    return found
-
-
-def _plain(state: State, diagnosis: Diagnosis) -> dict[str, Any]:
-    """A state's result as JSON holds it."""
-    return {
-        "state": state.name,
-        "criterion": state.criterion,
-        "prepare": state.prepare,
-        "network": figures(diagnosis),
-        "layers": [dataclasses.asdict(layer) for layer in diagnosis.layers],
-        "singular_values": diagnosis.singular_values.tolist(),
-    }
+def _write_all(directory: Path, results: Sequence[Result]) -> None:
+    done = [result for result in results if "network" in result]
+    if done:
+        write_json(directory / "diagnosis.json", {"states": done})
+        layers = [{"state": result["state"], **layer} for result in done for layer in result["layers"]]
+        write_csv(directory / "diagnosis.csv", layers)
+        write_csv(directory / "summary.csv", [{"state": result["state"], **result["network"]} for result in done])
 
 
 def figures(diagnosis: Diagnosis) -> dict[str, float]:
@@ -199,10 +210,3 @@ def figures(diagnosis: Diagnosis) -> dict[str, float]:
         "hessian_spread": max(hessians) / min(hessians) if hessians else math.nan,
         "hessians_converged": sum(measured) / len(measured) if measured else math.nan,
     }
-
-
-def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    with replace_file(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)

@@ -2,34 +2,32 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
 import json
 import re
-import shutil
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from autosparse.errors import AutoSparseError, AutoSparseFailure, AutoSparseStateError, of_state, require
-from autosparse.experiment.benchmark import build_model, rounded, with_inputs
+from autosparse.errors import AutoSparseError, AutoSparseFailure, of_state, require
+from autosparse.experiment.benchmark import build_model, with_inputs
 from autosparse.experiment.candidates import Candidate, find_masks, identity
-from autosparse.files import fingerprint, read_json, read_safetensors, replace_file, write_json, write_safetensors
-from autosparse.jobs.executor import INLINE, Event, ExecutorSettings, Job, run_jobs
-from autosparse.jobs.status import journal, kept_up
+from autosparse.files import fingerprint, read_json, read_safetensors, write_safetensors
+from autosparse.jobs.cells import Progress, Result, result_path, run_cells, unfinished, write_table
+from autosparse.jobs.executor import INLINE, Event, ExecutorSettings
 from autosparse.masks.mask import Masks
 from autosparse.network.size import size
 from autosparse.report.rows import Table, in_percent, stat
 from autosparse.trainability.shrink import remove
 from autosparse.trainability.stored import save_weights
 from autosparse.trainability.tpp import Ratio, TPPSettings, filter_densities, push_out
-from autosparse.training.data import DataSettings, ImageData, shared_data
-from autosparse.training.loop import check_fits, evaluate, fabric_for, full_state, put_back
+from autosparse.training.data import DataSettings, ImageData
+from autosparse.training.loop import check_fits, evaluate, full_state, put_back
 from autosparse.training.models import ModelSettings
 from autosparse.training.recipe import Recipe
 from autosparse.training.threads import threads_for
@@ -83,6 +81,7 @@ class Thinning:
     tpp: TPPSettings | None = None
     finetune: Recipe | None = None
     inputs: str = ""
+    folder: ClassVar[str] = "networks"
 
     @property
     def ratio_label(self) -> str:
@@ -108,11 +107,26 @@ class Thinning:
         digest = fingerprint(values)[:10]
         return f"{self.model.label()}_{re.sub(r'[^A-Za-z0-9.-]+', '_', name)[:60]}_s{self.seed}_{digest}"
 
+    def row(self) -> dict[str, Any]:
+        """What names the network in the table."""
+        return {
+            "model": self.model.label(),
+            "data": self.data.label(),
+            "method": self.method or "dense",
+            "ratio": self.ratio_label,
+            "seed": self.seed,
+        }
 
-def result_path(directory: Path, thinning: Thinning) -> Path:
-    """Where the result lies once it is done; beside it the network's weights (`.safetensors`) and masks
-    (`.masks.safetensors`)."""
-    return directory / "networks" / f"{thinning.key()}.json"
+    def shared(self, directory: Path) -> Path | None:
+        """The result of the dense training."""
+        return result_path(directory, self.dense())
+
+    def run(self, directory: Path, data: ImageData, *, device: str, state: Path, progress: Progress) -> dict[str, Any]:
+        """Train it; its weights (`.safetensors`) and masks (`.masks.safetensors`) are written beside the result."""
+        model = build_model(self.model, data, self.seed).to(data.device)
+        train_network = _train_dense if self.method is None else _make_smaller
+        with threads_for(model, data, self.recipe.batch_size):
+            return train_network(self, model, directory, data, device, state, progress)
 
 
 def thinnings(
@@ -153,86 +167,23 @@ def run_thinnings(
     device: str = "auto",
     executor: ExecutorSettings = INLINE,
     on_event: Callable[[Event], None] | None = None,
-) -> list[dict[str, Any]]:
-    """Run what has no result in `directory/networks` yet, and keep `directory/results.csv` up to date.
+) -> list[Result]:
+    """Run what has no result in `directory/networks` yet, and keep `directory/results.csv` up to date; see `run_cells`.
 
-    There lie the smaller networks too, each beside its masks. One that fails is recorded with its reason, and
-    the others go on; the next start tries it again.
+    The smaller networks and their masks are written there too.
 
     Raises:
         AutoSparseError: the network cannot take the images, a ratio fits no layer, or another process works on the
             directory.
     """
     todo = with_inputs(todo, data)
-    paths = [result_path(directory, thinning) for thinning in todo]
-    results = {path: read_json(path, "result") for path in paths if path.exists()}
-    fresh = {path: thinning for path, thinning in zip(paths, todo, strict=True) if path not in results}
-    for ratio, thinning in {t.ratio_label: t for t in fresh.values()}.items():
+    for ratio, thinning in {t.ratio_label: t for t in unfinished(todo, directory)}.items():
         model = build_model(thinning.model, data)  # wrong input is told before hours are spent
         check_fits(model, data.to("cpu"))
         if ratio:
             filter_densities(model, data.normalise(data.train.images[:2]).cpu(), thinning.ratio)
-    at = {path.stem: path for path in paths}
-
-    def write() -> None:
-        write_results(directory / "results.csv", [results[path] for path in paths if path in results])
-
-    def heard(event: Event) -> None:
-        book.note(event)
-        if event.kind == "done":
-            results[at[event.key]] = event.values["value"]
-        elif event.kind == "failed":
-            results[at[event.key]] = {**_names(fresh[at[event.key]]), "error": event.values["error"]}
-        if on_event is not None:
-            on_event(event)
-        changed()
-
-    here = data if executor.kind == "inline" else None
-    jobs = [
-        Job(
-            path.stem,
-            do_thinning,
-            {"thinning": thinning, "directory": directory, "data": here},
-            after=None if thinning.method is None else result_path(directory, thinning.dense()).stem,
-        )
-        for path, thinning in fresh.items()
-    ]
-    with journal(directory, at) as book, kept_up(write) as changed:
-        run_jobs(jobs, executor, heard, device=device, planned=len(todo), folder=directory)
-    return [results[path] for path in paths]
-
-
-def do_thinning(
-    thinning: Thinning,
-    directory: Path,
-    data: ImageData | None,
-    *,
-    device: str,
-    progress: Callable[[Mapping[str, Any]], None],
-) -> dict[str, Any]:
-    """One thinning as a job: its result, which lies in its place then; `data` when the caller has it at hand."""
-    path = result_path(directory, thinning)
-    if path.exists():  # an earlier try was killed after its last line
-        return read_json(path, "result")
-    if data is None:
-        data = shared_data(thinning.data, str(fabric_for(device).device))
-    state = path.with_suffix(".state")
-    run = _train_dense if thinning.method is None else _make_smaller
-    model = build_model(thinning.model, data, thinning.seed).to(data.device)
-    with threads_for(model, data, thinning.recipe.batch_size):
-        try:
-            result = run(thinning, model, directory, data, device, state, progress)
-        except AutoSparseStateError as error:  # the settings are in the name: another version or other data wrote it
-            progress({"note": f"its state {state} is discarded, it starts anew ({error})"})
-            shutil.rmtree(state)
-            model = build_model(thinning.model, data, thinning.seed).to(data.device)
-            result = run(thinning, model, directory, data, device, state, progress)
-    write_json(path, result)
-    shutil.rmtree(state, ignore_errors=True)
-    return result
-
-
-Progress = Callable[[Mapping[str, Any]], None]
+    write = partial(write_table, directory / "results.csv", COLUMNS)
+    return run_cells(todo, directory, data, write, device=device, executor=executor, on_event=on_event)
 
 
 def _train_dense(
@@ -250,7 +201,7 @@ def _train_dense(
     write_safetensors(result_path(directory, thinning).with_suffix(".safetensors"), full_state(model), _SCHEMA)
     before = size(model, data.normalise(data.train.images[:2]))
     return {
-        **_names(thinning),
+        **thinning.row(),
         "dense_accuracy": trained.accuracy,
         "accuracy": trained.accuracy,
         "parameters_before": before.parameters,
@@ -321,7 +272,7 @@ def _make_smaller(
     masks.save(path.with_suffix(".masks.safetensors"))
     save_weights(path.with_suffix(".safetensors"), smaller)
     return {
-        **_names(thinning),
+        **thinning.row(),
         "dense_accuracy": dense["accuracy"],
         "ramp_accuracy": float(figures["accuracy"]),
         "removed_accuracy": removed_accuracy,
@@ -357,27 +308,6 @@ def _choose(thinning: Thinning, model: nn.Module, data: ImageData, example: Tens
 
 def _staged(stage: str, progress: Progress) -> Callable[[dict[str, float]], None]:
     return lambda row: progress({"stage": stage, **row})
-
-
-def _names(thinning: Thinning) -> dict[str, Any]:
-    return {
-        "model": thinning.model.label(),
-        "data": thinning.data.label(),
-        "method": thinning.method or "dense",
-        "ratio": thinning.ratio_label,
-        "seed": thinning.seed,
-    }
-
-
-def write_results(path: Path, results: Sequence[Mapping[str, Any]]) -> None:
-    """`results.csv`: one row a network."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore", restval="", lineterminator="\n")
-    writer.writeheader()
-    for result in results:
-        writer.writerow({key: rounded(value) for key, value in result.items()})
-    with replace_file(path) as temporary:
-        temporary.write_text(text.getvalue(), encoding="utf-8")
 
 
 def summary(results: Sequence[Mapping[str, Any]]) -> Table:

@@ -57,10 +57,11 @@ def kept_up(write: Callable[[], None]) -> Iterator[Callable[[], None]]:
 
 
 class Journal:
-    """Writes down who runs what and what failed; what is done the results themselves say."""
+    """Writes down which jobs run and which failed; those that are done are known by their results."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, on_event: Callable[[Event], None] | None = None) -> None:
         self._path = folder / "live.json"
+        self._on_event = on_event
         self._running: dict[str, dict[str, Any]] = {}
         self._failed: dict[str, dict[str, Any]] = {}
         self._writing = threading.Lock()  # else an older state could be written after a newer one
@@ -79,6 +80,8 @@ class Journal:
         if event.kind == "failed":
             self._failed[event.key] = {k: v for k, v in event.values.items() if k in ("error", "traceback")}
         self.changed()
+        if self._on_event is not None:
+            self._on_event(event)
 
     def write(self) -> None:
         """A disk that is full must not stop the work."""
@@ -88,8 +91,12 @@ class Journal:
 
 
 @contextmanager
-def journal(directory: Path, jobs: Mapping[str, Path]) -> Iterator[Journal]:
+def journal(
+    directory: Path, jobs: Mapping[str, Path], on_event: Callable[[Event], None] | None = None
+) -> Iterator[Journal]:
     """Be the one process that works on `directory`: `jobs` are the keys of all its jobs and the result file of each.
+
+    `on_event` is called with each event after it is noted.
 
     Raises:
         AutoSparseError: another process works on it.
@@ -108,7 +115,7 @@ def journal(directory: Path, jobs: Mapping[str, Path]) -> Iterator[Journal]:
     try:
         _clear(directory, {path.parent for path in jobs.values()})
         write_json(folder / "plan.json", {key: os.path.relpath(path, directory) for key, path in jobs.items()})
-        book = Journal(folder)
+        book = Journal(folder, on_event)
         with kept_up(book.write) as book.changed:
             yield book
     finally:

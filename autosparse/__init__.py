@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from autosparse.network.diagnostics import diagnose
     from autosparse.pruning.criteria import Context, Criterion, Preset
     from autosparse.pruning.warmup import warmup
+    from autosparse.scorers.kinds import ScorerKind
     from autosparse.scorers.loading import load_scorer
     from autosparse.search.irp import IRPSettings, irp
     from autosparse.search.method import Method, SearchResult
@@ -45,6 +46,7 @@ _WHERE = {
     "NM": "autosparse.masks.granularity",
     "Preset": "autosparse.pruning.criteria",
     "Recipe": "autosparse.training.recipe",
+    "ScorerKind": "autosparse.scorers.kinds",
     "SearchResult": "autosparse.search.method",
     "diagnose": "autosparse.network.diagnostics",
     "export": "autosparse.trainability.export",
@@ -71,6 +73,7 @@ __all__ = [
     "Method",
     "Preset",
     "Recipe",
+    "ScorerKind",
     "SearchResult",
     "diagnose",
     "export",

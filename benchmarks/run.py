@@ -46,8 +46,9 @@ from autosparse.pruning.criteria import Context
 from autosparse.scorers import heads
 from autosparse.scorers.features import DEFAULT
 from autosparse.scorers.image import FEATURES, ImageScorer
+from autosparse.scorers.kinds import build_network
 from autosparse.scorers.records import Record, read_record, write_record
-from autosparse.scorers.scorer import Scorer, build_network
+from autosparse.scorers.scorer import Scorer
 from autosparse.trainability.shrink import remove
 from autosparse.training.data import ImageData, Split
 from autosparse.training.models import ModelSettings, create_model

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 
-from autosparse import Context, Method, Preset, SearchResult, prune, train
+from autosparse import Context, Method, Preset, ScorerKind, SearchResult, prune, train
 from autosparse.pruning.criteria import HandMade
+from autosparse.scorers.mlp import Standard, by_rows
 
 
 def largest(signals: dict[str, dict[str, Tensor]], context: Context) -> dict[str, Tensor]:
@@ -64,3 +65,25 @@ def short(
 
 
 method = Method(ShortSettings, short)
+
+
+class Straight(nn.Module):
+    """One Linear layer on the features, times a constant."""
+
+    def __init__(self, inputs: int, outputs: int, scale: float = 1.0) -> None:
+        super().__init__()
+        self.inputs, self.linear, self.scale = Standard(inputs), nn.Linear(inputs, outputs), scale
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return self.scale * self.linear(self.inputs(rows))
+
+    def outputs(self, view: Any) -> Any:
+        return by_rows(self, view)
+
+
+class StraightKind(ScorerKind):
+    def build(self, features: Any, outputs: int, options: Any) -> nn.Module:
+        return Straight(len(features), outputs, **options)
+
+
+kind = StraightKind()

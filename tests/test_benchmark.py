@@ -29,7 +29,8 @@ from autosparse.jobs.cells import result_path
 from autosparse.masks.mask import Masks
 from autosparse.pruning.prune import describe
 from autosparse.scorers.features import DEFAULT
-from autosparse.scorers.scorer import Scorer, build_network
+from autosparse.scorers.kinds import build_network
+from autosparse.scorers.scorer import Scorer
 from autosparse.search import irp
 from autosparse.search import irp as irp_module
 from autosparse.search.dissipating import CombinedSettings, DissipatingSettings

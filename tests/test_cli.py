@@ -24,7 +24,8 @@ from autosparse.cli import app, main
 from autosparse.files import read_json
 from autosparse.scorers import scorer
 from autosparse.scorers.features import DEFAULT
-from autosparse.scorers.scorer import Scorer, build_network
+from autosparse.scorers.kinds import build_network
+from autosparse.scorers.scorer import Scorer
 from autosparse.training.models import create_model
 from autosparse.training.train import train
 

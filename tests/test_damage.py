@@ -23,9 +23,10 @@ from autosparse.files import HASH, files_under, read_json, read_safetensors, wri
 from autosparse.masks.layers import Layer
 from autosparse.masks.mask import MaskReport, Masks
 from autosparse.scorers.card import Card
+from autosparse.scorers.kinds import build_network
 from autosparse.scorers.loading import bundled
 from autosparse.scorers.records import Record, read_record, write_record
-from autosparse.scorers.scorer import Scorer, build_network, read_scorer
+from autosparse.scorers.scorer import Scorer, read_scorer
 from autosparse.trainability.stored import load_network, load_weights, save_network, save_weights
 from autosparse.training import loop
 

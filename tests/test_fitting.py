@@ -13,6 +13,7 @@ import torch
 from planted import plant
 from torch import Tensor, nn
 
+from autosparse import prune
 from autosparse.errors import AutoSparseError, AutoSparseFailure
 from autosparse.scorers import fitting
 from autosparse.scorers import rows as rows_module
@@ -21,7 +22,7 @@ from autosparse.scorers.features import DEFAULT, of_weights
 from autosparse.scorers.fitting import fit, fit_parts
 from autosparse.scorers.records import read_record, write_record
 from autosparse.scorers.rows import FitSettings, Rows, Source, open_source
-from autosparse.scorers.scorer import Scorer
+from autosparse.scorers.scorer import Scorer, read_scorer
 from autosparse.scorers.splits import Parts, folds, split_records
 
 torch.set_num_threads(1)
@@ -342,8 +343,8 @@ def test_a_diverging_fit_fails_in_one_line(records: list[Path]) -> None:
         ({"test_share": 0.0}, "fit.test_share is 0.0"),
         ({"rows_per_record": 0}, "fit.rows_per_record is 0"),
         ({"memory_gib": 0.0}, "fit.memory_gib is 0.0"),
-        ({"scorer": "cnn"}, "fit.scorer is 'cnn': known: mlp, gnn, image"),
-        ({"scorer": "image", "features": ("weight",)}, "an image scorer takes its own only"),
+        ({"scorer": "cnn"}, "fit.scorer is 'cnn': "),
+        ({"scorer": "image", "features": ("weight",)}, "a scorer of kind image takes its own only"),
         ({"backbone": "resnet19"}, "fit.backbone is 'resnet19': known: resnet18"),
         ({"width": 0}, "fit.width is 0"),
         ({"rounds": -1}, "fit.rounds is -1"),
@@ -436,3 +437,24 @@ def test_the_same_record_given_twice_counts_once(records: list[Path], tmp_path: 
     alone = fit(records, replace(QUICK, epochs=1)).card
     assert [r["name"] for r in card.records] == ["0.h5", "1.h5", "2.h5"]
     assert (card.corpus, card.history, card.test) == (alone.corpus, alone.history, alone.test)
+
+
+def test_a_kind_from_outside(tmp_path: Path) -> None:
+    """Fitted, saved under its name, loaded and used to prune, like a kind of the package."""
+    records = [plant(tmp_path / f"{seed}.h5", seed) for seed in range(3)]
+    settings = replace(QUICK, scorer="outside:kind", options={"scale": 2.0}, epochs=10)
+    scorer = fit(records, settings, name="straight")
+    assert scorer.card.history[-1]["train_loss"] < scorer.card.history[0]["train_loss"] and scorer.network.scale == 2
+    scorer.save(tmp_path / "straight.safetensors")
+    loaded = read_scorer(tmp_path / "straight.safetensors")
+    assert (loaded.kind, loaded.options, loaded.network.scale) == ("outside:kind", {"scale": 2.0}, 2)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))
+    batches = [(torch.randn(16, 6), torch.arange(16) % 4)]
+    assert prune(model, 0.5, loaded, batches=batches) == prune(model, 0.5, scorer, batches=batches)
+    for name, message in {
+        "outside:preset": "fit.scorer is 'outside:preset': it must be a ScorerKind",
+        "outside:gone": "no attribute 'gone'",
+        "rule": "fit.scorer is 'rule': known: mlp, gnn, image",
+    }.items():
+        with pytest.raises(AutoSparseError, match=message):
+            replace(settings, scorer=name)

@@ -18,8 +18,9 @@ from autosparse.pruning.criteria import Context
 from autosparse.scorers import features as features_module
 from autosparse.scorers.card import OWN
 from autosparse.scorers.features import DEFAULT, View, channel_index, of_weights
-from autosparse.scorers.fitting import _Task, fit
+from autosparse.scorers.fitting import fit
 from autosparse.scorers.gnn import BETWEEN, EDGE_INPUTS, KINDS, GNNScorer, batch, network_data, node_inputs
+from autosparse.scorers.kinds import kind_for
 from autosparse.scorers.records import read_record
 from autosparse.scorers.rows import FitSettings, Rows, as_signals, open_source
 from autosparse.scorers.scorer import Scorer
@@ -289,11 +290,12 @@ def test_training_sees_what_scoring_sees(tmp_path: Path) -> None:
         plant(tmp_path / "b.h5", 2, sizes=((6, 5), (4, 6, 3, 3))),
     ]
     settings = FitSettings(scorer="gnn", batch_size=10**6, records_per_step=2)
-    part = Rows([open_source(p, DEFAULT, graph=True) for p in paths], of_weights(DEFAULT), settings, 2)
+    part = Rows([open_source(p, DEFAULT, kind=kind_for("gnn")) for p in paths], of_weights(DEFAULT), settings, 2)
     model = network()
     (table,) = part.epoch(part.load(), torch.Generator().manual_seed(0))
     with torch.no_grad():
-        found = _Task(part, torch.device("cpu"))._predict(model, table)
+        data = [source.data for source in part.sources]
+        found = kind_for("gnn").predict(model, table, data, torch.device("cpu"))
     for owner, path in enumerate(paths):
         record = read_record(path)
         view = View.of(DEFAULT, record.layers, as_signals(record), record.graph())

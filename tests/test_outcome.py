@@ -15,6 +15,7 @@ from autosparse.cli import main
 from autosparse.errors import AutoSparseError, AutoSparseFailure
 from autosparse.files import read_json
 from autosparse.scorers.features import check_features
+from autosparse.scorers.kinds import build_network
 from autosparse.scorers.mlp import MLPScorer
 from autosparse.scorers.outcome import (
     OutcomeSettings,
@@ -28,7 +29,7 @@ from autosparse.scorers.outcome import (
     starting_point,
     tune,
 )
-from autosparse.scorers.scorer import Scorer, build_network, read_scorer
+from autosparse.scorers.scorer import Scorer, read_scorer
 from autosparse.training.data import DataSettings
 from autosparse.training.models import ModelSettings
 from autosparse.training.recipe import Recipe

@@ -27,9 +27,10 @@ from autosparse.scorers.card import OWN
 from autosparse.scorers.features import DEFAULT, FEATURES, VERSION, check_features
 from autosparse.scorers.fitting import fit
 from autosparse.scorers.heads import HEADS
+from autosparse.scorers.kinds import FITTED
 from autosparse.scorers.records import read_record, write_record
 from autosparse.scorers.rows import FitSettings, as_signals
-from autosparse.scorers.scorer import FITTED, Scorer, read_scorer
+from autosparse.scorers.scorer import Scorer, read_scorer
 
 torch.set_num_threads(1)
 

@@ -15,16 +15,13 @@ from torch import Tensor, nn
 from autosparse.errors import AutoSparseFailure
 from autosparse.files import sha256
 from autosparse.masks.random import make_generator, seeded
-from autosparse.scorers import heads, image
+from autosparse.scorers import heads
 from autosparse.scorers.card import Card
 from autosparse.scorers.corpus import hash_of
 from autosparse.scorers.evaluation import evaluate, means
-from autosparse.scorers.features import (
-    of_weights,
-)
 from autosparse.scorers.mlp import Moments
-from autosparse.scorers.rows import TABLE, FitSettings, Rows, Source, Table, features_of, open_sources
-from autosparse.scorers.scorer import Scorer, build_network
+from autosparse.scorers.rows import FitSettings, Rows, Source, Table, features_of, open_sources
+from autosparse.scorers.scorer import Scorer
 from autosparse.scorers.splits import Parts, folds, split_records
 from autosparse.training.threads import threads_of_step
 
@@ -105,27 +102,19 @@ def fit_parts(
     """`fit` of records that are open already and split; also the rows of `evaluation.evaluate` on those that judge."""
     clock = time.perf_counter()
     features = features_of(fit_settings)
-    columns = of_weights(features) if fit_settings.scorer == "gnn" else features
+    kind = fit_settings.kind
 
     def part(which: Sequence[int]) -> Rows:
-        group = fit_settings.records_per_step if fit_settings.scorer == "gnn" else max(len(which), 1)
-        return Rows([sources[i] for i in which], columns, fit_settings, group)
+        group = kind.records_per_step(fit_settings, len(which))
+        return Rows([sources[i] for i in which], kind.columns(features), fit_settings, group)
 
     with seeded(fit_settings.seed, "initialization of a scorer"):
-        if fit_settings.scorer == "image":
-            network: nn.Module = image.ImageScorer(heads.outputs(fit_settings.head), fit_settings.backbone)
-        else:
-            network = build_network(
-                fit_settings.scorer, features, heads.outputs(fit_settings.head), fit_settings.options()
-            )
-        # A weight of a row's network is used once for each row; an image's for each of its points.
-        uses = 1_000_000 if fit_settings.scorer == "image" else fit_settings.batch_size
-        with threads_of_step(sum(p.numel() for p in network.parameters()) * uses):
+        network = kind.to_fit(features, heads.outputs(fit_settings.head), fit_settings)
+        with threads_of_step(sum(p.numel() for p in network.parameters()) * kind.uses(fit_settings)):
             history, kept = _train(
                 network, part(parts.fit), part(parts.validation), fit_settings, torch.device(device), on_epoch
             )
-        if isinstance(network, image.ImageScorer):
-            network = network.table(TABLE)
+        network = kind.to_save(network)
     network.cpu().eval()
     first = sources[0].config.get("signals", {})
     scorer = Scorer(
@@ -135,7 +124,7 @@ def fit_parts(
         features,
         int(first.get("n_batches", 1)),
         int(first.get("batch_size", 128)),
-        fit_settings.options(),
+        kind.options(fit_settings),
         positions=fit_settings.positions,
         warmup={"orders": first["warmup_orders"], "lr": first["warmup_lr"]} if "warmup_orders" in first else {},
         name=name,
@@ -234,26 +223,9 @@ class _Task:
     def loss(self, network: nn.Module, table: Table) -> Tensor:
         settings, device = self._part.settings, self._device
         owner, y = table.owner.to(device), table.y.to(device)
-        predicted = self._predict(network, table)
+        data = [source.data for source in self._part.sources]
+        predicted = settings.kind.predict(network, table, data, device)
         return heads.loss(settings.head, predicted, self._survived[owner, y], self._fell[owner, y], settings.balance)
-
-    def _predict(self, network: nn.Module, table: Table) -> Tensor:
-        x = table.x.to(self._device)
-        if self._part.settings.scorer != "gnn":
-            return network(x)
-        from autosparse.scorers.gnn import batch
-
-        members, owner = table.owner.unique(return_inverse=True)
-        data = [self._part.sources[i].data for i in members.tolist()]
-        u_layer, u_out, u_in, share = network.encode(batch(data).to(self._device))  # type: ignore[operator]
-        index = []
-        for column, sizes in enumerate(
-            ([len(d.x) for d in data], [len(d.out_stats) for d in data], [len(d.in_stats) for d in data])
-        ):
-            starts = torch.tensor([0, *sizes[:-1]]).cumsum(0)
-            index.append((starts[owner] + table.place[:, column]).to(self._device))
-        place = u_layer[index[0]] + u_out[index[1]] + u_in[index[2]]
-        return network(x, place, share[index[0]])
 
 
 @torch.no_grad()
@@ -272,13 +244,4 @@ def _standardise(network: nn.Module, part: Rows, held: Sequence[Table] | None, g
     own = Moments(len(part.features))
     for table in part.epoch(held, generator):
         own.see(table.x)
-    network.inputs.set(own)  # type: ignore[union-attr, operator]
-    if part.settings.scorer == "gnn":
-        data = [source.data for source in part.sources]
-        nodes, stats = Moments(data[0].x.shape[1]), Moments(2 * len(part.features))
-        for one in data:
-            nodes.see(one.x)
-            stats.see(one.out_stats)
-            stats.see(one.in_stats)
-        network.node_inputs.set(nodes)  # type: ignore[union-attr, operator]
-        network.channel_inputs.set(stats)  # type: ignore[union-attr, operator]
+    part.settings.kind.standardise(network, own, [source.data for source in part.sources])

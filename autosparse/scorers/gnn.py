@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from autosparse.errors import warn
+from autosparse.errors import require, warn
 from autosparse.network.graph import Graph
 from autosparse.scorers.features import View, channel_index, channel_sums, channels, of_weights
-from autosparse.scorers.mlp import Outputs, Standard
+from autosparse.scorers.kinds import ScorerKind
+from autosparse.scorers.mlp import Moments, Outputs, Standard
 
 with warnings.catch_warnings():  # that torch.jit will go is not the user's business
     warnings.simplefilter("ignore", FutureWarning)
@@ -203,3 +204,47 @@ class GNNScorer(nn.Module):
                 for place in places:
                     shaped += place[start:stop] if len(place) > 1 else place
                 yield name, start, stop, self._rest(x, share[index])
+
+
+class _GNN(ScorerKind):
+    def options(self, settings: Any) -> dict[str, Any]:
+        return {"width": settings.width, "rounds": settings.rounds}
+
+    def build(self, features: Sequence[str], outputs: int, options: Mapping[str, Any]) -> nn.Module:
+        own = len(of_weights(features))
+        require(own > 0, "fit.features", list(features), "a gnn needs features of the weights too")
+        return GNNScorer(own, node_inputs(features), outputs, **options)
+
+    def columns(self, features: Sequence[str]) -> tuple[str, ...]:
+        return of_weights(features)
+
+    def data(self, view: View) -> NetworkData:
+        return network_data(view)
+
+    def records_per_step(self, settings: Any, records: int) -> int:
+        return settings.records_per_step
+
+    def standardise(self, network: nn.Module, moments: Moments, data: Sequence[NetworkData]) -> None:
+        super().standardise(network, moments, data)
+        nodes, stats = Moments(data[0].x.shape[1]), Moments(data[0].out_stats.shape[1])
+        for one in data:
+            nodes.see(one.x)
+            stats.see(one.out_stats)
+            stats.see(one.in_stats)
+        network.node_inputs.set(nodes)  # type: ignore[union-attr, operator]
+        network.channel_inputs.set(stats)  # type: ignore[union-attr, operator]
+
+    def predict(self, network: nn.Module, table: Any, data: Sequence[NetworkData], device: torch.device) -> Tensor:
+        members, owner = table.owner.unique(return_inverse=True)
+        data = [data[i] for i in members.tolist()]
+        u_layer, u_out, u_in, share = network.encode(batch(data).to(device))  # type: ignore[operator]
+        sizes = [len(d.x) for d in data], [len(d.out_stats) for d in data], [len(d.in_stats) for d in data]
+        index = []
+        for column, counts in enumerate(sizes):
+            starts = torch.tensor([0, *counts[:-1]]).cumsum(0)
+            index.append((starts[owner] + table.place[:, column]).to(device))
+        place = u_layer[index[0]] + u_out[index[1]] + u_in[index[2]]
+        return network(table.x.to(device), place, share[index[0]])
+
+
+KIND = _GNN()

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from autosparse.errors import AutoSparseError, suggest
 from autosparse.scorers.features import View
+from autosparse.scorers.kinds import ScorerKind
 from autosparse.scorers.mlp import Outputs, Standard, by_rows
 
 NETWORKS = ("resnet18", "resnet50", "vgg19")
 FEATURES = ("raw_weight", "raw_gradient")
 MOST_ROWS = 20_000  # to fit on: 150 weights a second on two CPU cores
+TABLE = 128  # points of the table along each of its two inputs
 _FINE = 0.1  # standard deviations around the mean within which a table's points are equally far apart
 
 
@@ -61,7 +66,7 @@ class TableScorer(nn.Module):
     high: Tensor
     values: Tensor
 
-    def __init__(self, outputs: int, size: int = 128) -> None:
+    def __init__(self, outputs: int, size: int = TABLE) -> None:
         super().__init__()
         self.register_buffer("center", torch.zeros(2))
         self.register_buffer("scale", torch.ones(2))
@@ -93,3 +98,29 @@ class TableScorer(nn.Module):
     def outputs(self, view: View) -> Outputs:
         """The outputs for every weight of a network, chunk by chunk."""
         return by_rows(self, view)
+
+
+class _Image(ScorerKind):
+    features = FEATURES
+
+    def options(self, settings: Any) -> dict[str, Any]:
+        return {"size": TABLE}
+
+    def build(self, features: Sequence[str], outputs: int, options: Mapping[str, Any]) -> nn.Module:
+        return TableScorer(outputs, **options)
+
+    def to_fit(self, features: Sequence[str], outputs: int, settings: Any) -> nn.Module:
+        return ImageScorer(outputs, settings.backbone)
+
+    def to_save(self, network: nn.Module) -> nn.Module:
+        assert isinstance(network, ImageScorer)
+        return network.table(TABLE)
+
+    def rows_per_record(self, settings: Any, records: int) -> int | None:
+        return min(settings.rows_per_record or MOST_ROWS, max(1, MOST_ROWS // records))
+
+    def uses(self, settings: Any) -> int:
+        return 1_000_000  # an image network uses a weight once for each of its points, not once a row
+
+
+KIND = _Image()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from autosparse.scorers.features import View
+from autosparse.scorers.kinds import ScorerKind
 
 Outputs = Iterator[tuple[str, int, int, Tensor]]  # layer, range of its first dimension, (n, K) for the weights there
 
@@ -99,3 +101,19 @@ class NoNetwork(nn.Module):
 
     def outputs(self, view: View) -> Outputs:
         return by_rows(lambda rows: rows.new_zeros(len(rows), 1), view)
+
+
+class _MLP(ScorerKind):
+    def options(self, settings: Any) -> dict[str, Any]:
+        return {"hidden": list(settings.hidden)}
+
+    def build(self, features: Sequence[str], outputs: int, options: Mapping[str, Any]) -> nn.Module:
+        return MLPScorer(len(features), outputs, **options)
+
+
+class _Rule(ScorerKind):
+    def build(self, features: Sequence[str], outputs: int, options: Mapping[str, Any]) -> nn.Module:
+        return NoNetwork()
+
+
+KIND, RULE = _MLP(), _Rule()

@@ -6,7 +6,7 @@ import json
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,20 +30,20 @@ from autosparse.scorers.features import (
     rows,
     signals_of,
 )
+from autosparse.scorers.kinds import FITTED, KINDS, ScorerKind, kind_for
 from autosparse.scorers.records import Record, distinct, open_record, read_record
-from autosparse.scorers.scorer import FITTED
 
 UNITS = ("run", "model")  # what is kept whole: never is one in two parts
 _BLOCK = 1 << 16  # rows that are read at a time
-TABLE = 128  # points of an image scorer's table along each of its two inputs
 
 
 @settings
 class FitSettings:
     """How a scorer is fitted.
 
-    `scorer`: `"mlp"` (one weight at a time), `"gnn"` (the whole network) or `"image"` (the published form, for comparison:
-    its features are the raw weight and gradient, and it sees 20,000 weights in all). `head`: `"hazard"`,
+    `scorer`: `"mlp"` (one weight at a time), `"gnn"` (the whole network), `"image"` (the published form, for comparison:
+    its features are the raw weight and gradient, and it sees 20,000 weights in all), or a `ScorerKind` from outside as
+    `"package.module:name"`. `head`: `"hazard"`,
     `"cumulative"` or `"mse"`. `features`: names of features or groups (`autosparse list features`), `None` for the default
     ones. `hidden`: widths of the MLP. `width`, `rounds`: of the graph network, states and rounds of message passing.
     `backbone`: of the image scorer. `split`: the records that judge the scorer, and do nothing else: `"run"`, whole IRP
@@ -57,7 +57,7 @@ class FitSettings:
     `memory_gib`: above this the rows are streamed from the files instead of held. `positions` that the scorer chooses
     within layers: `"scores"`, or `"spread"`, `"spread_scores"`, `"spread_small"`, which leave its scores the layer
     densities and spread the weights over the channels (see `criteria.rearranged`). `folds`: fit so many more scorers
-    first, each without another part of the architectures, and judge them there.
+    first, each without another part of the architectures, and judge them there. `options`: of a kind from outside.
     """
 
     scorer: str = "mlp"
@@ -81,14 +81,20 @@ class FitSettings:
     memory_gib: float = 4.0
     positions: str = "scores"
     folds: int = 0
+    options: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
 
     def __post_init__(self) -> None:
-        require(self.scorer in FITTED, "fit.scorer", self.scorer, f"known: {', '.join(FITTED)}")
+        kind = kind_for(self.scorer)
+        require(
+            self.scorer not in KINDS or self.scorer in FITTED, "fit.scorer", self.scorer, f"known: {', '.join(FITTED)}"
+        )
         heads.outputs(self.head)
         if self.features is not None:
-            raw = check_features(self.features) == image.FEATURES
-            require(self.scorer != "image" or raw, "fit.features", self.features, "an image scorer takes its own only")
+            own = kind.features in (None, check_features(self.features))
+            require(
+                own, "fit.features", self.features, f"a scorer of kind {self.scorer} takes its own only; leave it out"
+            )
         require(len(self.hidden) >= 1 and min(self.hidden) >= 1, "fit.hidden", self.hidden, "give widths of at least 1")
         require(self.width >= 1, "fit.width", self.width, "give at least 1")
         require(self.rounds >= 0, "fit.rounds", self.rounds, "it must not be negative")
@@ -114,11 +120,9 @@ class FitSettings:
         require(self.folds == 0 or self.folds >= 2, "fit.folds", self.folds, "give 0, or at least 2")
         require(self.memory_gib > 0, "fit.memory_gib", self.memory_gib, "give a positive number")
 
-    def options(self) -> dict[str, Any]:
-        """Those of the network."""
-        if self.scorer == "mlp":
-            return {"hidden": list(self.hidden)}
-        return {"width": self.width, "rounds": self.rounds} if self.scorer == "gnn" else {"size": TABLE}
+    @property
+    def kind(self) -> ScorerKind:
+        return kind_for(self.scorer)
 
 
 @dataclass(frozen=True)
@@ -140,8 +144,8 @@ class Source:
         return sum(layer.numel for layer in self.layers.values())
 
 
-def open_source(path: Path, features: Sequence[str], *, graph: bool = False, tags: bool = False) -> Source:
-    """Open a record for fitting; with `graph` one pass over its weights is made.
+def open_source(path: Path, features: Sequence[str], *, kind: ScorerKind | None = None, tags: bool = False) -> Source:
+    """Open a record for fitting, with what scorers of `kind` need of the whole network.
 
     Raises:
         AutoSparseError: the record is missing, damaged, has no finished round, or lacks a signal.
@@ -150,11 +154,7 @@ def open_source(path: Path, features: Sequence[str], *, graph: bool = False, tag
     if record.rounds_done == 0:
         raise AutoSparseError(f"record {path} has no finished round: run autosparse generate on it again")
     view = View.of(features, record.layers, as_signals(record), record.graph() if record.operations else None)
-    data = None
-    if graph:
-        from autosparse.scorers.gnn import network_data
-
-        data = network_data(view)
+    data = None if kind is None else kind.data(view)
     found: frozenset[str] = frozenset()
     if tags:
         found = tags_of(record)
@@ -198,9 +198,7 @@ class Rows:
     group: int
 
     def share(self, source: Source) -> float:
-        limit = self.settings.rows_per_record
-        if self.settings.scorer == "image":
-            limit = min(limit or image.MOST_ROWS, max(1, image.MOST_ROWS // len(self.sources)))
+        limit = self.settings.kind.rows_per_record(self.settings, len(self.sources))
         return 1.0 if limit is None else min(1.0, limit / source.total)
 
     @property
@@ -287,15 +285,13 @@ class Rows:
 
 
 def features_of(fit_settings: FitSettings) -> tuple[str, ...]:
-    if fit_settings.scorer == "image":
-        return image.FEATURES
-    return check_features(fit_settings.features or DEFAULT)
+    return fit_settings.kind.features or check_features(fit_settings.features or DEFAULT)
 
 
 def open_sources(records: Sequence[Path], fit_settings: FitSettings) -> list[Source]:
-    features, graph = features_of(fit_settings), fit_settings.scorer == "gnn"
+    features = features_of(fit_settings)
     tags = fit_settings.split.startswith("tag:")
     once, notes = distinct(records)
     for note in notes:
         warnings.warn(note, stacklevel=3)
-    return [open_source(path, features, graph=graph, tags=tags) for path in once]
+    return [open_source(path, features, kind=fit_settings.kind, tags=tags) for path in once]

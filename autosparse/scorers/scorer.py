@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,10 @@ from autosparse.network.signals import Signals
 from autosparse.pruning.criteria import Context, Scores, ranks_within, rearranged
 from autosparse.scorers import heads
 from autosparse.scorers.card import Card, read_card
-from autosparse.scorers.features import VERSION, View, check_features, of_weights, signals_of
-from autosparse.scorers.image import TableScorer
-from autosparse.scorers.mlp import MLPScorer, NoNetwork
+from autosparse.scorers.features import VERSION, View, check_features, signals_of
+from autosparse.scorers.kinds import build_network
 
 SCHEMA = "autosparse.scorer/2"
-FITTED = ("mlp", "gnn", "image")
-KINDS = (*FITTED, "rule")
 DENSITIES = ("scores", "rule")
 
 
@@ -31,8 +28,8 @@ DENSITIES = ("scores", "rule")
 class Scorer:
     """A trained criterion: call it like any other, or give it to `prune`.
 
-    `kind`: `"mlp"` (one weight at a time), `"gnn"` (the whole network), `"image"` (the published form, as a table) or
-    `"rule"` (no network).
+    `kind`: `"mlp"` (one weight at a time), `"gnn"` (the whole network), `"image"` (the published form, as a table),
+    `"rule"` (no network), or a `ScorerKind` from outside as `"package.module:name"`.
     `options` are those of its network. `rule`: coefficients of the layers' features (`"layer_depth"`, …), learned from
     outcomes. `densities`: with `"scores"` the sum `Σ_f rule_f·x_f` is added to all scores of a layer and so moves its
     density; with `"rule"` that sum is the layer's log density, up to a constant and at most 0, and the scores order weights
@@ -113,24 +110,6 @@ class Scorer:
         }
         texts = {"config": json.dumps(config), "card": json.dumps(self.card.plain())}
         write_safetensors(Path(path), self.network.state_dict(), SCHEMA, **texts)
-
-
-def build_network(kind: str, features: Sequence[str], outputs: int, options: Mapping[str, Any]) -> nn.Module:
-    """An untrained network of a kind: its weights are drawn from the global RNG.
-
-    Raises:
-        AutoSparseError: an unknown kind, or features that it cannot take.
-    """
-    require(kind in KINDS, "fit.scorer", kind, f"known: {', '.join(KINDS)}")
-    if kind == "mlp":
-        return MLPScorer(len(features), outputs, **options)
-    if kind == "gnn":
-        from autosparse.scorers.gnn import GNNScorer, node_inputs
-
-        own = len(of_weights(features))
-        require(own > 0, "fit.features", list(features), "a gnn needs features of the weights too")
-        return GNNScorer(own, node_inputs(features), outputs, **options)
-    return NoNetwork() if kind == "rule" else TableScorer(outputs, **options)
 
 
 def read_scorer(path: str | Path) -> Scorer:

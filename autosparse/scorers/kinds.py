@@ -1,0 +1,102 @@
+"""What a kind of scorer is, and the table of all kinds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from autosparse.errors import AutoSparseError, require, suggest
+from autosparse.plugins import is_outside, load_outside
+
+if TYPE_CHECKING:
+    from autosparse.scorers.features import View
+    from autosparse.scorers.mlp import Moments
+    from autosparse.scorers.rows import FitSettings, Table
+
+
+class ScorerKind:
+    """How scorers of one kind are built, fitted and saved; a subclass changes what differs.
+
+    `features`: the only ones that the kind takes; `None`: any. The network of a kind has a buffer-holding module
+    `inputs` with a method `set(moments)`, and a method `outputs(view)` that yields what it predicts for every weight of a
+    network, see `scorers.mlp.by_rows`.
+    """
+
+    features: tuple[str, ...] | None = None
+
+    def options(self, settings: FitSettings) -> dict[str, Any]:
+        """What `build` needs beside features and outputs, as plain values: they are saved with the scorer."""
+        return dict(settings.options)
+
+    def build(self, features: Sequence[str], outputs: int, options: Mapping[str, Any]) -> nn.Module:
+        """A network with `outputs` numbers for each weight; its initial weights are drawn from the global generator.
+
+        Raises:
+            AutoSparseError: features that it cannot take.
+        """
+        raise NotImplementedError
+
+    def to_fit(self, features: Sequence[str], outputs: int, settings: FitSettings) -> nn.Module:
+        """The network that is trained."""
+        return self.build(features, outputs, self.options(settings))
+
+    def to_save(self, network: nn.Module) -> nn.Module:
+        """The network that scores, from the one that was trained."""
+        return network
+
+    def columns(self, features: Sequence[str]) -> tuple[str, ...]:
+        """The features that are read for every single weight."""
+        return tuple(features)
+
+    def data(self, view: View) -> Any:
+        """What is known of a whole network, beside the rows of its weights; computed once for each record."""
+        return None
+
+    def records_per_step(self, settings: FitSettings, records: int) -> int:
+        """How many records one batch may mix."""
+        return max(records, 1)
+
+    def rows_per_record(self, settings: FitSettings, records: int) -> int | None:
+        """At most so many weights of each record in an epoch; `None`: all."""
+        return settings.rows_per_record
+
+    def uses(self, settings: FitSettings) -> int:
+        """How often each parameter is used in a step: what decides between one thread and several."""
+        return settings.batch_size
+
+    def standardise(self, network: nn.Module, moments: Moments, data: Sequence[Any]) -> None:
+        """Set mean, standard deviation and range of the inputs: `moments` of the rows, `data` of every record."""
+        network.inputs.set(moments)  # type: ignore[union-attr, operator]
+
+    def predict(self, network: nn.Module, table: Table, data: Sequence[Any], device: torch.device) -> Tensor:
+        """`(n, outputs)` for the n rows of a table; `data` of every record."""
+        return network(table.x.to(device))
+
+
+FITTED = {
+    "mlp": "autosparse.scorers.mlp:KIND",
+    "gnn": "autosparse.scorers.gnn:KIND",
+    "image": "autosparse.scorers.image:KIND",
+}
+KINDS = {**FITTED, "rule": "autosparse.scorers.mlp:RULE"}
+
+
+def kind_for(name: str) -> ScorerKind:
+    """The kind of a name: one of `KINDS`, or a `ScorerKind` from outside as `package.module:name`.
+
+    Raises:
+        AutoSparseError: it is none.
+    """
+    if name not in KINDS and not is_outside(name):
+        raise AutoSparseError(f"fit.scorer is {name!r}: {suggest(name, KINDS)}, or package.module:name")
+    kind = load_outside(KINDS.get(name, name), "fit.scorer")
+    require(isinstance(kind, ScorerKind), "fit.scorer", name, "it must be a ScorerKind")
+    return kind
+
+
+def build_network(kind: str, features: Sequence[str], outputs: int, options: Mapping[str, Any]) -> nn.Module:
+    """An untrained network of a kind, see `ScorerKind.build`."""
+    return kind_for(kind).build(features, outputs, options)

@@ -41,6 +41,15 @@ class Doomed(Net):
         return self.body(x)
 
 
+class Buggy(Net):
+    """Its second rank raises in training."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and distributed.is_initialized() and distributed.get_rank() == 1:
+            raise ZeroDivisionError("of rank 1")
+        return self.body(x)
+
+
 def net(kind: type[Net] = Net) -> Net:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -24,7 +24,7 @@ from data_gen.runs import Run, generate_record
 
 @dataclass
 class Campaign:
-    """What came of it: the records that are complete, and the reason of each run that failed."""
+    """The result of many runs: the records that are complete, and the reason of each run that failed."""
 
     records: list[Path] = field(default_factory=list)
     failures: dict[str, str] = field(default_factory=dict)
@@ -45,11 +45,11 @@ def runs(
     """
     require(len(models) > 0, "models", list(models), "give at least one")
     require(len(seeds) > 0, "seeds", list(seeds), "give at least one")
-    found = [Run(model, data, recipe, irp, signals, seed) for seed in seeds for model in models]
-    labels = [run.label() for run in found]
+    todo = [Run(model, data, recipe, irp, signals, seed) for seed in seeds for model in models]
+    labels = [run.label() for run in todo]
     for label, count in Counter(labels).items():
         require(count == 1, "run", label, "two runs have this name; drop the repeated model or seed")
-    return found
+    return todo
 
 
 def record_path(directory: Path, run: Run) -> Path:
@@ -74,7 +74,7 @@ def generate(
             `round` and `rounds`, and `density`, `accuracy` and `loss` at the end of a round, or the row of an epoch.
 
     Raises:
-        AutoSparseError: data cannot be read or a model does not take its images, which is told before any run starts;
+        AutoSparseError: data cannot be read or a model does not take its images, before any run starts;
             every run has the same wrong input; or another process works on the directory.
         AutoSparseFailure: every run failed for the same reason.
     """
@@ -83,7 +83,7 @@ def generate(
     pending = [run for run in todo if not is_complete(paths[run.label()])]
     images = {data: shared_data(data, "cpu") for data in {run.data: None for run in todo}}
     for model, data in {(run.model.label(), run.data): (run.model, images[run.data]) for run in pending}.values():
-        _check(model, data)  # wrong input is told before hours are spent
+        _check(model, data)  # wrong input ends here, before hours are spent
     open_labels = {run.label() for run in pending}
     jobs = {}
     for run in todo:  # what is complete is looked at here: whether its images and initial weights are still the same
@@ -95,12 +95,12 @@ def generate(
         if on_event is not None and event.key in open_labels:
             on_event(event)
 
-    with journal(directory, paths, receive) as book:
+    with journal(directory, paths, receive) as notes:
         complete = [job for label, job in jobs.items() if label not in open_labels]
-        outcomes = run_jobs(complete, INLINE, book.note, device=device)
+        outcomes = run_jobs(complete, INLINE, notes.note, device=device)
         left = [jobs[run.label()] for run in pending]
         how: dict[str, Any] = {"device": device, "planned": len(todo), "profile": profile, "folder": directory}
-        outcomes |= run_jobs(left, executor, book.note, **how)
+        outcomes |= run_jobs(left, executor, notes.note, **how)
     failed = {label: outcomes[label] for label in paths if outcomes[label].error is not None}
     campaign.records += [path for label, path in paths.items() if label not in failed]
     campaign.failures |= {label: str(outcome.error) for label, outcome in failed.items()}

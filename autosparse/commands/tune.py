@@ -38,8 +38,8 @@ def run(config: TuneConfig) -> Path:
         files = {trial.key: directory / "trials" / f"{trial.key}.json" for trial in trials}
         jobs = [Job(trial.key, do_trial, {"trial": trial, "path": files[trial.key]}) for trial in trials]
         live = Live(shown, "trials", len(jobs))
-        with journal(directory, files, live.show) as book:
-            outcomes = run_jobs(jobs, config.executor, book.note, device=config.device, folder=directory)
+        with journal(directory, files, live.show) as notes:
+            outcomes = run_jobs(jobs, config.executor, notes.note, device=config.device, folder=directory)
         live.end("trials")
         for trial in trials:
             if (reason := outcomes[trial.key].error) is not None and trial.key not in failed:

@@ -113,11 +113,11 @@ def run_cells(
         write([results[path] for path in paths if path in results])
 
     jobs = _jobs(fresh, directory, data if executor.kind == "inline" else None)
-    with journal(directory, files, receive) as book, kept_up(write_table) as changed:
+    with journal(directory, files, receive) as notes, kept_up(write_table) as changed:
         for path, cell in zip(paths, cells, strict=True):
             if path not in fresh:
                 report(path, cell, True)
-        run_jobs(jobs, executor, book.note, device=device, planned=len(cells), profile=profile, folder=directory)
+        run_jobs(jobs, executor, notes.note, device=device, planned=len(cells), profile=profile, folder=directory)
     return [results[path] for path in paths]
 
 

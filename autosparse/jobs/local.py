@@ -128,13 +128,13 @@ class _Worker:
         return [self.connection, self.process.sentinel]
 
     def give(self, job: Job, profile: Path | None) -> None:
-        with suppress(BrokenPipeError, ConnectionResetError):  # that it died is told by `messages`
+        with suppress(BrokenPipeError, ConnectionResetError):  # `messages` reports that it died
             self.connection.send((job, profile))
 
     def messages(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """What it has said; lastly that it died, if it did before the end of its job."""
+        """What it has sent; last that it died, if it did so before the end of its job."""
         kind = ""
-        alive = self.process.is_alive()  # asked before: what it said is in the pipe
+        alive = self.process.is_alive()  # asked before reading: what it sent until then is in the pipe
         try:
             while kind not in ("done", "failed") and self.connection.poll():
                 kind, values = self.connection.recv()

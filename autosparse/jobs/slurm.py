@@ -1,7 +1,7 @@
 """The executor `slurm`: one Slurm job for each job, submitted by submitit.
 
 submitit writes a pickle of what a Slurm job shall do into a folder, and the job reads it and writes one of its result. So
-that nobody else can write these files, the folder lies in the user's own cache directory, which both the submitting machine
+that nobody else can write these files, the folder is in the user's own cache directory, which both the submitting machine
 and the nodes must see, and has mode 700. The pickle holds no more than a command, `python -m autosparse.jobs.slurm FILE`,
 where FILE is JSON. Events come back as lines of JSON in another file there. The pickle of the result is never read.
 """

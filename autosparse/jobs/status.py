@@ -1,4 +1,4 @@
-"""What of a campaign or grid is done, running, failed or waiting, kept in small files beside the results."""
+"""Which jobs of a campaign or grid are done, running, failed or waiting, kept in small files beside the results."""
 
 from __future__ import annotations
 
@@ -115,9 +115,9 @@ def journal(
     try:
         _clear(directory, {path.parent for path in jobs.values()})
         write_json(folder / "plan.json", {key: os.path.relpath(path, directory) for key, path in jobs.items()})
-        book = Journal(folder, on_event)
-        with kept_up(book.write) as book.changed:
-            yield book
+        notes = Journal(folder, on_event)
+        with kept_up(notes.write) as notes.changed:
+            yield notes
     finally:
         lock.release()
 

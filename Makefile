@@ -27,7 +27,7 @@ docs: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[dev,docs,timm]'
+	$(BIN)/python -m pip install --quiet --editable '.[dev,docs,examples]'
 	touch $@
 
 clean:

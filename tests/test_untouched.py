@@ -9,6 +9,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any, ClassVar
 
 import numpy as np
@@ -182,6 +183,20 @@ class Hidden(Base):
         return h * self.teacher[0](h.float().sum(1, keepdim=True)).to(h)
 
 
+class _Lazy(ModuleType):
+    """As in transformers: a module of a class of its own, whose `__dict__` is a read-only member."""
+
+    scale = 0.5
+
+
+LIBRARY = _Lazy("library")
+
+
+class LazyModule(Base):
+    def keep(self, h: Tensor) -> Tensor:
+        return h * LIBRARY.scale
+
+
 class Average(Base):
     """A moving average of its own weights, kept out of torch's sight, and an observer of quantization."""
 
@@ -261,6 +276,7 @@ ZOO: list[Callable[[], nn.Module]] = [
     Weak,
     Memoized,
     Hidden,
+    LazyModule,
     Average,
     Recurrent,
     Locked,

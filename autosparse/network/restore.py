@@ -124,6 +124,8 @@ def _parts(thing: Any) -> list[Any]:
 def _undo(thing: Any, saved: set[Any]) -> list[Callable[[], None]]:
     """How to set an object back to what it holds now; storages in `saved` are passed over."""
     kind: Any = type(thing)
+    if isinstance(thing, types.ModuleType):
+        return []
     if isinstance(thing, types.FunctionType):
         return [functools.partial(_put_names, thing.__globals__, thing.__globals__, _globals(thing))]
     if isinstance(thing, type):
@@ -290,9 +292,12 @@ def _put_tensor(tensor: Tensor, before: Tensor, gradient: Tensor | None) -> None
 
 def _put_slots(thing: Any, before: Mapping[Any, Any]) -> None:
     kind: Any = type(thing)
+    now = _slots(thing)
     for descriptor in _slot_names(kind):
         if descriptor in before:
-            descriptor.__set__(thing, before[descriptor])
+            if now.get(descriptor, _ABSENT) is not before[descriptor]:
+                with suppress(AttributeError, TypeError):  # read-only members of C types: no Python code changes them
+                    descriptor.__set__(thing, before[descriptor])
         else:
             with suppress(AttributeError):
                 descriptor.__delete__(thing)

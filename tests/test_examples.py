@@ -1,0 +1,65 @@
+"""The scripts in examples/ run, on small data."""
+
+import importlib
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from autosparse.commands.loading import load_config
+from autosparse.commands.schemas import GenerateConfig
+from data_gen import generate
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def example(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, tmp_path: Path) -> ModuleType:
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    monkeypatch.chdir(tmp_path)
+    return importlib.import_module(request.param)
+
+
+def zeros(model: torch.nn.Module, masks: dict[str, torch.Tensor]) -> bool:
+    own = dict(model.named_parameters())
+    return all(bool((own[name][~mask.to(own[name].device)] == 0).all()) for name, mask in masks.items())
+
+
+@pytest.mark.parametrize("example", ["own_loop"], indirect=True)
+def test_own_loop_goes_on_under_its_masks(example: ModuleType, tmp_path: Path) -> None:
+    path = tmp_path / "loop.pt"
+    assert example.main(epochs=1, images=200, checkpoint=path) == pytest.approx(0.1, abs=0.01)
+    assert example.main(epochs=2, images=200, checkpoint=path) == pytest.approx(0.1, abs=0.01)
+    assert torch.load(path, weights_only=True)["epoch"] == 2
+
+
+@pytest.mark.parametrize("example", ["timm_model"], indirect=True)
+def test_timm_model(example: ModuleType) -> None:
+    masks = example.main("resnet10t", 0.9, 32)
+    assert masks.sparsity == pytest.approx(0.9, abs=1e-4) and not masks.report.dead_layers
+
+
+@pytest.mark.parametrize("example", ["lightning_callback"], indirect=True)
+def test_lightning_callback(example: ModuleType, tmp_path: Path) -> None:
+    module, sparse = example.main(1, str(tmp_path))
+    assert sparse.masks.sparsity == pytest.approx(0.9, abs=1e-3) and zeros(module, sparse.masks)
+    (checkpoint,) = tmp_path.rglob("*.ckpt")
+    later, resumed = example.main(2, str(tmp_path), str(checkpoint))
+    assert resumed.masks == sparse.masks and zeros(later, sparse.masks)
+
+
+@pytest.mark.parametrize("example", ["hugging_face_trainer"], indirect=True)
+def test_hugging_face_trainer(example: ModuleType, tmp_path: Path) -> None:
+    model, sparse = example.main(str(tmp_path / "out"))
+    assert sparse.masks.sparsity == pytest.approx(0.8, abs=1e-3) and zeros(model, sparse.masks)
+
+
+@pytest.mark.parametrize("example", ["record_in_pandas"], indirect=True)
+def test_record_in_pandas(example: ModuleType, tmp_path: Path) -> None:
+    overrides = ["models=[{name: convnet, width: 4}]", "data={name: digits, limit: 96}", "recipe.epochs=1", "seeds=[0]"]
+    fixed = [f"output={tmp_path / 'irp'}", "irp.rounds=2", "executor=inline", "tracking=false"]
+    paths = generate(load_config(GenerateConfig, ROOT / "configs/irp/digits.yaml", [*overrides, *fixed]))
+    summary = example.main(*map(str, paths))
+    assert summary["weights"].sum() == 980 and summary["survival"].between(0, 3).all()
+    assert len(example.rounds(paths[0])) == 3

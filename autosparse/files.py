@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from autosparse.errors import AutoSparseError, AutoSparseFailure, first_line
 
@@ -219,8 +219,8 @@ _SEAL_LENGTH = len(_SEAL) + 64 + 1
 
 def seal(path: Path) -> None:
     """Add a last line with the checksum of all before it. HDF5 reads no further than its own end, and does not mind."""
-    line = _SEAL + _checksum(path, path.stat().st_size) + b"\n"
-    with open(path, "ab") as file:
+    with open(path, "rb+") as file:
+        line = _SEAL + _checksum(file, file.seek(0, os.SEEK_END)) + b"\n"
         file.write(line)
 
 
@@ -253,10 +253,10 @@ def read_sealed(path: Path, what: str) -> memoryview:
     """
     import numpy as np
 
-    size, line = _last_line(path)
-    _check_line(path, what, line)
-    content = np.empty(size, np.uint8).data
-    with open(path, "rb") as file:
+    with open(path, "rb") as file:  # once: by the next time another file may have taken the place of this one
+        size, line = _last_line(file)
+        _check_line(path, what, line)
+        content = np.empty(size, np.uint8).data
 
         def block(start: int, stop: int) -> tuple[memoryview]:
             part = content[start:stop]
@@ -268,17 +268,16 @@ def read_sealed(path: Path, what: str) -> memoryview:
     return content
 
 
-def _last_line(path: Path) -> tuple[int, bytes]:
+def _last_line(file: BinaryIO) -> tuple[int, bytes]:
     """Where the line of `seal` begins, and what is there."""
-    size = max(0, path.stat().st_size - _SEAL_LENGTH)
-    with open(path, "rb") as file:
-        file.seek(size)
-        return size, file.read()
+    size = max(0, os.fstat(file.fileno()).st_size - _SEAL_LENGTH)
+    return size, os.pread(file.fileno(), _SEAL_LENGTH, size)
 
 
 def is_sealed(path: Path) -> bool:
     """Whether `seal` wrote the last line."""
-    return _last_line(path)[1].startswith(_SEAL)
+    with open(path, "rb") as file:
+        return _last_line(file)[1].startswith(_SEAL)
 
 
 def check_seal(path: Path, what: str) -> int:
@@ -287,10 +286,11 @@ def check_seal(path: Path, what: str) -> int:
     Raises:
         AutoSparseError: the line is missing, or the content is not what was sealed.
     """
-    size, line = _last_line(path)
-    _check_line(path, what, line)
-    if line != _SEAL + _checksum(path, size) + b"\n":
-        raise _damaged(what, path, "its content is not what was written")
+    with open(path, "rb") as file:
+        size, line = _last_line(file)
+        _check_line(path, what, line)
+        if line != _SEAL + _checksum(file, size) + b"\n":
+            raise _damaged(what, path, "its content is not what was written")
     return size
 
 
@@ -299,9 +299,8 @@ def _check_line(path: Path, what: str, line: bytes) -> None:
         raise _damaged(what, path, "its last line, the checksum, is missing: it is truncated, or was changed")
 
 
-def _checksum(path: Path, size: int) -> bytes:
-    with open(path, "rb") as file:
-        return _in_blocks(size, lambda start, stop: (os.pread(file.fileno(), stop - start, start),))
+def _checksum(file: BinaryIO, size: int) -> bytes:
+    return _in_blocks(size, lambda start, stop: (os.pread(file.fileno(), stop - start, start),))
 
 
 def _in_blocks(size: int, parts: Callable[[int, int], Iterable[bytes | memoryview]]) -> bytes:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -14,8 +15,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from autosparse import files
 from autosparse.errors import AutoSparseError
-from autosparse.files import seal
+from autosparse.files import check_seal, read_sealed, seal, write_sealed
 from autosparse.masks.layers import Layer
 from autosparse.scorers.records import Record, find_records, read_record, survivors, write_record
 
@@ -298,3 +300,22 @@ def test_find_records_tells_what_is_not_there(tmp_path: Path) -> None:
         find_records([tmp_path / "nowhere"])
     with pytest.raises(AutoSparseError, match=r"no records \(\*.h5\) under"):
         find_records([tmp_path])
+
+
+@pytest.mark.parametrize("read", [read_sealed, check_seal])
+def test_a_file_that_is_replaced_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read: Any) -> None:
+    """The reader sees the file that it opened, whole, and calls nothing damaged."""
+    path = tmp_path / "record.h5"
+    write_sealed(path, [memoryview(b"first")])
+    last_line = files._last_line
+
+    def then_replaced(file: Any) -> tuple[int, bytes]:
+        line = last_line(file)
+        write_sealed(path, [memoryview(b"the second one")])
+        return line
+
+    monkeypatch.setattr(files, "_last_line", then_replaced)
+    got = read(path, "record")
+    assert (got if isinstance(got, int) else bytes(got)) in (5, b"first")
+    monkeypatch.undo()
+    assert bytes(read_sealed(path, "record")) == b"the second one"

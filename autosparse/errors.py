@@ -17,12 +17,12 @@ class AutoSparseError(ValueError):
 
 
 class AutoSparseStateError(AutoSparseError):
-    """What a stop left is of other work, of another version or damaged: it cannot be gone on from, only discarded."""
+    """A saved state cannot be resumed: it belongs to other settings, data or another version, or it is damaged."""
 
 
 @contextmanager
 def of_state() -> Iterator[None]:
-    """A mistake that the block finds is one of the state that a stop left: whoever goes on from it may discard it."""
+    """Raise errors in the block as `AutoSparseStateError`: the saved state is at fault, and the caller may delete it."""
     try:
         yield
     except AutoSparseError as error:

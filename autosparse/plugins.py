@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,25 @@ def load_outside(text: str, what: str) -> Any:
         raise AutoSparseError(
             f"{what} is {text!r}: {error}; the module must be importable (PYTHONPATH) and hold {name!r}"
         ) from error
+
+
+def check_trusted(text: str, source: str) -> None:
+    """Refuse code that a file names, unless the user has imported its module or lists it in `AUTOSPARSE_TRUST`.
+
+    Args:
+        text: `package.module:name` as the file has it.
+        source: the file, for messages.
+
+    Raises:
+        AutoSparseError: the module is neither imported nor listed.
+    """
+    module = text.partition(":")[0]
+    listed = [name.strip() for name in os.environ.get("AUTOSPARSE_TRUST", "").split(",")]
+    if module not in sys.modules and module not in listed:
+        raise AutoSparseError(
+            f"{source} needs code from outside, {text!r}: if you trust it, import {module} first or set "
+            f"AUTOSPARSE_TRUST={module} in the environment"
+        )
 
 
 def source_of(text: str) -> str:

@@ -371,7 +371,10 @@ def test_a_state_that_does_not_fit_is_discarded_and_told(
     results = run_grid(cells, tmp_path, data, device="cpu", on_event=events.append)
     assert not any(r["error"] for r in results) and not state.exists()
     (note,) = [e.values["note"] for e in events if "note" in e.values]
-    assert note.startswith(f"its state {state} is discarded, it starts anew") and "\n" not in note
+    assert (
+        note.startswith(f"the saved state {state} does not fit and is deleted; this job starts again")
+        and "\n" not in note
+    )
 
 
 def test_settings_of_a_candidate_reach_prune(data: ImageData) -> None:

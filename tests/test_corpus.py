@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from autosparse.errors import AutoSparseError
-from autosparse.files import read_json, sha256, write_json
+from autosparse.files import read_json, sha256
 from autosparse.masks.layers import Layer, prunable_layers
 from autosparse.network.graph import trace
-from autosparse.scorers.corpus import DEEP, TAGS, WIDE, read_index, tags_of, write_index
+from autosparse.scorers.corpus import DEEP, TAGS, WIDE, tags_of, write_index
 from autosparse.scorers.records import Record, write_record
 from autosparse.training.models import ModelSettings, create_model
 
@@ -125,20 +125,23 @@ def corpus(tmp_path: Path) -> Path:
 
 
 def test_what_an_index_says(corpus: Path) -> None:
-    found = read_index(corpus / "corpus.json")
-    assert found == read_index(corpus) == write_index(corpus)
-    c, a, b = found.entries
-    assert [e.path for e in found.entries] == ["c.h5", "records/a.h5", "records/b.h5"]
+    index = read_json(corpus / "corpus.json", "corpus index")
+    result = write_index(corpus)
+    assert index["schema"] == "autosparse.corpus/1" and index["sha256"] == result.sha256
+    assert [row["tags"] for row in index["records"]] == [sorted(e.tags) for e in result.entries]
+    assert [row["sha256"] for row in index["records"]] == [e.sha256 for e in result.entries]
+    assert read_json(corpus / "corpus.json", "corpus index") == index
+    c, a, b = result.entries
+    assert [e.path for e in result.entries] == ["c.h5", "records/a.h5", "records/b.h5"]
     assert a.sha256 == sha256(corpus / "records" / "a.h5") != b.sha256
     assert a.architecture == b.architecture != c.architecture and a.model == CONFIG["model"]
     assert (a.data, b.data, c.data) == ("cifar10-16px", "cifar10-16px", "digits")
     assert (a.seed, b.seed, a.weights, a.rounds, a.complete, a.accuracy) == (3, 4, 6, 1, True, (0.5, 0.25))
     assert a.tags == frozenset() and c.tags == {"mlp", "no_skips", "no_norm", "other_data"}
-    assert found.paths("mlp") == [corpus / "c.h5"] and len(found.paths()) == 3
 
 
 def test_the_hash_is_that_of_the_records_wherever_they_lie(corpus: Path) -> None:
-    before = read_index(corpus).sha256
+    before = read_json(corpus / "corpus.json", "corpus index")["sha256"]
     (corpus / "records" / "a.h5").rename(corpus / "z.h5")
     assert write_index(corpus).sha256 == before
     (corpus / "z.h5").unlink()
@@ -150,33 +153,7 @@ def test_a_record_without_a_training_has_no_accuracy(tmp_path: Path) -> None:
     write_record(tmp_path / "r.h5", replace(make(SKIP), density=none, accuracy=none, loss=none, rounds_done=0,
                                             survival={n: np.zeros((2, 1), np.uint8) for n in "135"}))  # fmt: skip
     assert write_index(tmp_path).entries[0].accuracy is None
-    assert read_index(tmp_path).entries[0].accuracy is None
-
-
-def damage(corpus: Path, **changes: Any) -> None:
-    write_json(corpus / "corpus.json", {**read_json(corpus / "corpus.json", "index"), **changes})
-
-
-@pytest.mark.parametrize(
-    ("harm", "message"),
-    [
-        (lambda c: (c / "corpus.json").unlink(), r"corpus index .*corpus.json does not exist"),
-        (lambda c: (c / "corpus.json").write_text("{"), r"corpus index .*corpus.json is damaged"),
-        (lambda c: (c / "corpus.json").write_text("[]"), r"corpus.json is damaged: it holds no JSON object"),
-        (lambda c: write_json(c / "corpus.json", {}), r"corpus.json holds no schema, not autosparse.corpus/1"),
-        (lambda c: damage(c, schema="autosparse.corpus/9"), r"holds autosparse.corpus/9, not autosparse.corpus/1"),
-        (lambda c: damage(c, records=[{"path": "a"}]), r"corpus.json is damaged: KeyError"),
-        (lambda c: damage(c, records=7), r"corpus.json is damaged: TypeError"),
-        (lambda c: damage(c, records=[]), r"corpus.json is damaged: its hash is not that of its records"),
-        (lambda c: (c / "c.h5").unlink(), r"record .*c.h5 of the corpus does not exist"),
-        (lambda c: write_record(c / "c.h5", make(SKIP)), r"record .*c.h5 is not the one in the corpus index"),
-    ],
-)
-def test_what_is_wrong_is_told(corpus: Path, harm: Any, message: str) -> None:
-    harm(corpus)
-    with pytest.raises(AutoSparseError, match=message) as caught:
-        read_index(corpus)
-    assert "\n" not in str(caught.value)
+    assert read_json(tmp_path / "corpus.json", "corpus index")["records"][0]["accuracy"] is None
 
 
 def test_records_that_cannot_be_indexed(tmp_path: Path) -> None:

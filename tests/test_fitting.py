@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -439,7 +440,7 @@ def test_the_same_record_given_twice_counts_once(records: list[Path], tmp_path: 
     assert (card.corpus, card.history, card.test) == (alone.corpus, alone.history, alone.test)
 
 
-def test_a_kind_from_outside(tmp_path: Path) -> None:
+def test_a_kind_from_outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fitted, saved under its name, loaded and used to prune, like a kind of the package."""
     records = [plant(tmp_path / f"{seed}.h5", seed) for seed in range(3)]
     settings = replace(QUICK, scorer="outside:kind", options={"scale": 2.0}, epochs=10)
@@ -448,13 +449,19 @@ def test_a_kind_from_outside(tmp_path: Path) -> None:
     scorer.save(tmp_path / "straight.safetensors")
     loaded = read_scorer(tmp_path / "straight.safetensors")
     assert (loaded.kind, loaded.options, loaded.network.scale) == ("outside:kind", {"scale": 2.0}, 2)
+    monkeypatch.delitem(sys.modules, "outside")
+    with pytest.raises(AutoSparseError, match=r"needs code from outside, 'outside:kind'.*AUTOSPARSE_TRUST=outside"):
+        read_scorer(tmp_path / "straight.safetensors")
+    assert "outside" not in sys.modules, "its module was not imported"
+    monkeypatch.setenv("AUTOSPARSE_TRUST", "other, outside")
+    read_scorer(tmp_path / "straight.safetensors")
     model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))
     batches = [(torch.randn(16, 6), torch.arange(16) % 4)]
     assert prune(model, 0.5, loaded, batches=batches) == prune(model, 0.5, scorer, batches=batches)
     for name, message in {
         "outside:preset": "fit.scorer is 'outside:preset': it must be a ScorerKind",
         "outside:gone": "no attribute 'gone'",
-        "rule": "fit.scorer is 'rule': known: mlp, gnn, image",
+        "rule": "fit.scorer is 'rule': known: gnn, image, mlp, or package.module:name",
     }.items():
         with pytest.raises(AutoSparseError, match=message):
             replace(settings, scorer=name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,6 @@ from autosparse.commands.schemas import GenerateConfig
 from autosparse.errors import AutoSparseError
 from autosparse.masks.layers import prunable_layers
 from autosparse.network.signals import SignalSettings
-from autosparse.scorers.corpus import read_index
 from autosparse.scorers.records import read_record
 from autosparse.search.irp import IRPSettings
 from autosparse.training.cells import CELLS
@@ -181,6 +181,11 @@ def test_tasks_draw_models_and_seeds(tmp_path: Path, key: str, value: list[objec
         load_config(GenerateConfig, write(tmp_path / "c.yaml", **{key: value}))
 
 
+def indexed(directory: Path) -> set[Path]:
+    """The records that the index of a corpus lists."""
+    return {directory / row["path"] for row in json.loads((directory / "corpus.json").read_text())["records"]}
+
+
 @pytest.mark.parametrize("kind", ["inline", "local"])
 def test_a_campaign_of_two_data_sets_goes_on_when_it_grows(
     tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
@@ -191,12 +196,12 @@ def test_a_campaign_of_two_data_sets_goes_on_when_it_grows(
     records = [read_record(file) for file in files]
     assert len(records) == 2 and all(record.complete for record in records)
     assert {record.config["data"]["image_size"] for record in records} == {12, None}
-    assert set(read_index(tmp_path / "out").paths()) == set(files)
+    assert indexed(tmp_path / "out") == set(files)
     times = {file: file.stat().st_mtime_ns for file in files}
     if kind == "local":
         return
     generate(load_config(GenerateConfig, path, ["tasks.count=3", "tasks.seeds=2"]))
-    assert len(list((tmp_path / "out" / "records").glob("*.h5"))) == len(read_index(tmp_path / "out").entries) == 6
+    assert len(list((tmp_path / "out" / "records").glob("*.h5"))) == len(indexed(tmp_path / "out")) == 6
     assert all(file.stat().st_mtime_ns == time for file, time in times.items()), "what was done is not done again"
     with pytest.raises(AutoSparseError, match=r"there tasks.max_weights is 2000, here 3000"):
         generate(load_config(GenerateConfig, path, ["tasks.max_weights=3000"]))

@@ -192,9 +192,24 @@ class _Lazy(ModuleType):
 LIBRARY = _Lazy("library")
 
 
+class Scaled(functools.partial[Tensor]):
+    pass
+
+
 class LazyModule(Base):
     def keep(self, h: Tensor) -> Tensor:
         return h * LIBRARY.scale
+
+
+class ReadOnlyMembers(Base):
+    """An object in its forward pass whose members no Python code can set."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scaled = Scaled(torch.mul, other=0.5)
+
+    def keep(self, h: Tensor) -> Tensor:
+        return self.scaled(h)
 
 
 class Average(Base):
@@ -277,6 +292,7 @@ ZOO: list[Callable[[], nn.Module]] = [
     Memoized,
     Hidden,
     LazyModule,
+    ReadOnlyMembers,
     Average,
     Recurrent,
     Locked,

@@ -38,20 +38,26 @@ from autosparse.training.recipe import Recipe
 class Candidate:
     """A criterion or method in a comparison.
 
-    `criterion`: a preset or a method (`autosparse list criteria`), or a scorer: one of `autosparse list scorers`, its file, or an
-    MLflow `models:/` URI.
-    Before any of them may stand a variant, the sanity checks of the field (Frankle et al. 2021, Su et al. 2020):
-    `"densities:"` keeps its layer densities and puts the positions within each layer at random (the layer-wise
-    shuffle), the rival that every criterion must beat: one that does not has learned layer densities only; `"reinit:"`
-    trains its mask from newly drawn weights; `"inverted:"` keeps the lowest scores of each layer at its densities.
-    `label`: its name in tables. `scope`: as in `prune` (`"global"`, a rule for layer densities such as `"erk"` or `"igq"`), or `"densities:ANY"`: the layer densities that another candidate
-    finds, at its cost, with positions of this one's choice. `granularity`, `steps`, `schedule`, `n_batches`, `floor` as in `prune`;
-    `batch_size` of the batches it scores on (`None`: a scorer's own, else 128).
-    `warmup`: of criteria that look at a short training, whose horizon in epochs stands in their name (`"movement@0.5"`).
-    `options`: the settings of a method, an instance or a mapping of its fields; in YAML they stand beside `criterion`:
-    `{criterion: irp, rounds: 7, epochs: 2}`. `continues`: the final training goes on with the weights
-    that the method ended with, instead of rewinding to the initialization. `prepare`: what is done to the weights that stay
-    before the final training (`autosparse list preparations`); the masks are those of the candidate without it.
+    Attributes:
+        criterion: a preset or a method (`autosparse list criteria`), or a scorer: one of `autosparse list scorers`, its
+            file, or an MLflow `models:/` URI. Before any of them may stand a variant, one of the field's sanity checks
+            (Frankle et al. 2021, Su et al. 2020). `"densities:"` keeps its layer densities and puts the positions
+            within each layer at random (the layer-wise shuffle): a criterion that is not better than its shuffle has
+            chosen layer densities only. `"reinit:"` trains its mask from newly drawn weights. `"inverted:"` keeps the
+            lowest scores of each layer at its densities.
+        label: its name in tables.
+        scope: as in `prune` (`"global"`, or a rule for layer densities such as `"erk"` or `"igq"`), or
+            `"densities:ANY"`: the layer densities that another candidate finds, at its cost, with this one's positions.
+        granularity, steps, schedule, n_batches, floor: as in `prune`.
+        batch_size: of the batches it scores on; `None`: a scorer's own, else 128.
+        warmup: of criteria that look at a short training, whose length in epochs stands in their name
+            (`"movement@0.5"`).
+        options: the settings of a method, an instance or a mapping of its fields; in YAML they stand beside
+            `criterion`: `{criterion: irp, rounds: 7, epochs: 2}`.
+        continues: the final training goes on with the weights that the method ended with, instead of rewinding to the
+            initialization.
+        prepare: what is done to the remaining weights before the final training (`autosparse list preparations`); the
+            masks are those of the candidate without it.
     """
 
     criterion: str
@@ -89,9 +95,11 @@ class Candidate:
             require(self.schedule in SCHEDULES, "schedule", self.schedule, f"known: {', '.join(SCHEDULES)}")
         if self.granularity is not None:
             parse_granularity(self.granularity)
+        for key in ("steps", "n_batches", "batch_size"):
+            value = getattr(self, key)
+            require(value is None or value >= 1, key, value, "give at least 1")
         for key in ("steps", "n_batches", "batch_size", "schedule"):
             value = getattr(self, key)
-            require(value is None or isinstance(value, str) or value >= 1, key, value, "give at least 1")
             require(value is None or not self.searches, f"{key} of {self.base}", value, "it has none; leave it out")
         require(
             self.granularity in (None, "unstructured") or not self.searches,
@@ -118,7 +126,7 @@ class Candidate:
             not self.continues or (self.variant is None and method is not None and method.continues),
             f"continues of {self.criterion}",
             self.continues,
-            "only methods whose weights it can take over may continue, without a variant; leave it out",
+            "only a method that returns its trained weights can continue, and none of its variants; leave it out",
         )
         check_preparation(self.prepare)
         require(

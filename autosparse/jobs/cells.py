@@ -145,7 +145,7 @@ def do_cell(cell: AnyCell, directory: Path, data: ImageData | None, *, device: s
     try:
         result = run()
     except AutoSparseStateError as error:  # the cell's settings are in its name: another version or other data wrote it
-        progress({"note": f"its state {state} is discarded, it starts anew ({error})"})
+        progress({"note": f"the saved state {state} does not fit and is deleted; this job starts again ({error})"})
         shutil.rmtree(state)
         result = run()
     write_json(path, result)

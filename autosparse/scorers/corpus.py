@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from autosparse.errors import AutoSparseError
-from autosparse.files import read_json, sha256, write_json
+from autosparse.files import sha256, write_json
 from autosparse.network.graph import Graph
 from autosparse.scorers.records import Record, distinct, find_records, read_record
 from autosparse.training.data import DataSettings
@@ -62,10 +62,6 @@ class Corpus:
     @property
     def sha256(self) -> str:
         return hash_of(entry.sha256 for entry in self.entries)
-
-    def paths(self, tag: str | None = None) -> list[Path]:
-        """The records, or those with a tag."""
-        return [self.directory / entry.path for entry in self.entries if tag is None or tag in entry.tags]
 
 
 def hash_of(records: Iterable[str]) -> str:
@@ -141,45 +137,3 @@ def write_index(directory: Path) -> Corpus:
     rows = [{**asdict(entry), "tags": sorted(entry.tags)} for entry in corpus.entries]
     write_json(directory / INDEX, {"schema": SCHEMA, "sha256": corpus.sha256, "records": rows})
     return corpus
-
-
-def read_index(path: Path) -> Corpus:
-    """The corpus of an index, `corpus.json` or the directory that holds it; every record is the one that was indexed.
-
-    Raises:
-        AutoSparseError: the index is missing, damaged or of another schema, or a record is missing or has changed.
-    """
-    path = path / INDEX if path.is_dir() else path
-    values = read_json(path, "corpus index")
-    schema = values.get("schema", "no schema")
-    if schema != SCHEMA:
-        raise AutoSparseError(f"corpus index {path} holds {schema}, not {SCHEMA}: write it again")
-    try:
-        corpus = Corpus(path.parent, tuple(_read_entry(row) for row in values["records"]))
-        whole = values["sha256"] == corpus.sha256
-    except (KeyError, TypeError, AttributeError) as error:
-        raise AutoSparseError(
-            f"corpus index {path} is damaged: {type(error).__name__} {error}; write it again"
-        ) from error
-    if not whole:
-        raise AutoSparseError(f"corpus index {path} is damaged: its hash is not that of its records; write it again")
-    _check_records(corpus)
-    return corpus
-
-
-def _read_entry(row: Mapping[str, Any]) -> Entry:
-    accuracy = row["accuracy"]
-    return Entry(**{**row, "accuracy": accuracy and tuple(accuracy), "tags": frozenset(row["tags"])})
-
-
-def _check_records(corpus: Corpus) -> None:
-    for entry in corpus.entries:
-        record = corpus.directory / entry.path
-        if not record.is_file():
-            raise AutoSparseError(
-                f"record {record} of the corpus does not exist: put it back, or write the index again"
-            )
-        if sha256(record) != entry.sha256:
-            raise AutoSparseError(
-                f"record {record} is not the one in the corpus index: put it back, or write the index again"
-            )

@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from autosparse.errors import AutoSparseError, require, settings
+from autosparse.errors import AutoSparseError, require, settings, suggest
 from autosparse.masks.layers import Layer
+from autosparse.plugins import is_outside
 from autosparse.pruning.criteria import POSITIONS
 from autosparse.scorers import heads, image
 from autosparse.scorers.corpus import tags_of
@@ -30,7 +31,7 @@ from autosparse.scorers.features import (
     rows,
     signals_of,
 )
-from autosparse.scorers.kinds import FITTED, KINDS, ScorerKind, kind_for
+from autosparse.scorers.kinds import FITTED, ScorerKind, kind_for
 from autosparse.scorers.records import Record, distinct, open_record, read_record
 
 UNITS = ("run", "model")  # what is kept whole: never is one in two parts
@@ -85,10 +86,11 @@ class FitSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.scorer not in FITTED and not is_outside(self.scorer):
+            raise AutoSparseError(
+                f"fit.scorer is {self.scorer!r}: {suggest(self.scorer, FITTED)}, or package.module:name"
+            )
         kind = kind_for(self.scorer)
-        require(
-            self.scorer not in KINDS or self.scorer in FITTED, "fit.scorer", self.scorer, f"known: {', '.join(FITTED)}"
-        )
         heads.outputs(self.head)
         if self.features is not None:
             own = kind.features in (None, check_features(self.features))

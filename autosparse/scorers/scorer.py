@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from autosparse.errors import AutoSparseError, require
 from autosparse.files import fingerprint, read_safetensors, write_safetensors
 from autosparse.network.signals import Signals
+from autosparse.plugins import check_trusted, is_outside
 from autosparse.pruning.criteria import Context, Scores, ranks_within, rearranged
 from autosparse.scorers import heads
 from autosparse.scorers.card import Card, read_card
@@ -127,11 +128,13 @@ def read_scorer(path: str | Path) -> Scorer:
 
 
 def _build(path: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any], card: Card) -> Scorer:
+    if is_outside(kind := str(config["kind"])):
+        check_trusted(kind, f"scorer {path}")
     try:
         version = config["feature_version"]
         require(version == VERSION, "feature version", version, f"this one has {VERSION}")
         features = check_features(config["features"])
-        network = build_network(config["kind"], features, heads.outputs(config["head"]), config["options"])
+        network = build_network(kind, features, heads.outputs(config["head"]), config["options"])
     except AutoSparseError as error:
         raise AutoSparseError(
             f"scorer {path} is of another AutoSparse ({error}): fit it again with this one"
@@ -139,7 +142,7 @@ def _build(path: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any],
     network.load_state_dict(tensors)
     network.eval()
     return Scorer(
-        config["kind"],
+        kind,
         network,
         config["head"],
         features,

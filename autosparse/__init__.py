@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from autosparse.scorers.loading import load_scorer
     from autosparse.search.irp import IRPSettings, irp
     from autosparse.search.method import Method, SearchResult
+    from autosparse.search.sparsify import Sparsifier, sparsify
     from autosparse.trainability.export import export
     from autosparse.trainability.prepare import prepare
     from autosparse.trainability.shrink import shrink
@@ -48,6 +49,7 @@ _WHERE = {
     "Recipe": "autosparse.training.recipe",
     "ScorerKind": "autosparse.scorers.kinds",
     "SearchResult": "autosparse.search.method",
+    "Sparsifier": "autosparse.search.sparsify",
     "diagnose": "autosparse.network.diagnostics",
     "export": "autosparse.trainability.export",
     "irp": "autosparse.search.irp",
@@ -55,6 +57,7 @@ _WHERE = {
     "prepare": "autosparse.trainability.prepare",
     "prune": "autosparse.api",
     "shrink": "autosparse.trainability.shrink",
+    "sparsify": "autosparse.search.sparsify",
     "train": "autosparse.training.train",
     "warmup": "autosparse.pruning.warmup",
 }
@@ -75,6 +78,7 @@ __all__ = [
     "Recipe",
     "ScorerKind",
     "SearchResult",
+    "Sparsifier",
     "diagnose",
     "export",
     "irp",
@@ -82,6 +86,7 @@ __all__ = [
     "prepare",
     "prune",
     "shrink",
+    "sparsify",
     "train",
     "warmup",
 ]

@@ -53,6 +53,9 @@ COLUMNS = (
     "mask_cost",
     "train_seconds",
     "train_epochs",
+    "total_cost",
+    "total_seconds",
+    "total_images",
     "dead_layers",
     "ties",
     "floor",
@@ -207,7 +210,8 @@ def run_cell(
             checkpoint=None if state is None else state / "final.pt",
             on_epoch=on_epoch,
         )
-        return _result(cell, found, trained, cell.recipe.length(data) / steps_per_epoch(data, cell.recipe.batch_size))
+        epochs = cell.recipe.length(data) / steps_per_epoch(data, cell.recipe.batch_size)
+        return _result(cell, found, trained, epochs, len(data.train))
 
 
 def _search(
@@ -270,21 +274,26 @@ def _one_search(path: Path) -> Iterator[None]:
         yield
 
 
-def _result(cell: Cell, found: SearchResult | None, trained: Trained, epochs: float) -> dict[str, Any]:
+def _result(cell: Cell, found: SearchResult | None, trained: Trained, epochs: float, images: int) -> dict[str, Any]:
+    """The row of a cell, and what its table does not show; `epochs` of one training over `images` images."""
     masks = None if found is None else found.masks
     went_on = epochs - trained.epochs  # what the search trained already is no cost of its own
     mask_epochs = 0.0 if found is None else found.epochs - went_on
+    mask_seconds = 0.0 if found is None else found.seconds
     return {
         **cell.row(),
         "sparsity_got": 0.0 if masks is None else masks.sparsity,
         "effective_sparsity": 0.0 if masks is None else masks.report.effective_sparsity,
         "accuracy": trained.accuracy,
         "loss": trained.loss,
-        "mask_seconds": 0.0 if found is None else found.seconds,
+        "mask_seconds": mask_seconds,
         "mask_epochs": mask_epochs,
         "mask_cost": mask_epochs / epochs,
         "train_seconds": trained.seconds,
         "train_epochs": epochs,
+        "total_cost": mask_epochs / epochs + 1,
+        "total_seconds": mask_seconds + trained.seconds,
+        "total_images": round((mask_epochs + epochs) * images),
         "dead_layers": 0 if masks is None else len(masks.report.dead_layers),
         "ties": 0.0 if masks is None else masks.report.ties,
         "floor": "" if cell.candidate is None or cell.candidate.floor == 0 else cell.candidate.floor,
@@ -327,7 +336,10 @@ def run_grid(
         check_prunable(build_model(model, data), data.to("cpu"))  # wrong input is told before hours are spent
     candidates = [c.candidate for c in fresh if c.candidate is not None]
     for criterion in {
-        c.base for candidate in candidates for c in (candidate, candidate.layer_densities) if c is not None
+        c.base
+        for candidate in candidates
+        for c in (candidate, candidate.layer_densities, *candidate.starts)
+        if c is not None
     }:
         if method_for(criterion) is None:
             criterion_for(criterion)

@@ -122,8 +122,12 @@ class Candidate:
         require(0 <= self.floor < 1, "floor", self.floor, "it is the smallest density of a layer, in [0, 1)")
         early = self.warms_up or is_scorer(self.base)
         require(self.warmup is None or early, f"warmup of {self.base}", self.warmup, "leave it out")
+        always = getattr(self.options, "continues", False)
+        if always and self.variant is None:
+            object.__setattr__(self, "continues", True)
+        can = method is not None and (method.continues or always)
         require(
-            not self.continues or (self.variant is None and method is not None and method.continues),
+            not self.continues or (self.variant is None and can),
             f"continues of {self.criterion}",
             self.continues,
             "only a method that returns its trained weights can continue, and none of its variants; leave it out",
@@ -182,6 +186,8 @@ class Candidate:
         name = self.base
         if self.searches:
             name += getattr(self.options, "label", "")
+            if self.continues and not getattr(self.options, "continues", False):
+                name += "-continues"
         elif self.base.endswith(".safetensors"):
             name = Path(self.base).stem
         if (other := self.layer_densities) is not None:
@@ -193,6 +199,11 @@ class Candidate:
     def plain(self) -> Candidate:
         """The same without its variant and its preparation: what searches for the masks."""
         return dataclasses.replace(self, criterion=self.base, label=None, prepare=None)
+
+    @property
+    def starts(self) -> list[Candidate]:
+        """Other candidates whose masks its method needs."""
+        return [] if self.method is None else [Candidate(name) for name in self.method.starts(self.options)]
 
 
 def expand(candidates: Sequence[Candidate], checks: Sequence[str]) -> list[Candidate]:
@@ -206,7 +217,8 @@ def expand(candidates: Sequence[Candidate], checks: Sequence[str]) -> list[Candi
         for check in unique(checks):
             if check != "inverted" or not candidate.searches:
                 label = candidate.label and f"{check}:{candidate.label}"
-                result.append(replace(candidate, criterion=f"{check}:{candidate.criterion}", label=label))
+                criterion = f"{check}:{candidate.criterion}"
+                result.append(replace(candidate, criterion=criterion, label=label, continues=False))
     return result
 
 
@@ -223,6 +235,8 @@ def identity(candidate: Candidate) -> dict[str, Any]:
         given["criterion"] = variant + sha256(find_scorer(candidate.base))
     elif is_outside(candidate.base):
         given["source"] = source_of(candidate.base)
+    if candidate.starts:
+        given["starts"] = [identity(start) for start in candidate.starts]
     if (other := candidate.layer_densities) is not None:
         given["scope"] = {"densities": identity(other)}
     elif candidate.scope is not None and is_outside(candidate.scope):
@@ -317,6 +331,12 @@ def _search(work: _Work, candidate: Candidate) -> SearchResult:
         density = 1 - check_sparsity(work.sparsity)
         example = work.data.normalise(work.data.train.images[:2])
         layers = prunable_layers(work.model, operands=trace(work.model, example).operands)
+        given: dict[str, Any] = {}
+        if candidate.starts:
+            found = {start.name: _start(work, start) for start in candidate.starts}
+            given["starts"] = {name: result.masks for name, result in found.items()}
+            seconds += sum(result.seconds for result in found.values())
+            epochs += sum(result.epochs for result in found.values())
         result = method.search(
             work.model,
             layers,
@@ -327,6 +347,7 @@ def _search(work: _Work, candidate: Candidate) -> SearchResult:
             scope=work.scope,
             floor=candidate.floor,
             state=work.state,
+            **given,
             **work.common(),
         )
         if not candidate.continues:
@@ -336,6 +357,13 @@ def _search(work: _Work, candidate: Candidate) -> SearchResult:
         masks.report = replace(masks.report, origin={**masks.report.origin, **origin})
         result = replace(result, masks=describe(work.model, masks, example))
     return replace(result, seconds=result.seconds + seconds, epochs=result.epochs + epochs)
+
+
+def _start(work: _Work, start: Candidate) -> SearchResult:
+    """The masks of a candidate that another one begins with."""
+    state = work.state and work.state / fingerprint(start.name)[:8]
+    how: dict[str, Any] = {"recipe": work.recipe, "state": state, **work.common()}
+    return find_masks(work.model, work.data, start, work.sparsity, **how)
 
 
 def _scored(work: _Work, candidate: Candidate, inverted: bool = False) -> SearchResult:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,17 +37,26 @@ class Method:
 
     The function has the signature of `kstarts`: `(model, layers, data, recipe, settings, density, *, seed, device, scope,
     floor, state, on_epoch) -> SearchResult`. `scope` is `None` unless the user gave one. `continues`: whether the final
-    training can go on with the weights of its result.
+    training can go on with the weights of its result. `starts`: from the settings, the names of other candidates (criteria,
+    scorers, variants) whose masks the function needs; it gets them as `starts={name: Masks}`, and their cost is added.
     """
 
     settings: type
     search: Callable[..., SearchResult]
     continues: bool = False
+    starts: Callable[[Any], Sequence[str]] = lambda settings: ()
 
 
 METHODS = {
     "irp": "autosparse.search.irp:METHOD",
     "kstarts": "autosparse.search.kstarts:METHOD",
+    "gmp": "autosparse.search.gmp:METHOD",
+    "acdc": "autosparse.search.gmp:ACDC",
+    "set": "autosparse.search.dynamic:SET",
+    "rigl": "autosparse.search.dynamic:RIGL",
+    "granet": "autosparse.search.dynamic:GRANET",
+    "concrete": "autosparse.search.concrete:METHOD",
+    "halving": "autosparse.search.halving:METHOD",
     "dissipating": "autosparse.search.dissipating:METHOD",
     "kstarts_dissipating": "autosparse.search.dissipating:COMBINED",
 }

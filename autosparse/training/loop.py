@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, distributed, nn
@@ -42,12 +42,30 @@ _CHECK_EVERY = 200  # steps between looks at the loss: a look waits for the devi
 _ARCHITECTURES = 256  # torch compiles a class for 8 networks and runs the others uncompiled, without a word
 
 
+class MaskHandle(Protocol):
+    """Masks that follow an optimizer."""
+
+    @property
+    def masks(self) -> Masks: ...
+    def mask_gradients(self) -> None: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+    def remove(self) -> None: ...
+
+
+class MaskSchedule(Protocol):
+    """Masks that change while a network trains: a dataclass, whose fields are what the training depends on."""
+
+    def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, seed: int) -> MaskHandle: ...
+
+
 @dataclass
 class Trained:
     """What a training gave: `accuracy` and `loss` on the test images after the last step, never the best epoch's.
 
     `history` has one row per epoch: epoch, step, loss (training), accuracy and validation_loss (validation; NaN where it
-    was not looked at), lr. `arithmetic`: TF32, and what else of torch's settings it depends on, as they were.
+    was not looked at), lr. `arithmetic`: TF32, and what else of torch's settings it depends on, as they were. `masks`: those
+    at the end of a training whose masks changed.
     """
 
     accuracy: float = math.nan
@@ -58,6 +76,7 @@ class Trained:
     images_per_second: float = math.nan
     history: list[dict[str, float]] = field(default_factory=list)
     arithmetic: dict[str, Any] = field(default_factory=dict)
+    masks: Masks | None = None
 
 
 @dataclass(frozen=True)
@@ -72,6 +91,7 @@ class Plan:
     checkpoint: Path | None = None
     checkpoint_every: float = 30.0
     validate: bool = True
+    mask_schedule: MaskSchedule | None = None
 
 
 def full_state(model: nn.Module) -> dict[str, Tensor]:
@@ -253,8 +273,12 @@ class _Loop:
         self.stop = self.length if plan.stop_step is None else min(plan.stop_step, self.length)
         self.result = Trained(steps=plan.start_step)
         self.of = self._fingerprint() if plan.checkpoint is not None else ""
+        stepped = self.optimizer.optimizer
+        self.handle: MaskHandle | None = None
+        if plan.mask_schedule is not None:
+            self.handle = plan.mask_schedule.attach(model, stepped, self.stop - plan.start_step, plan.seed)
         if plan.checkpoint is not None and plan.checkpoint.exists():
-            _restore(plan.checkpoint, self.of, model, self.optimizer.optimizer, self.result)
+            _restore(plan.checkpoint, self.of, model, stepped, self.handle, self.result)
         # Weights that are not there must not take part in the gradient's norm.
         own = dict(unwrap(model).named_parameters())
         self.pruned = [own.get(n) for n in masks or {}]  # of a parametrized weight the gradient has the mask already
@@ -265,11 +289,12 @@ class _Loop:
         plan = self.plan
         network = of_network(self.model, source=False)  # a script that was edited may go on
         masks = plan.masks and dict(plan.masks)
-        return fingerprint(self.data.content, network, plan.recipe, masks, plan.seed, plan.start_step, self.stop)
+        how = plan.seed, plan.start_step, self.stop
+        return fingerprint(self.data.content, network, plan.recipe, masks, plan.mask_schedule, *how)
 
     def run(self) -> Trained:
         plan, result = self.plan, self.result
-        handles = []
+        handles: list[Any] = [] if self.handle is None else [self.handle]
         if plan.masks is not None:
             handles.append(self.optimizer.optimizer.register_step_post_hook(lambda *_: self.begin("mask")))
             handles.append(plan.masks.enforce(self.model, self.optimizer.optimizer))
@@ -293,8 +318,9 @@ class _Loop:
                     self.on_epoch(row)
                 due = time.perf_counter() - saved >= plan.checkpoint_every
                 if plan.checkpoint is not None and result.steps < self.stop and due:
-                    _save(plan.checkpoint, self.of, self.model, self.optimizer.optimizer, result)
+                    _save(plan.checkpoint, self.of, self.model, self.optimizer.optimizer, self.handle, result)
                     saved = time.perf_counter()
+            result.masks = None if self.handle is None else self.handle.masks
             for handle in handles:
                 handle.remove()
             result.images_per_second = seen / max(time.perf_counter() - clock, 1e-9)
@@ -362,6 +388,8 @@ class _Loop:
         if self.on_gradient is not None:
             self.on_gradient(steps)
         if recipe.clip_norm is not None:
+            if self.handle is not None:
+                self.handle.mask_gradients()
             self.zero(None if parameter is None else parameter.grad for parameter in self.pruned)
             # To raise on a norm that is not finite would wait for the device at every step.
             self.fabric.clip_gradients(
@@ -421,11 +449,19 @@ def _check_finite(total: Tensor | float, result: Trained, recipe: Recipe) -> Non
         )
 
 
-def _save(path: Path, of: str, model: nn.Module, optimizer: torch.optim.Optimizer, result: Trained) -> None:
+def _save(
+    path: Path,
+    of: str,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    handle: MaskHandle | None,
+    result: Trained,
+) -> None:
     state = {
         "of": of,
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
+        "masks": None if handle is None else handle.state_dict(),
         "steps": result.steps,
         "seconds": result.seconds,
         "history": result.history,
@@ -437,7 +473,14 @@ def _save(path: Path, of: str, model: nn.Module, optimizer: torch.optim.Optimize
         seal(temporary)
 
 
-def _restore(path: Path, of: str, model: nn.Module, optimizer: torch.optim.Optimizer, result: Trained) -> None:
+def _restore(
+    path: Path,
+    of: str,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    handle: MaskHandle | None,
+    result: Trained,
+) -> None:
     try:
         content = path.read_bytes()[: check_seal(path, "checkpoint")]
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
@@ -446,6 +489,8 @@ def _restore(path: Path, of: str, model: nn.Module, optimizer: torch.optim.Optim
         result.steps, result.seconds, result.history = state["steps"], state["seconds"], state["history"]
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
+        if handle is not None:
+            handle.load_state_dict(state["masks"])
     except Exception as error:
         raise AutoSparseStateError(
             f"checkpoint {path} cannot be resumed: {first_line(error)}; delete it to train from the start"

@@ -7,11 +7,12 @@ from pathlib import Path
 
 from torch import nn
 
+from autosparse.errors import require
 from autosparse.masks.mask import Masks
 from autosparse.training import loop
 from autosparse.training.data import ImageData
 from autosparse.training.devices import device_names
-from autosparse.training.loop import Trained
+from autosparse.training.loop import MaskSchedule, Trained
 from autosparse.training.recipe import Recipe
 
 
@@ -21,6 +22,7 @@ def train(
     recipe: Recipe,
     *,
     masks: Masks | None = None,
+    mask_schedule: MaskSchedule | None = None,
     seed: int = 0,
     device: str = "auto",
     start_step: int = 0,
@@ -45,6 +47,8 @@ def train(
 
     Args:
         masks: weights outside stay zero.
+        mask_schedule: masks that change while the network trains, see `search.sparsify`; in place of `masks`. The result
+            has those of the end.
         device: `"auto"`, `"cpu"`, `"cuda"`, `"cuda:1"`, or several, `"cuda:0,1"`; the model ends up on it, or the first.
         start_step, stop_step: train this part of the recipe's steps only (late rewinding).
         checkpoint: file to write at epoch ends, `checkpoint_every` seconds apart or more, and to resume from; it is
@@ -60,7 +64,10 @@ def train(
         AutoSparseFailure: the loss is no longer finite; the message says at which step and what to try. The process of
             one of several devices died.
     """
-    plan = loop.Plan(recipe, masks, seed, start_step, stop_step, checkpoint, checkpoint_every, validate)
+    require(
+        masks is None or mask_schedule is None, "masks", "given", "mask_schedule has its own; leave one of them out"
+    )
+    plan = loop.Plan(recipe, masks, seed, start_step, stop_step, checkpoint, checkpoint_every, validate, mask_schedule)
     devices = device_names(device)
     if len(devices) > 1 and on_gradient is None:
         from autosparse.training.ranks import train_on

@@ -1,0 +1,394 @@
+"""Masks that change while a network trains: the handle that follows an optimizer, and the search that is one training."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from autosparse.errors import AutoSparseError, require, settings
+from autosparse.masks.densities import Scope, check_scope
+from autosparse.masks.layers import Layer, check_values, prunable_layers, unwrap
+from autosparse.masks.mask import MaskReport, Masks, Zeroing
+from autosparse.masks.random import make_generator
+from autosparse.masks.schedule import check_density, check_sparsity
+from autosparse.masks.selection import select
+from autosparse.network.graph import trace
+from autosparse.search.method import METHODS, SearchResult, method_for, settings_for
+from autosparse.training.data import ImageData
+from autosparse.training.loop import full_state, rewound
+from autosparse.training.recipe import Recipe, steps_per_epoch
+from autosparse.training.train import train
+
+
+@dataclass(frozen=True)
+class Update:
+    """What a method sees when it changes masks.
+
+    `weights`, `gradients` (of all weights, pruned ones too; those of the step before the update), `masks` on the device of
+    the model. `step` optimizer steps of `steps` are done. `density` is the last one that is wanted, `scope` the user's or
+    `None`, `floor` the smallest density of any layer.
+    """
+
+    weights: Mapping[str, Tensor]
+    gradients: Mapping[str, Tensor | None]
+    masks: Mapping[str, Tensor]
+    layers: Mapping[str, Layer]
+    density: float
+    scope: Scope | None
+    floor: float
+    step: int
+    steps: int
+    seed: int
+
+
+@settings
+class SparseTraining:
+    """The settings of a method whose masks change in training; a subclass says when and how.
+
+    `epochs`: length of the run where it searches for a mask, with the whole learning-rate schedule; `None`: that of the
+    recipe. `every`: optimizer steps between two updates.
+    """
+
+    epochs: float | None = None
+    every: int = 100
+    grows_by_gradient: ClassVar[bool] = False
+    skips_step: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        require(self.epochs is None or self.epochs > 0, "epochs", self.epochs, "give a positive number")
+        require(self.every >= 1, "every", self.every, "give at least 1 optimizer step")
+
+    @property
+    def label(self) -> str:
+        """What follows the method's name in tables."""
+        return "" if self.epochs is None else f"-{self.epochs:g}"
+
+    def start(self, layers: Mapping[str, Layer], density: float, scope: Scope | None, floor: float, seed: int) -> Masks:
+        """The masks before the first step: every weight is kept, unless a method says otherwise."""
+        return Masks({n: torch.ones(layer.shape, dtype=torch.bool) for n, layer in layers.items()}, dict(layers))
+
+    def due(self, step: int, steps: int) -> bool:
+        """Whether the masks change after `step` of `steps` optimizer steps."""
+        raise NotImplementedError
+
+    def update(self, now: Update) -> Mapping[str, Tensor]:
+        """The new masks."""
+        raise NotImplementedError
+
+
+class Sparsifier:
+    """Changes the masks of a model as its optimizer steps, and holds pruned weights at zero. Made by `sparsify`.
+
+    It follows `optimizer.step()`, so it works with gradient accumulation and gradient scalers (a step that is skipped for
+    infinite gradients is not counted), `torch.compile`, and DDP (every rank makes the same choice, because gradients and
+    seed are the same). Momentum and other state of the optimizer are set to zero for each weight that leaves or returns.
+    With RigL an update takes the place of an optimizer step: the gradients are set to `None`, so that nothing moves.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        layers: Mapping[str, Layer],
+        method: SparseTraining,
+        *,
+        density: float,
+        steps: int,
+        scope: Scope | None = None,
+        floor: float = 0.0,
+        masks: Mapping[str, Tensor] | None = None,
+        seed: int = 0,
+    ) -> None:
+        check_density(density)
+        require(steps >= 1, "steps", steps, "give the number of optimizer steps of the whole training")
+        if scope is not None:
+            check_scope(scope, layers, "densities")
+        if not any(method.due(step, steps) for step in range(1, steps + 1)):
+            raise AutoSparseError(
+                f"every is {method.every}: no update fits into a training of {steps} steps; give a smaller number"
+            )
+        own = dict(unwrap(model).named_parameters())
+        self.method, self.optimizer, self.steps, self.step = method, optimizer, steps, 0
+        self._layers, self._density, self._scope, self._floor, self._seed = dict(layers), density, scope, floor, seed
+        self._weights = {name: own[name] for name in layers}
+        steered = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        for name, weight in self._weights.items():
+            require(id(weight) in steered, "weight", name, "the optimizer does not train it: leave it out by exclude")
+        start = method.start(layers, density, scope, floor, seed) if masks is None else masks
+        if set(start) != set(layers):
+            raise AutoSparseError("the masks to start with are another model's: give masks of its prunable weights")
+        self._masks = {n: start[n].to(w.device, copy=True) for n, w in self._weights.items()}
+        self._removed_in = {n: torch.zeros_like(w, dtype=torch.int16) for n, w in self._weights.items()}
+        self.path: list[float] = []
+        self._skipped = False
+        self._hold()
+        self._hooks = [optimizer.register_step_pre_hook(self._before), optimizer.register_step_post_hook(self._after)]
+
+    @property
+    def masks(self) -> Masks:
+        """The masks as they are now, a copy on the CPU."""
+        origin = {"density": self._density, "step": self.step, "seed": self._seed}
+        tensors = {n: m.cpu().clone() for n, m in self._masks.items()}
+        return Masks(tensors, self._layers, MaskReport(origin=origin))
+
+    @property
+    def removed_in(self) -> dict[str, Tensor]:
+        """For each weight the number of the update, from 1, in which it was last removed; 0 while it is kept. int16, CPU.
+
+        `path[i]` is the density after update i + 1.
+        """
+        return {n: t.cpu().masked_fill(self._masks[n].cpu(), 0) for n, t in self._removed_in.items()}
+
+    @torch.no_grad()
+    def mask_gradients(self) -> None:
+        """Set the gradients of pruned weights to zero, so that clipping counts only what is there; call it before.
+
+        Gradients that the next update needs stay: RigL takes no step then, and for GraNet that step's norm counts all.
+        """
+        if self.method.grows_by_gradient and self.method.due(self.step + 1, self.steps):
+            return
+        self._zero(weight.grad for weight in self._weights.values())
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a training needs to go on: tensors, numbers and lists, which `torch.load(weights_only=True)` reads."""
+        tensors = {"masks": self._masks, "removed_in": self._removed_in}
+        return {
+            "step": self.step,
+            "path": list(self.path),
+            **{key: {n: t.cpu().clone() for n, t in values.items()} for key, values in tensors.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` gave; load the model and the optimizer too.
+
+        Raises:
+            AutoSparseError: the state is another model's.
+        """
+        for key, values in (("masks", self._masks), ("removed_in", self._removed_in)):
+            given = state.get(key, {})
+            shapes = {n: tuple(t.shape) for n, t in given.items()}
+            if shapes != {n: tuple(t.shape) for n, t in values.items()}:
+                raise AutoSparseError(f"the state of sparsify does not fit: its {key} are those of another model")
+            for name, tensor in values.items():
+                tensor.copy_(given[name])
+        self.step, self.path = int(state["step"]), [float(d) for d in state["path"]]
+        self._hold()
+
+    def remove(self) -> None:
+        """End: from now on the masks neither change nor hold."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def _hold(self) -> None:
+        self._zero = Zeroing(self._masks.values())
+        self._zero(self._weights.values())
+
+    def _before(self, *_: Any) -> None:
+        self._skipped = self.method.skips_step and self.method.due(self.step + 1, self.steps)
+        if self._skipped:
+            self._update()
+            for group in self.optimizer.param_groups:
+                for parameter in group["params"]:
+                    parameter.grad = None
+
+    def _after(self, *_: Any) -> None:
+        self.step += 1
+        if self._skipped:
+            return
+        self._zero(self._weights.values())
+        if self.method.due(self.step, self.steps):
+            self._update()
+
+    @torch.no_grad()
+    def _update(self) -> None:
+        step = self.step + 1 if self._skipped else self.step
+        now = Update(
+            {n: w.detach() for n, w in self._weights.items()},
+            {n: w.grad for n, w in self._weights.items()},
+            self._masks,
+            self._layers,
+            self._density,
+            self._scope,
+            self._floor,
+            step,
+            self.steps,
+            self._seed,
+        )
+        masks = {n: m.to(self._masks[n].device) for n, m in self.method.update(now).items()}
+        for name, mask in masks.items():
+            before, weight = self._masks[name], self._weights[name]
+            changed = before != mask
+            self._removed_in[name][before & ~mask] = len(self.path) + 1
+            for value in self.optimizer.state.get(weight, {}).values():
+                if isinstance(value, Tensor) and value.shape == weight.shape:
+                    value.masked_fill_(changed.to(value.device), 0)
+        self._masks = masks
+        total = sum(m.numel() for m in masks.values())
+        self.path.append(sum(int(m.sum()) for m in masks.values()) / total)
+        self._hold()
+
+
+def sparsify(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    method: str = "gmp",
+    *,
+    sparsity: float,
+    steps: int,
+    densities: Scope | None = None,
+    masks: Mapping[str, Tensor] | None = None,
+    floor: float = 0.0,
+    include: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
+    example_input: Any = None,
+    seed: int = 0,
+    **options: Any,
+) -> Sparsifier:
+    """Sparsify `model` in your own training loop: the masks change as `optimizer` steps, and end at exactly `sparsity`.
+
+    Args:
+        model: may be wrapped by `torch.compile`, DDP or Fabric.
+        optimizer: must train all prunable weights.
+        method: `"gmp"` (gradual magnitude pruning), `"set"`, `"rigl"`, `"granet"`, `"acdc"`, or `package.module:name`.
+        sparsity: fraction of the prunable weights that is removed at the end.
+        steps: optimizer steps of the whole training; the schedules of the methods are shares of it.
+        densities: of the layers at the end: a rule such as `"erk"`, or one density for each layer. `None`: the method's
+            own, which is a global ranking for GMP, GraNet and AC/DC, and `"erk"` for SET and RigL.
+        masks: to start with, in place of the method's own.
+        floor: smallest density of any layer.
+        include, exclude: shell patterns on parameter names, as in `prune`.
+        example_input: for weights that only a trace shows to be prunable, as in `prune`.
+        seed: of random masks and random growth.
+        options: the settings of the method, such as `every=200`; see `autosparse list criteria`.
+
+    Returns:
+        A handle with `masks`, `mask_gradients()` (call it before clipping), `state_dict()`, `load_state_dict()` and
+            `remove()`.
+
+    Raises:
+        AutoSparseError: bad settings, a weight that the optimizer does not train, or masks of another model.
+
+    Examples:
+        >>> import torch, autosparse
+        >>> model = torch.nn.Linear(8, 4)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> handle = autosparse.sparsify(model, optimizer, "gmp", sparsity=0.75, steps=10, every=1)
+        >>> for _ in range(10):
+        ...     model(torch.randn(4, 8)).square().mean().backward()
+        ...     optimizer.step()
+        ...     optimizer.zero_grad()
+        >>> handle.masks.kept
+        8
+    """
+    entry = method_for(method)
+    known = [name for name in METHODS if issubclass(method_for(name).settings, SparseTraining)]  # type: ignore[union-attr]
+    if entry is None or not issubclass(entry.settings, SparseTraining):
+        raise AutoSparseError(f"method is {method!r}: known are {', '.join(known)}, or package.module:name")
+    require("epochs" not in options, "epochs", options.get("epochs"), "steps is the length here; leave epochs out")
+    chosen = settings_for(method, entry, options)
+    check_values(model)
+    operands = None if example_input is None else trace(model, example_input).operands
+    layers = prunable_layers(model, include=include, exclude=exclude, operands=operands)
+    density = 1 - check_sparsity(sparsity)
+    return Sparsifier(
+        model,
+        optimizer,
+        layers,
+        chosen,
+        density=density,
+        steps=steps,
+        scope=densities,
+        floor=floor,
+        masks=masks,
+        seed=seed,
+    )
+
+
+@dataclass(frozen=True)
+class MaskSchedule:
+    """Masks that change in a training of `training.train`, which attaches them to its own model and optimizer."""
+
+    method: SparseTraining
+    layers: Mapping[str, Layer]
+    density: float
+    scope: Scope | None = None
+    floor: float = 0.0
+
+    def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, seed: int) -> Sparsifier:
+        """The handle that changes the masks of `model` over `steps` steps of `optimizer`."""
+        how: dict[str, Any] = {"density": self.density, "scope": self.scope, "floor": self.floor}
+        return Sparsifier(model, optimizer, self.layers, self.method, steps=steps, seed=seed, **how)
+
+
+def search(
+    model: nn.Module,
+    layers: Mapping[str, Layer],
+    data: ImageData,
+    recipe: Recipe,
+    settings: SparseTraining,
+    density: float,
+    *,
+    seed: int = 0,
+    device: str = "auto",
+    scope: Scope | None = None,
+    floor: float = 0.0,
+    state: Path | None = None,
+    on_epoch: Callable[[dict[str, float]], None] | None = None,
+) -> SearchResult:
+    """The masks at the end of one training in which they change; the model is left as it was.
+
+    The run has the length of `settings.epochs`, annealed as the recipe says, or that of the recipe: then a training that
+    continues is at its end, and the masks cost nothing beside it.
+
+    Args:
+        scope: layer densities in place of the method's own.
+        state: directory for what is done, to continue after a stop; the caller deletes it.
+
+    Raises:
+        AutoSparseError: as `sparsify`; the state is another search's.
+        AutoSparseFailure: the training diverged.
+    """
+    per_epoch = steps_per_epoch(data, recipe.batch_size)
+    if settings.epochs is not None:
+        recipe = replace(recipe, steps=max(1, round(settings.epochs * per_epoch)))
+    length = recipe.length(data)
+    schedule = MaskSchedule(settings, dict(layers), density, scope, floor)
+    with rewound(model):
+        trained = train(
+            model,
+            data.without("test"),
+            recipe,
+            mask_schedule=schedule,
+            seed=seed,
+            device=device,
+            checkpoint=None if state is None else state / "training.pt",
+            validate=on_epoch is not None,
+            on_epoch=on_epoch,
+        )
+        weights = {n: t.cpu() for n, t in full_state(model).items()}
+    masks = trained.masks
+    assert masks is not None
+    origin = {**dataclasses.asdict(settings), "density": density, "floor": floor, "seed": seed, "steps": length}
+    masks.report = replace(masks.report, origin=origin)
+    done = length if settings.epochs is None else 0
+    return SearchResult(masks, length / per_epoch, trained.seconds, weights=weights, steps=done)
+
+
+def random_masks(layers: Mapping[str, Layer], density: float, scope: Scope | None, floor: float, seed: int) -> Masks:
+    """Masks with ERK's densities, or those of `scope`, and random positions: what SET and RigL start from."""
+    generator = make_generator(seed, "sparse start")
+    noise = {n: torch.rand(layer.shape, generator=generator) for n, layer in layers.items()}
+    return select(noise, density, layers=layers, scope=scope or "erk", floor=floor, seed=seed)
+
+
+def at_share(share: float, steps: int) -> int:
+    """The step at a share of a training."""
+    return math.floor(share * steps + 0.5)

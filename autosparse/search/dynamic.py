@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from autosparse.errors import require, settings
-from autosparse.masks.densities import Scope, check_scope
+from autosparse.masks.densities import Scope
 from autosparse.masks.layers import Layer
 from autosparse.masks.mask import Masks
 from autosparse.masks.random import make_generator
@@ -23,26 +23,23 @@ from autosparse.search.sparsify import SparseTraining, Update, at_share, random_
 class SETSettings(SparseTraining):
     """Sparse evolutionary training.
 
-    Starts with random masks. Every `every` optimizer steps, up to the share `end` of the training, each layer drops the
+    Starts with random masks of ERK's layer densities, or those that are given. Every `every` optimizer steps, up to the share `end` of the training, each layer drops the
     fraction `α_t = α/2·(1 + cos(πt/t_end))` of its weights, those of lowest `|θ|`, and grows as many at random, which
-    begin at 0. `fraction` is α; `scope` the rule for the layers' densities, such as `"erk"`.
+    begin at 0. `fraction` is α.
 
     Source: Mocanu et al. 2018; the decay of the fraction is RigL's.
     """
 
     fraction: float = 0.3
     end: float = 0.75
-    scope: str = "erk"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(0 < self.fraction <= 1, "fraction", self.fraction, "it is the share of weights to drop, in (0, 1]")
         require(0 < self.end <= 1, "end", self.end, "it is a share of the training, in (0, 1]")
-        require(self.scope != "global", "scope", self.scope, "random masks need layer densities, such as erk")
-        check_scope(self.scope)
 
     def start(self, layers: Mapping[str, Layer], density: float, scope: Scope | None, floor: float, seed: int) -> Masks:
-        return random_masks(layers, density, scope or self.scope, floor, seed)
+        return random_masks(layers, density, scope, floor, seed)
 
     def due(self, step: int, steps: int) -> bool:
         return step % self.every == 0 and step < at_share(self.end, steps)
@@ -81,7 +78,6 @@ class GraNetSettings(SparseTraining):
     start_density: float = 1.0
     begin: float = 0.0
     end: float = 0.5
-    scope: str = "global"
     grows_by_gradient: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -89,7 +85,6 @@ class GraNetSettings(SparseTraining):
         require(0 < self.fraction <= 1, "fraction", self.fraction, "it is the share of weights to drop, in (0, 1]")
         require(0 < self.start_density <= 1, "start_density", self.start_density, "it must lie in (0, 1]")
         require(0 <= self.begin < self.end <= 1, "begin", self.begin, f"it is a share in [0, 1), under end {self.end}")
-        check_scope(self.scope)
 
     def start(self, layers: Mapping[str, Layer], density: float, scope: Scope | None, floor: float, seed: int) -> Masks:
         require(self.start_density >= density, "start_density", self.start_density, f"it is under {density:g}")
@@ -106,7 +101,7 @@ class GraNetSettings(SparseTraining):
         masks = now.masks
         if now.step <= last:
             progress = (now.step - first) / max(last - first, 1)
-            masks = prune_gradually(now, progress, self.scope, self.start_density)
+            masks = prune_gradually(now, progress, self.start_density)
         return exchange_all(now, exchange_fraction(self.fraction, now.step / now.steps), masks, by_gradient=True)
 
 

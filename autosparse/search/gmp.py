@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from autosparse.errors import require, settings
-from autosparse.masks.densities import Scope, check_scope, layer_densities
+from autosparse.masks.densities import Scope, layer_densities
 from autosparse.masks.selection import select
 from autosparse.masks.updates import gradual_density
 from autosparse.search.method import Method
@@ -29,12 +29,10 @@ class GMPSettings(SparseTraining):
     every: int = 50
     begin: float = 0.05
     end: float = 0.7
-    scope: str = "global"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(0 <= self.begin < self.end <= 1, "begin", self.begin, f"it is a share in [0, 1), under end {self.end}")
-        check_scope(self.scope)
 
     def due(self, step: int, steps: int) -> bool:
         first, last = self._window(steps)
@@ -42,17 +40,17 @@ class GMPSettings(SparseTraining):
 
     def update(self, now: Update) -> Mapping[str, Tensor]:
         first, last = self._window(now.steps)
-        return prune_gradually(now, (now.step - first) / (last - first), self.scope)
+        return prune_gradually(now, (now.step - first) / (last - first))
 
     def _window(self, steps: int) -> tuple[int, int]:
         first = at_share(self.begin, steps)
         return first, min(max(first + 1, at_share(self.end, steps)), steps)
 
 
-def prune_gradually(now: Update, progress: float, scope: str = "global", start: float = 1.0) -> Mapping[str, Tensor]:
+def prune_gradually(now: Update, progress: float, start: float = 1.0) -> Mapping[str, Tensor]:
     """The kept weights of highest `|θ|`, at the density of `gradual_density`; see `GMPSettings`."""
     density = gradual_density(now.density, progress, start)
-    rule: Scope = now.scope or scope
+    rule: Scope = now.scope or "global"
     if rule != "global":
         wanted = layer_densities(rule, now.layers, now.density)
         rule = {n: gradual_density(d, progress, start) for n, d in wanted.items()}
@@ -75,13 +73,11 @@ class ACDCSettings(SparseTraining):
     warmup: float = 0.05
     phase: float = 0.1
     last: float = 0.85
-    scope: str = "global"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(0 <= self.warmup < self.last < 1, "warmup", self.warmup, f"it must be under last {self.last}, under 1")
         require(0 < self.phase < 1, "phase", self.phase, "it is a share of the training, in (0, 1)")
-        check_scope(self.scope)
 
     def due(self, step: int, steps: int) -> bool:
         return step in self._phases(steps)
@@ -90,7 +86,7 @@ class ACDCSettings(SparseTraining):
         if not self._phases(now.steps)[now.step]:
             return {n: m.new_ones(m.shape) for n, m in now.masks.items()}
         magnitudes = {n: w.abs() for n, w in now.weights.items()}
-        scope = now.scope or self.scope
+        scope = now.scope or "global"
         return select(magnitudes, now.density, layers=now.layers, scope=scope, floor=now.floor, seed=now.seed)
 
     def _phases(self, steps: int) -> dict[int, bool]:

@@ -384,6 +384,7 @@ def search(
 
 def random_masks(layers: Mapping[str, Layer], density: float, scope: Scope | None, floor: float, seed: int) -> Masks:
     """Masks with ERK's densities, or those of `scope`, and random positions: what SET and RigL start from."""
+    require(scope != "global", "scope", scope, "random masks need layer densities, such as erk")
     generator = make_generator(seed, "sparse start")
     noise = {n: torch.rand(layer.shape, generator=generator) for n, layer in layers.items()}
     return select(noise, density, layers=layers, scope=scope or "erk", floor=floor, seed=seed)

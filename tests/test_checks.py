@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pandas import DataFrame
 
 from autosparse.errors import AutoSparseError
 from autosparse.experiment.candidates import Candidate, expand
 from autosparse.report import checks
-from autosparse.report.checks import checked, finding, p_text, split, tables, verdict, verdicts
-from autosparse.report.rows import Result, paired_test
+from autosparse.report.checks import checked, conclusion, split, tables, verdict, verdicts
+from autosparse.report.rows import clean, paired_test
+from autosparse.report.text import p_text
 
 # -- what is run --------------------------------------------------------------------------------------------------------
 
@@ -75,15 +78,19 @@ def test_p_is_a_probability_whatever_the_order_and_the_sign(differences: list[fl
 # -- what is said -------------------------------------------------------------------------------------------------------
 
 
-def rows(criterion: str, *accuracies: float, sparsity: float = 0.9, model: str = "m") -> list[Result]:
+def rows(criterion: str, *accuracies: float, sparsity: float = 0.9, model: str = "m") -> list[dict[str, Any]]:
     """One result a seed; a NaN is a seed that failed."""
     base = {"model": model, "data": "d", "recipe": "r", "sparsity": sparsity, "criterion": criterion}
     extra = {"effective_sparsity": sparsity + 0.01, "dead_layers": 1.0}
-    return [Result(**base, **extra, accuracy=a, seed=seed) for seed, a in enumerate(accuracies)]
+    return [{**base, **extra, "accuracy": a, "seed": seed} for seed, a in enumerate(accuracies)]
 
 
-def only(*results: list[Result], check: str = "densities") -> checks.Comparison:
-    (row,) = checked([r for part in results for r in part])
+def frame(rows: list[dict[str, Any]]) -> DataFrame:
+    return clean(DataFrame(rows))[0]
+
+
+def only(*results: list[dict[str, Any]], check: str = "densities") -> checks.Comparison:
+    (row,) = checked(frame([r for part in results for r in part]))
     return row.tests[check]
 
 
@@ -91,7 +98,7 @@ def test_pairs_are_seeds_that_both_have() -> None:
     test = only(rows("snip", 0.5, 0.6, math.nan, 0.9), rows("densities:snip", 0.4, 0.5, 0.1))
     assert test.difference.n == 2 and test.difference.mean == pytest.approx(0.1)
     test = only(rows("snip", 0.5, math.nan), rows("densities:snip", math.nan, 0.5))
-    assert finding("densities", test) == "no shared seed: cannot tell" == verdict("densities", test)
+    assert conclusion("densities", test) == "no shared seed: cannot tell" == verdict("densities", test)
 
 
 @pytest.mark.parametrize(
@@ -124,13 +131,13 @@ def test_one_line_for_each_criterion() -> None:
         *rows("irp", *same, model="n"), *rows("densities:irp", 0.5, 0.5, 0.5, model="n"),
         *rows("erk", 0.5, 0.5, 0.5), *rows("densities:nothing", 0.5),
     ]  # fmt: skip
-    lines = verdicts(checked(results))
+    lines = verdicts(checked(frame(results)))
     assert lines == [
         "snip: positions matter (+3.3 ± 0.6 over its shuffle, p = 0.010, n = 3); "
         "no sign that the mask needs its own weights",
         "irp: positions matter in 2 of 3, no sign that positions matter in 1 of 3",
     ]
-    assert [(c.model, c.criterion, c.sparsity) for c in checked(results)] == [
+    assert [(c.model, c.criterion, c.sparsity) for c in checked(frame(results))] == [
         ("m", "snip", 0.9), ("m", "irp", 0.9), ("m", "irp", 0.98), ("n", "irp", 0.9),
     ]  # fmt: skip
 
@@ -138,7 +145,7 @@ def test_one_line_for_each_criterion() -> None:
 def test_the_table_of_a_terminal() -> None:
     results = [*rows("snip", 0.51, 0.52, 0.53), *rows("densities:snip", 0.5, 0.5, 0.5), *rows("irp", 0.6, 0.6)]
     results += rows("reinit:irp", 0.6)
-    ((table, lines),) = tables(results)
+    ((table, lines),) = tables(frame(results))
     assert table.title == "d, recipe r"
     assert table.headers == [
         *("model", "criterion", "sparsity", "accuracy", "effective %", "dead", "seeds"),
@@ -150,8 +157,8 @@ def test_the_table_of_a_terminal() -> None:
     ]
     assert lines[-1] == "1 test: were there no difference anywhere, about 0.1 would still come out below p = 0.05."
     assert "nan" not in str(table) + str(lines)
-    assert tables(rows("snip", 0.5)) == []
-    ((_, lines),) = tables([*rows("snip", 0.5), *rows("densities:snip", 0.4), *rows("reinit:snip", 0.4)])
+    assert tables(frame(rows("snip", 0.5))) == []
+    ((_, lines),) = tables(frame([*rows("snip", 0.5), *rows("densities:snip", 0.4), *rows("reinit:snip", 0.4)]))
     assert lines == ["snip: one seed: cannot tell", "No test: give two seeds or more."]
 
 

@@ -587,6 +587,8 @@ def test_networks_are_made_smaller(run: Run) -> None:
     assert [(r["method"], r["ratio"]) for r in rows] == [("dense", ""), ("tpp", "0.5"), ("l1", "0.5")]
     for row in rows[1:]:
         assert 0 <= float(row["removed_accuracy"]) <= 1 and int(row["parameters"]) < int(row["parameters_before"])
+    report = Path("small/report.html").read_text()
+    assert "Networks made smaller" in report and "2 smaller networks" in report and "<svg" in report
     before = {p.name: p.read_bytes() for p in Path("small/networks").iterdir()}
     assert run("shrink", config, "ratios=[0.5,{features.4.weight: 0.25}]", "methods=[l1]").code == 0
     assert before.items() < {p.name: p.read_bytes() for p in Path("small/networks").iterdir()}.items()

@@ -12,15 +12,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from pandas import DataFrame
 from planted import plant
 
 from autosparse.errors import AutoSparseError
 from autosparse.files import write_json
 from autosparse.masks.layers import Layer
-from autosparse.report import figures
+from autosparse.report import collect, figures, text
 from autosparse.report import page as report
 from autosparse.report import rows as results
-from autosparse.report.rows import Result
 from autosparse.scorers import records
 from autosparse.scorers.card import Card
 from autosparse.scorers.fitting import fit
@@ -99,6 +99,7 @@ def write_benchmark(folder: Path, seeds: int = 3, sparsities: tuple[float, ...] 
                         "criterion": criterion,
                         "sparsity": s,
                         "seed": seed,
+                        **{key: rows[-1][key] for key in ("data", "recipe", "accuracy")},
                         "layers": [
                             {"name": f"{n}.weight", "kept": int(k), "total": int(t)}
                             for n, k, t in zip(names, kept, total, strict=True)
@@ -161,9 +162,13 @@ def write_everything(folder: Path) -> None:
     write_scorer(folder / "scorer")
 
 
-def result(criterion: str, accuracy: float, seed: int = 0, **values: Any) -> Result:
+def result(criterion: str, accuracy: float, seed: int = 0, **values: Any) -> dict[str, Any]:
     base = {"model": "m", "data": "d", "sparsity": 0.9, "recipe": "r"}
-    return Result(**{**base, "criterion": criterion, "accuracy": accuracy, "seed": seed, **values})
+    return {**base, "criterion": criterion, "accuracy": accuracy, "seed": seed, **values}
+
+
+def frame(rows: list[dict[str, Any]]) -> DataFrame:
+    return results.clean(DataFrame(rows))[0]
 
 
 # Two seeds of each; SNIP: mean 0.62, std sqrt(2 · 0.02²) = 0.0283; differences −0.10 and −0.02.
@@ -176,117 +181,122 @@ ROWS = [
 
 
 def test_stat_by_hand() -> None:
-    assert results.stat([1.0, 2.0, 4.0, math.nan]) == pytest.approx((7 / 3, math.sqrt(7 / 3), 3))
-    one = results.stat([0.5])
+    assert text.stat([1.0, 2.0, 4.0, math.nan]) == pytest.approx((7 / 3, math.sqrt(7 / 3), 3))
+    one = text.stat([0.5])
     assert one.mean == 0.5 and math.isnan(one.std) and one.n == 1
-    assert results.in_percent(one) == "50.0 ± –"
-    assert results.in_percent(results.stat([])) == "–"
-    assert results.in_percent(results.Stat(-0.0123, 0.004, 3), signed=True) == "−1.2 ± 0.4"
+    assert text.in_percent(one) == "50.0 ± –"
+    assert text.in_percent(text.stat([])) == "–"
+    assert text.in_percent(text.Stat(-0.0123, 0.004, 3), signed=True) == "−1.2 ± 0.4"
 
 
-def test_aggregate_by_hand() -> None:
-    cells = results.aggregate([*ROWS, result("snip", math.nan, 2, error="boom"), result("dense", 0.9, sparsity=0.0)])
-    assert set(cells) == {("m", "snip", 0.9), ("m", "irp", 0.9)}
-    snip, irp = cells["m", "snip", 0.9], cells["m", "irp", 0.9]
+def test_summarise_by_hand() -> None:
+    rows = [*ROWS, result("snip", math.nan, 2, error="boom"), result("dense", 0.9, sparsity=0.0)]
+    cells = results.summarise(frame(rows))
+    assert list(cells.index) == [("m", "snip", 0.9), ("m", "irp", 0.9)]
+    snip, irp = cells.loc[("m", "snip", 0.9)], cells.loc[("m", "irp", 0.9)]
     assert snip.accuracy == pytest.approx((0.62, 0.02 * math.sqrt(2), 2))
-    assert snip.mask_cost.mean == pytest.approx(0.02) and snip.dead_layers.n == 0
-    assert irp.dead_layers.mean == 1.5
-    assert results.best_of_column(cells) == {("m", 0.9): {"irp"}}
+    assert snip.mask_cost == pytest.approx(0.02) and snip.total_cost == pytest.approx(1.02)
+    assert math.isnan(snip.dead_layers) and irp.dead_layers == 1.5
+    assert list(cells.best) == [False, True] and results.best_rival(cells, "m", 0.9) == ["irp"]
 
 
 def test_recipes_are_never_averaged() -> None:
-    rows = [*ROWS, result("snip", 0.1, 0, recipe="other")]
+    rows = frame([*ROWS, result("snip", 0.1, 0, recipe="other")])
     with pytest.raises(AutoSparseError, match="2 "):
-        results.aggregate(rows)
+        results.summarise(rows)
     assert [t.title for t in results.summary(rows)] == ["d, recipe r", "d, recipe other"]
 
 
 def test_paired_difference_takes_shared_seeds() -> None:
-    rows = [*ROWS, result("snip", 0.99, 7)]
+    rows = frame([*ROWS, result("snip", 0.99, 7)])
     assert results.paired_differences(rows, "m", 0.9, "snip", "irp") == pytest.approx([-0.10, -0.02])
+    assert results.paired_differences(rows, "m", 0.9, "snip", "erk") == []
 
 
 def test_dense_accuracy_prefers_its_own_rows() -> None:
     rows = [result("snip", 0.5, 0, dense_accuracy=0.8), result("irp", 0.5, 0, dense_accuracy=0.8)]
-    assert results.dense_accuracy(rows, "m")[::2] == (0.8, 1)
-    assert results.dense_accuracy([*rows, result("dense", 0.9, sparsity=0.0)], "m").mean == 0.9
+    assert results.dense_accuracy(frame(rows), "m")[::2] == (0.8, 1)
+    assert results.dense_accuracy(frame([*rows, result("dense", 0.9, sparsity=0.0)]), "m").mean == 0.9
 
 
 def test_repeated_rows_and_floors() -> None:
+    def accuracies(*rows: dict[str, Any]) -> list[float]:
+        return list(results.without_repeats(frame(list(rows))).accuracy)
+
     first, again = result("snip", 0.5), result("snip", 0.6)
-    assert results.without_repeats([first, again]) == [again]
-    assert results.without_repeats([first, result("snip", math.nan, error="boom")]) == [first]
+    assert accuracies(first, again) == [0.6]
+    assert accuracies(first, result("snip", math.nan, error="boom")) == [0.5]
     rows = [result("snip", 0.5), result("snip", 0.6, floor="0.01")]
-    assert results.without_repeats(rows) == rows
-    floors = results.floors_by_criterion(rows)
-    assert [results.with_floor_named(r, floors).criterion for r in rows] == ["snip (floor none)", "snip (floor 0.01)"]
+    assert accuracies(*rows) == [0.5, 0.6]
+    assert list(results.name_floors(frame(rows)).criterion) == ["snip (floor none)", "snip (floor 0.01)"]
 
 
 def test_summary_table() -> None:
-    ((title, headers, lines),) = results.summary([*ROWS, result("dense", 0.8, sparsity=0.0)])
+    rows = [*ROWS, result("gmp", 0.5, continues="yes", mask_cost=0.0), result("dense", 0.8, sparsity=0.0)]
+    ((title, headers, lines),) = results.summary(frame(rows))
     assert title == "d, recipe r"
-    assert headers == ["model", "criterion", "90 %", "effective %", "mask cost", "seeds", "dead layers"]
+    assert headers == ["model", "criterion", "90 %", "effective %", "mask cost", "total", "seeds", "dead layers"]
     assert lines == [
-        ["m", "dense", "80.0 ± –", "0", "0", "1", "0"],
-        ["m", "snip", "62.0 ± 2.8", "–", "0.02", "2", "–"],
-        ["m", "irp", "68.0 ± 2.8", "91.5", "–", "2", "1.5"],
+        ["m", "dense", "80.0 ± –", "0", "0", "1", "1", "0"],
+        ["m", "snip", "62.0 ± 2.8", "–", "0.02", "1", "2", "–"],
+        ["m", "irp", "68.0 ± 2.8", "91.5", "–", "–", "2", "1.5"],
+        ["m", "gmp", "50.0 ± –", "–", "–", "1", "1", "–"],
     ]
 
 
 def test_load_results_reads_costs_and_skips_bad_lines(tmp_path: Path) -> None:
     rows = [row(mask_cost="", mask_epochs=8), row(accuracy="", seed=1), row(accuracy=61.0), row(sparsity="x")]
     write_rows(tmp_path / "results.csv", rows)
-    loaded, notes = results.load_results(tmp_path / "results.csv")
-    assert [r.mask_cost for r in loaded] == [0.5, 0.0]
-    assert [r.error for r in loaded] == ["", "no accuracy"] and [r.ok for r in loaded] == [True, False]
+    loaded, notes = results.read_results(tmp_path / "results.csv")
+    assert list(loaded.mask_cost) == [0.5, 0.0] and list(loaded.total_cost) == [1.5, 1.0]
+    assert list(loaded.error) == ["", "no accuracy"]
     assert [note.split()[1] for note in notes] == ["4", "5"]
     write_rows(tmp_path / "results.csv", rows, [c for c in COLUMNS if c not in ("accuracy", "error")])
     with pytest.raises(AutoSparseError, match="accuracy"):
-        results.load_results(tmp_path / "results.csv")
+        results.read_results(tmp_path / "results.csv")
 
 
 def test_magnitude_bins_by_hand() -> None:
-    sums, counts = results.magnitude_bins(
+    sums, counts = collect.magnitude_bins(
         np.array([[-4.0, 1.0], [3.0, -2.0]]), np.array([[1.0, 0.0], [0.5, 0.25]]), bins=2
     )
     assert sums.tolist() == [0.25, 1.5] and counts.tolist() == [2, 2]
-    assert results.magnitude_bins(np.ones(1), np.ones(1), bins=3)[1].tolist() == [1, 0, 0]
+    assert collect.magnitude_bins(np.ones(1), np.ones(1), bins=3)[1].tolist() == [1, 0, 0]
 
 
-def test_survival_curves_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(results.magnitude_bins, "__defaults__", (2,))
+def test_survival_curves_by_hand() -> None:
     # Within layers the greater half survives; over both layers the second layer's weights are the smaller half.
     layers = [(np.array([5.0, -9.0]), np.array([0, 4])), (np.array([0.1, 0.2]), np.array([2, 4]))]
-    within, overall, ticket_within, ticket_overall = results.survival_curves(layers)
+    within, overall, ticket_within, ticket_overall = collect.survival_curves(layers, bins=2)
     assert within.tolist() == [0.25, 1.0] and overall.tolist() == [0.75, 0.5]
     assert ticket_within.tolist() == [0.0, 1.0] and ticket_overall.tolist() == [0.5, 0.5]
 
 
-def test_cells_of_other_settings_do_not_count() -> None:
-    cell = {"model": "m", "criterion": "snip", "sparsity": 0.9, "seed": 1, "data": "d", "recipe": "r", "floor": ""}
-    assert results.row_of_cell(ROWS, {**cell, "accuracy": 0.6400001}) == ROWS[1]
-    assert results.row_of_cell(ROWS, cell) == ROWS[1]
-    for other in ({"accuracy": 0.7}, {"recipe": "s"}, {"floor": 0.1}, {"sparsity": 0.8}, {"seed": 3}):
-        assert results.row_of_cell(ROWS, {**cell, **other}) is None
+def test_cells_of_other_settings_do_not_count(tmp_path: Path) -> None:
+    """A cell file belongs to the row of its name, recipe and accuracy; others are of settings that have changed."""
+    own = row(criterion="snip", seed=1, accuracy=0.64)
+    write_rows(tmp_path / "results.csv", [own, row(criterion="snip", seed=0)])
+    cell = {**own, "accuracy": 0.6400001, "layers": [{"name": "a", "kept": 1, "total": 4}]}
+    for number, other in enumerate(({}, {"accuracy": 0.7}, {"recipe": "s"}, {"sparsity": 0.8}, {"seed": 3})):
+        write_json(tmp_path / "cells" / f"{number}.json", {**cell, **other})
+    found = collect.collect(tmp_path)
+    assert found.layers.values.tolist() == [["cifar10", "1a2b3c", "resnet8", "snip", 0.9, 1, "a", 0.25]]
+    assert found.notes == ["4 cell files without a row in results.csv ignored: of other settings."]
 
 
 def test_model_name_of_a_record() -> None:
     assert (
-        results.model_name({"model": {"name": "convnet", "width": 16, "options": {"depth": 4}}}) == "convnet-w16-depth4"
+        collect.model_name({"model": {"name": "convnet", "width": 16, "options": {"depth": 4}}}) == "convnet-w16-depth4"
     )
-    assert results.model_name({"model": "vgg"}) == "vgg"
-    assert results.model_name({}) == results.model_name(None) == ""
-
-
-def test_frontier_keeps_what_nothing_cheaper_reaches() -> None:
-    assert figures.frontier([(1, 0.5), (0, 0.4), (0, 0.6), (2, 0.7), (2, 0.65)]) == [(0, 0.6), (2, 0.7)]
+    assert collect.model_name({"model": "vgg"}) == "vgg"
+    assert collect.model_name({}) == collect.model_name(None) == ""
 
 
 @pytest.mark.parametrize(
-    ("sparsity", "text"), [(0.9, "90.0"), (0.98312, "98.3"), (0.9903, "99.03"), (0.99999, "99.9990"), (1.0, "100")]
+    ("sparsity", "wanted"), [(0.9, "90.0"), (0.98312, "98.3"), (0.9903, "99.03"), (0.99999, "99.9990"), (1.0, "100")]
 )
-def test_sparsity_text(sparsity: float, text: str) -> None:
-    assert results.sparsity_text(sparsity) == text
+def test_sparsity_text(sparsity: float, wanted: str) -> None:
+    assert text.sparsity_text(sparsity) == wanted
 
 
 def test_report_of_everything(tmp_path: Path) -> None:
@@ -298,7 +308,8 @@ def test_report_of_everything(tmp_path: Path) -> None:
     html = page.read_text()
     figures = {f.stem: f.read_bytes() for f in (tmp_path / "figures").iterdir()}
     assert set(figures) == {
-        "accuracy-sparsity", "accuracy-cost", "layer-density", "survival-magnitude", "irp-rounds", "scorer-loss",
+        "accuracy-sparsity", "accuracy-mask-cost", "accuracy-total-cost", "layer-density", "survival-magnitude",
+        "irp-rounds", "scorer-loss",
     }  # fmt: skip
     assert html.count("<svg ") == len(figures) and "<script" not in html and str(tmp_path) not in html
     assert not re.search(r'(src|href)="(?!#)', html)  # nothing is fetched
@@ -310,7 +321,7 @@ def test_report_of_everything(tmp_path: Path) -> None:
         "Floor per layer 0.005: snip.",
         "Dead layers: resnet8, magnitude, 98 % (3 of 3 seeds): layer2.0.conv2.weight.",
         "Unfinished record: records/resnet8-2.h5, 7 trainings done",
-        "AUC is not worth",
+        "A high AUC is not a good mask",
         "torch 2.15.0",
     ):
         assert line in html
@@ -347,7 +358,7 @@ def test_figures_of_lines_leave_out_what_they_cannot_hold(tmp_path: Path) -> Non
             cell = {**rows[-1], "layers": [{"name": "a.weight", "kept": 1, "total": 10}]}
             write_json(tmp_path / "cells" / f"{i}{len(name)}.json", cell)
     write_rows(tmp_path / "results.csv", rows)
-    cells = results.aggregate(results.collect(tmp_path).results)
+    cells = results.summarise(collect.collect(tmp_path).rows)
     assert figures.selected(cells, 26) == [r["criterion"] for r in rows]
     assert figures.selected(cells, 25) == [f"c{i:02}" for i in range(13)]
     assert figures.selected(cells, 12) == [f"c{i:02}" for i in range(1, 13)]
@@ -368,29 +379,28 @@ def test_variants_look_like_their_criterion() -> None:
 
 def test_costs_from_nothing_to_twenty_trainings_in_one_figure() -> None:
     costs = {f"free{i}": i / 2000 for i in range(12)} | {f"paid{i}": 0.011 * 1.75**i for i in range(14)}
-    costs["densities:paid9"] = costs["paid9"]
-    assert max(costs.values()) > 15
     rows = [result(c, 0.5 + 0.01 * (i % 7), mask_cost=cost) for i, (c, cost) in enumerate(costs.items())]
-    import matplotlib.style
+    rows.append(result("gmp", 0.6, mask_cost=0.0, continues="yes"))
+    look = figures.looks([*costs, "gmp"])
 
-    with matplotlib.style.context(figures.STYLE, after_reset=True):
-        figure = figures.plot_cost(rows, figures.looks(costs))
+    def shown(cost: str) -> tuple[list[str], list[str]]:
+        figure = figures.plot_cost(frame(rows), look, cost)
         figure.draw_without_rendering()
-        (ax,) = figure.axes
-        renderer = figure.canvas.get_renderer()
-        texts = [t for t in [*ax.texts, *ax.get_xticklabels(), *ax.get_xticklabels(minor=True)] if t.get_text()]
-        boxes = {t.get_text(): t.get_window_extent(renderer).extents for t in texts}
-    assert boxes.keys() >= costs.keys(), "every criterion is named"
-    names = list(boxes)
-    clashes = [(a, b) for i, a in enumerate(names) for b in names[:i] if figures.overlap(boxes[a], boxes[b])]
-    assert clashes == []
-    assert all(boxes[c][2] < boxes["0.01"][0] for c in costs if c.startswith("free")), "free masks stand on the left"
+        left, _ = figure.axes
+        (legend,) = figure.legends
+        return [t.get_text() for t in left.get_xticklabels()], [t.get_text() for t in legend.get_texts()]
+
+    free, paid = shown("mask_cost")
+    assert sorted(free) == sorted(c for c in costs if c.startswith("free"))
+    assert paid == [c for c in costs if c.startswith("paid")]
+    free, _ = shown("total_cost")
+    assert free[-1] == "gmp", "what forms in the training costs no more than it"
 
 
 @pytest.mark.parametrize("costs", [(0.0, 0.0), (2.0, 9.0), (0.01, 0.02), (0.0, 50.0)])
 def test_costs_of_one_kind_only(costs: tuple[float, float]) -> None:
     rows = [result(f"c{i}", 0.5, mask_cost=cost) for i, cost in enumerate(costs)]
-    assert "<svg" in figures.svg(lambda: figures.plot_cost(rows, figures.looks(["c0", "c1"])), "cost")
+    assert "<svg" in figures.svg(lambda: figures.plot_cost(frame(rows), figures.looks(["c0", "c1"])), "cost")
 
 
 def test_names_are_escaped(tmp_path: Path) -> None:
@@ -423,7 +433,7 @@ def test_unreadable_files_become_notes(tmp_path: Path) -> None:
     (tmp_path / "cells" / "a.json").write_text("[1]")
     write_json(
         tmp_path / "cells" / "b.json",
-        {"model": "unknown", "criterion": "c", "sparsity": 0.9, "seed": 0, "layers": []},
+        {"model": "unknown", "data": "d", "recipe": "r", "criterion": "c", "sparsity": 0.9, "seed": 0, "layers": []},
     )
     write_json(tmp_path / "cells" / "c.json", {"model": "lacks a criterion"})
     (tmp_path / "cells" / "d.json").write_text('{"model": "without a hash"}')
@@ -432,7 +442,7 @@ def test_unreadable_files_become_notes(tmp_path: Path) -> None:
     html = report.build(tmp_path).read_text()
     for name in ("torn.h5", "other.h5", "cells/a.json", "cells/c.json", "cells/d.json", "scorer.json"):
         assert f"<li>{name} ignored: " in html
-    assert "Fitted scorers" not in html and results.collect(tmp_path).densities == {}
+    assert "Fitted scorers" not in html and collect.collect(tmp_path).layers.empty
     assert "1 cell file without a row in results.csv ignored" in html
 
 
@@ -440,7 +450,7 @@ def test_only_failures_still_make_a_report(tmp_path: Path) -> None:
     write_rows(tmp_path / "results.csv", [row(accuracy="", error="boom")])
     html = report.build(tmp_path).read_text()
     assert "No pruned network has a result yet" in html and "boom" in html
-    assert results.summary(tmp_path)[0].rows == [["resnet8", "dense", "0", "0", "1", "0"]]
+    assert results.summary(collect.collect(tmp_path).rows)[0].rows == [["resnet8", "dense", "0", "0", "1", "1", "0"]]
 
 
 def test_the_scorer_table_is_what_fit_wrote(tmp_path: Path) -> None:
@@ -454,14 +464,14 @@ def test_the_scorer_table_is_what_fit_wrote(tmp_path: Path) -> None:
     assert shown["AUC"] == f"{test['scorer']['auc']:.3f}" != shown["AUC of |θ₀|"] == f"{test['magnitude']['auc']:.3f}"
     assert shown["within layers"] == f"{test['scorer']['auc_within_layers']:.3f}"
     assert shown["overlap of |θ₀|"] == f"{test['magnitude']['overlap']:.3f}"
-    assert shown["records that fit, choose, judge"] == "1 + 1 + 1" and shown["weights"] == "1,088"
+    assert shown["records that fit, choose, test"] == "1 + 1 + 1" and shown["weights"] == "1,088"
     assert "–" not in shown.values()
 
 
 def test_a_card_of_another_version_is_a_note(tmp_path: Path) -> None:
     write_scorer(tmp_path)
     for name, values, said in (
-        ("old", {"validation": {"auc": 0.9}}, "unknown field &#x27;validation&#x27;"),
+        ("old", {"validation": {"auc": 0.9}}, "unknown field &#39;validation&#39;"),
         ("torn", {"name": 3}, "its name is 3"),
     ):
         write_json(tmp_path / name / "scorer.json", values)

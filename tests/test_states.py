@@ -21,9 +21,9 @@ from autosparse.experiment.candidates import Candidate
 from autosparse.experiment.states import State, states
 from autosparse.files import write_json, write_safetensors
 from autosparse.jobs.status import statuses
-from autosparse.report.figures import plain_power, plot_diagnosis
-from autosparse.report.page import build
-from autosparse.report.rows import diagnosis_table, load_diagnosis
+from autosparse.report.collect import read_diagnosis
+from autosparse.report.figures import plot_diagnosis
+from autosparse.report.page import build, diagnosis_table
 
 Run = Callable[..., tuple[int, str, str]]
 CONFIG: dict[str, Any] = {
@@ -71,7 +71,7 @@ def test_from_the_dense_network_to_the_report(run: Run, monkeypatch: pytest.Monk
     assert [float(row["sparsity"]) for row in summary] == pytest.approx([0, *[0.8] * 4], abs=1e-3)
     repaired = [float(row["lipschitz"]) for row in layers if row["state"] == "erk+repair" and row["norm"]]
     assert repaired == pytest.approx([1, 1, 1], abs=1e-4)
-    found = load_diagnosis(Path("out/diagnosis.json"))
+    found = read_diagnosis(Path("out/diagnosis.json"))
     assert [len(state["singular_values"][0]) for state in found] == [10] * 5
     page = Path("out/report.html").read_text()
     assert "How well the network can train" in page and "<svg" in page and "snip+repair" in page
@@ -139,7 +139,7 @@ def test_hessians_and_jacobian_may_be_left_out(run: Run) -> None:
     assert code == 0, err
     (row,) = rows("summary.csv")
     assert math.isnan(float(row["jacobian_mean"])) and math.isnan(float(row["hessian_max"]))
-    axes = plot_diagnosis(load_diagnosis(Path("out/diagnosis.json"))).axes
+    axes = plot_diagnosis(read_diagnosis(Path("out/diagnosis.json"))).axes
     assert [ax.get_ylabel().split("\n")[0] for ax in axes] == ["Lipschitz", "second moment", "gradient norm"]
 
 
@@ -214,7 +214,7 @@ def test_a_figure_of_zeros_infinities_and_many_layers(tmp_path: Path) -> None:
     write_states(tmp_path / "diagnosis.json", odd, [layer(f"l{i}") for i in range(70)], [layer("a", hessian_norm=0.0)])
     page = build(tmp_path).read_text()
     assert "3 diagnosed networks" in page and "<svg" in page
-    headers, lines = diagnosis_table(load_diagnosis(tmp_path / "diagnosis.json"))
+    headers, lines = diagnosis_table(read_diagnosis(tmp_path / "diagnosis.json"))
     assert len(headers) == len(lines[0]) and [line[0] for line in lines] == ["s0", "s1", "s2"]
 
 
@@ -226,10 +226,3 @@ def test_a_damaged_file_is_a_note(tmp_path: Path) -> None:
     page = build(tmp_path).read_text()
     assert page.count("diagnosis.json ignored: ") == 3
     assert "How well the network can train: good" in page
-
-
-@pytest.mark.parametrize(
-    ("value", "text"), [(0.01, "0.01"), (500, "500"), (1e-3, "10⁻³"), (2e4, "2·10⁴"), (1e10, "10¹⁰"), (0.3, "0.3")]
-)
-def test_ticks(value: float, text: str) -> None:
-    assert plain_power(value) == text

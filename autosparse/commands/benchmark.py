@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from autosparse.commands.directory import claim_directory
 from autosparse.commands.loading import plain
@@ -17,10 +17,14 @@ from autosparse.experiment.benchmark import failures, grid, run_grid, with_input
 from autosparse.experiment.candidates import expand
 from autosparse.jobs.cells import unfinished
 from autosparse.report.checks import tables
-from autosparse.report.rows import Result, collect, summary
+from autosparse.report.collect import collect
+from autosparse.report.rows import summary
 from autosparse.tracking import track
 from autosparse.training.data import load_data
 from autosparse.training.loop import fabric_for
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 
 def run(
@@ -29,8 +33,8 @@ def run(
     tracking: Path | None = None,
     report: bool = True,
     profile: bool = False,
-) -> list[Result]:
-    """Prune and train every cell of the grid that `config` names, and give the rows of results.
+) -> DataFrame:
+    """Prune and train every cell of the grid that `config` names, and give its results, a row each.
 
     Args:
         tracking: directory of the MLflow store; default the output.
@@ -75,7 +79,7 @@ def run(
             )
         live.end(f"{what}: {len(cells)} cells")
         tracker.artifact(directory / "results.csv")
-    rows = collect(directory).results
+    rows = collect(directory).rows
     for title, headers, lines in summary(rows):
         print_table(f"accuracy after the last epoch, % ({title})", headers, lines)
     for (title, headers, lines), verdicts in tables(rows):
@@ -89,4 +93,4 @@ def run(
         say_failed(line)
     if failed:
         raise AutoSparseFailure(f"{len(failed)} of {len(cells)} cells failed; start again to try them again")
-    return list(rows)
+    return rows

@@ -11,7 +11,7 @@ from autosparse.commands.loading import plain
 from autosparse.commands.schemas import FitConfig
 from autosparse.commands.terminal import bars, print_table, say
 from autosparse.files import read_json, sha256, write_csv, write_json
-from autosparse.report.rows import stat
+from autosparse.report.text import stat
 from autosparse.scorers.card import FIGURES, OWN, PARTS, read_card
 from autosparse.scorers.fitting import cross_validate, fit
 from autosparse.scorers.records import distinct, find_records

@@ -6,6 +6,7 @@ from typing import Any
 
 from autosparse.commands.directory import claim_directory
 from autosparse.commands.loading import plain
+from autosparse.commands.report import write_report
 from autosparse.commands.schemas import ShrinkConfig
 from autosparse.commands.terminal import Live, bars, print_table, say, say_failed
 from autosparse.errors import AutoSparseFailure
@@ -56,6 +57,7 @@ def run(config: ShrinkConfig) -> list[dict[str, Any]]:
     title, headers, rows = summary(results)
     print_table(title, headers, rows)
     say(f"results: {directory / 'results.csv'}, networks: {directory / 'networks'}")
+    write_report(directory)
     failed = [result for result in results if result.get("error")]
     for result in failed:
         say_failed(f"{result['method']} {result['ratio']} seed {result['seed']}: {result['error']}")

@@ -25,7 +25,7 @@ from autosparse.pruning.criteria import PRESETS, Inverted, Preset, preset_for
 from autosparse.pruning.prune import describe, prune
 from autosparse.pruning.warmup import WarmupSettings, warmup
 from autosparse.report.checks import CHECKS, split
-from autosparse.report.rows import unique
+from autosparse.report.text import unique
 from autosparse.scorers.loading import criterion_for, find_scorer, is_scorer
 from autosparse.search.method import METHODS, Method, SearchResult, method_for, settings_for
 from autosparse.trainability.prepare import check_preparation, prepare

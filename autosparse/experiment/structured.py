@@ -22,7 +22,7 @@ from autosparse.jobs.cells import Progress, Result, result_path, run_cells, unfi
 from autosparse.jobs.executor import INLINE, Event, ExecutorSettings
 from autosparse.masks.mask import Masks
 from autosparse.network.size import size
-from autosparse.report.rows import Table, in_percent, stat
+from autosparse.report.text import Table, in_percent, stat
 from autosparse.trainability.shrink import remove
 from autosparse.trainability.stored import save_weights
 from autosparse.trainability.tpp import Ratio, TPPSettings, filter_densities, push_out

@@ -1,30 +1,16 @@
-"""Sanity checks: each criterion beside its own shuffle, its mask under new weights, and its scores upside down.
-
-What a table needs is plain rows of results, so that a report needs no torch.
-"""
+"""Sanity checks: each criterion beside its own shuffle, its mask under new weights, and its scores upside down."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from autosparse.report.rows import (
-    Cell,
-    Result,
-    Stat,
-    Table,
-    aggregate,
-    groups,
-    in_percent,
-    paired_differences,
-    paired_test,
-    plural,
-    sparsity_text,
-    stat,
-    unique,
-)
+from autosparse.report.text import Stat, Table, in_percent, number_text, p_text, plural, sparsity_text, stat, unique
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 LEVEL = 0.05  # of the tests
 
@@ -60,7 +46,7 @@ class Comparison(NamedTuple):
 
     difference: Stat
     p: float | None
-    cell: Cell  # of the check
+    cell: Any  # of the check, a row of `rows.summarise`
 
 
 @dataclass(frozen=True)
@@ -70,7 +56,7 @@ class Checked:
     model: str
     criterion: str
     sparsity: float
-    cell: Cell
+    cell: Any
     tests: Mapping[str, Comparison]
 
 
@@ -80,9 +66,11 @@ def split(name: str) -> tuple[str | None, str]:
     return (first, rest) if sign and first in CHECKS else (None, name)
 
 
-def checked(rows: Sequence[Result]) -> list[Checked]:
+def checked(rows: DataFrame) -> list[Checked]:
     """Every criterion with at least one of its variants beside it; rows of one (data, recipe)."""
-    cells = aggregate(rows)
+    from autosparse.report.rows import paired_differences, paired_test, summarise
+
+    cells = {cell.Index: cell for cell in summarise(rows).itertuples()}
     result = []
     for (model, criterion, sparsity), cell in cells.items():
         tests = {}
@@ -93,10 +81,11 @@ def checked(rows: Sequence[Result]) -> list[Checked]:
                 tests[check] = Comparison(stat(differences), paired_test(differences), cells[model, rival, sparsity])
         if tests:
             result.append(Checked(model, criterion, sparsity, cell, tests))
-    return sorted(result, key=lambda c: (unique(k[0] for k in cells).index(c.model), c.sparsity))
+    models = unique(key[0] for key in cells)
+    return sorted(result, key=lambda c: (models.index(c.model), c.sparsity))
 
 
-def finding(check: str, test: Comparison) -> str:
+def conclusion(check: str, test: Comparison) -> str:
     """What a test says, in few words."""
     n, p = test.difference.n, test.p
     if n < 2:
@@ -109,8 +98,8 @@ def finding(check: str, test: Comparison) -> str:
 
 
 def verdict(check: str, test: Comparison) -> str:
-    """The finding with its figures: "positions matter (+3.1 ± 0.4 over its shuffle, p = 0.010, n = 3)"."""
-    text, n = finding(check, test), test.difference.n
+    """The conclusion with its figures: "positions matter (+3.1 ± 0.4 over its shuffle, p = 0.010, n = 3)"."""
+    text, n = conclusion(check, test), test.difference.n
     difference, p = in_percent(test.difference, signed=True), p_text(test.p)
     if n < 2:
         return text
@@ -121,7 +110,7 @@ def verdict(check: str, test: Comparison) -> str:
 
 
 def verdicts(rows: Iterable[Checked]) -> list[str]:
-    """One line for each criterion: over models and sparsities, how often each finding came out."""
+    """One line for each criterion: over models and sparsities, how often each conclusion came out."""
     by_criterion: dict[str, list[Checked]] = {}
     for row in rows:
         by_criterion.setdefault(row.criterion, []).append(row)
@@ -130,24 +119,17 @@ def verdicts(rows: Iterable[Checked]) -> list[str]:
         parts: list[str] = []
         for check in CHECKS:
             tests = [row.tests[check] for row in own if check in row.tests]
-            found = [finding(check, test) for test in tests]
+            texts = [conclusion(check, test) for test in tests]
             if len(tests) == 1:
-                parts.append(verdict(check, tests[0]) if not parts else found[0])
+                parts.append(verdict(check, tests[0]) if not parts else texts[0])
             elif tests:
-                counts = Counter(found).most_common()
+                counts = Counter(texts).most_common()
                 parts.append(", ".join(f"{text} in {count} of {len(tests)}" for text, count in counts))
         lines.append(f"{criterion}: {'; '.join(unique(parts))}")
     return lines
 
 
-def p_text(p: float | None) -> str:
-    """ "p = 0.012", or "p –" where there is none."""
-    if p is None:
-        return "p –"
-    return "p < 0.001" if p < 0.001 else f"p = {p:.{3 if p < 0.1 else 2}f}"
-
-
-def caution(rows: Sequence[Checked]) -> str:
+def caution(rows: Iterable[Checked]) -> str:
     """What the number of tests does to their worth."""
     count = sum(test.p is not None for row in rows for test in row.tests.values())
     if not count:
@@ -158,10 +140,12 @@ def caution(rows: Sequence[Checked]) -> str:
     )
 
 
-def tables(results: Sequence[Result]) -> list[tuple[Table, list[str]]]:
+def tables(results: DataFrame) -> list[tuple[Table, list[str]]]:
     """For a terminal: the table of each (data, recipe) with checks in it, and the verdicts."""
-    found = []
-    for (data, recipe), group in groups(results).items():
+    from autosparse.report.rows import groups, heading
+
+    result = []
+    for key, group in groups(results):
         rows = checked(group)
         if not rows:
             continue
@@ -173,18 +157,17 @@ def tables(results: Sequence[Result]) -> list[tuple[Table, list[str]]]:
                 row.criterion,
                 f"{100 * row.sparsity:.6g} %",
                 in_percent(row.cell.accuracy),
-                sparsity_text(row.cell.effective_sparsity.mean) if row.cell.effective_sparsity.n else "–",
-                f"{row.cell.dead_layers.mean:.2g}" if row.cell.dead_layers.n else "–",
+                sparsity_text(row.cell.effective_sparsity),
+                number_text(row.cell.dead_layers),
                 "–".join(str(n) for n in sorted({test.difference.n for test in row.tests.values()})),
-                *(figures(row.tests.get(check)) for check in checks),
+                *(_figures(row.tests.get(check)) for check in checks),
             ]
             for row in rows
         ]
-        title = f"{data}, recipe {recipe}" if recipe else data
-        table = Table(title, [*headers, *(f"over {CHECKS[check].rival}" for check in checks)], lines)
-        found.append((table, [*verdicts(rows), caution(rows)]))
-    return found
+        table = Table(heading(key), [*headers, *(f"over {CHECKS[check].rival}" for check in checks)], lines)
+        result.append((table, [*verdicts(rows), caution(rows)]))
+    return result
 
 
-def figures(test: Comparison | None) -> str:
+def _figures(test: Comparison | None) -> str:
     return "" if test is None else f"{in_percent(test.difference, signed=True)}, {p_text(test.p)}"

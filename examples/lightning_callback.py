@@ -1,4 +1,4 @@
-"""A callback for PyTorch Lightning: prunes the module before its first step and keeps the weights at zero.
+"""Callbacks for PyTorch Lightning: one prunes before the first step, one sparsifies the module while it trains.
 
 The masks are part of Lightning's own checkpoints, so that a training that is resumed goes on under the same masks.
 """
@@ -33,6 +33,39 @@ class Sparse(lightning.Callback):
         self._kept = dict(state)
 
 
+class Sparsify(lightning.Callback):
+    """Gradual pruning, or another method of `autosparse.sparsify`, over the whole training."""
+
+    def __init__(self, sparsity: float, method: str = "gmp", **options: object) -> None:
+        self.sparsity, self.method, self.options = sparsity, method, options
+        self.handle: autosparse.Sparsifier | None = None
+        self._state: dict[str, object] = {}
+
+    @property
+    def masks(self) -> autosparse.Masks:
+        return self.handle.masks
+
+    def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        (optimizer,) = trainer.optimizers
+        steps = int(trainer.estimated_stepping_batches)
+        self.handle = autosparse.sparsify(
+            module, optimizer, self.method, sparsity=self.sparsity, steps=steps, **self.options
+        )
+        if self._state:  # resumed
+            self.handle.load_state_dict(self._state)
+
+    def on_before_optimizer_step(
+        self, trainer: lightning.Trainer, module: lightning.LightningModule, optimizer
+    ) -> None:
+        self.handle.mask_gradients()  # so that gradient clipping counts only what is there
+
+    def state_dict(self) -> dict[str, object]:
+        return {} if self.handle is None else self.handle.state_dict()
+
+    def load_state_dict(self, state: dict[str, object]) -> None:
+        self._state = dict(state)
+
+
 class Module(lightning.LightningModule):
     def __init__(self) -> None:
         super().__init__()
@@ -48,10 +81,12 @@ class Module(lightning.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
 
 
-def main(epochs: int = 2, folder: str = ".", resume: str | None = None) -> tuple[Module, Sparse]:
+def main(
+    epochs: int = 2, folder: str = ".", resume: str | None = None, callback: lightning.Callback | None = None
+) -> tuple[Module, lightning.Callback]:
     lightning.seed_everything(0)
     loader = DataLoader(TensorDataset(torch.randn(256, 64), torch.randint(10, (256,))), batch_size=32)
-    module, sparse = Module(), Sparse(sparsity=0.9)
+    module, sparse = Module(), callback or Sparse(sparsity=0.9)
     trainer = lightning.Trainer(
         max_epochs=epochs, callbacks=[sparse], logger=False, default_root_dir=folder, accelerator="auto"
     )
@@ -60,5 +95,6 @@ def main(epochs: int = 2, folder: str = ".", resume: str | None = None) -> tuple
 
 
 if __name__ == "__main__":
-    module, sparse = main()
-    print(f"sparsity {sparse.masks.sparsity:.3f}")
+    for callback in (Sparse(sparsity=0.9), Sparsify(sparsity=0.9, every=1)):
+        module, sparse = main(callback=callback)
+        print(f"{type(callback).__name__}: sparsity {sparse.masks.sparsity:.3f}")

@@ -55,6 +55,41 @@ def test_hugging_face_trainer(example: ModuleType, tmp_path: Path) -> None:
     assert sparse.masks.sparsity == pytest.approx(0.8, abs=1e-3) and zeros(model, sparse.masks)
 
 
+@pytest.mark.parametrize("example", ["lightning_callback"], indirect=True)
+def test_lightning_callback_that_sparsifies(example: ModuleType, tmp_path: Path) -> None:
+    """Stopped after the first of two epochs and resumed: as if it had not been stopped."""
+
+    class Stopped(example.Sparsify):
+        state_key = "Sparsify"  # by which the other one finds its state
+
+        def on_train_epoch_end(self, trainer, module) -> None:
+            trainer.should_stop = True
+
+    whole, sparse = example.main(2, str(tmp_path / "a"), callback=example.Sparsify(sparsity=0.9, every=1))
+    assert sparse.masks.sparsity == pytest.approx(0.9, abs=1e-3) and zeros(whole, sparse.masks)
+    _, half = example.main(2, str(tmp_path / "b"), callback=Stopped(sparsity=0.9, every=1))
+    assert half.handle.step == 8 and half.masks.sparsity < 0.9
+    (checkpoint,) = (tmp_path / "b").rglob("*.ckpt")
+    later, resumed = example.main(2, str(tmp_path / "b"), str(checkpoint), example.Sparsify(sparsity=0.9, every=1))
+    assert resumed.handle.step == 16 and resumed.masks.kept == sparse.masks.kept and zeros(later, resumed.masks)
+    assert all(not bool((resumed.masks[name] & ~mask).any()) for name, mask in half.masks.items())
+
+
+@pytest.mark.parametrize("example", ["hugging_face_trainer"], indirect=True)
+def test_hugging_face_trainer_that_sparsifies(example: ModuleType, tmp_path: Path) -> None:
+    class Stopped(example.Sparsify):
+        def on_epoch_end(self, args, state, control, **kwargs) -> None:
+            control.should_training_stop = True
+
+    folder = str(tmp_path / "out")
+    _, half = example.main(folder, 2, Stopped(sparsity=0.8, every=1))
+    assert half.handle.step == 4 and half.masks.sparsity < 0.8
+    model, resumed = example.main(folder, 2, example.Sparsify(sparsity=0.8, every=1), resume=True)
+    assert resumed.handle.step == 8 and resumed.masks.sparsity == pytest.approx(0.8, abs=1e-3)
+    assert zeros(model, resumed.masks)
+    assert all(not bool((resumed.masks[name] & ~mask).any()) for name, mask in half.masks.items())
+
+
 @pytest.mark.parametrize("example", ["record_in_pandas"], indirect=True)
 def test_record_in_pandas(example: ModuleType, tmp_path: Path) -> None:
     overrides = ["models=[{name: convnet, width: 4}]", "data={name: digits, limit: 96}", "recipe.epochs=1", "seeds=[0]"]

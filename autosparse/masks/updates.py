@@ -14,8 +14,8 @@ def gradual_density(density: float, progress: float, start: float = 1.0) -> floa
 
     Source: Zhu & Gupta 2017, "To prune, or not to prune".
 
-    >>> gradual_density(0.1, 0.5)
-    0.2125
+    >>> round(gradual_density(0.1, 0.5), 2)
+    0.21
     """
     return density + (start - density) * (1 - min(max(progress, 0.0), 1.0)) ** 3
 

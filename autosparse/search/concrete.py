@@ -207,7 +207,7 @@ class _Search:
         sparse = torch.autograd.grad(expected, values)
         ratio = float(_norm(task) / _norm(sparse).clamp(min=1e-12))
         self.ratio = ratio if math.isnan(self.ratio) else 0.99 * self.ratio + 0.01 * ratio
-        factor = self.ratio if float(expected) > 1 else 0.0
+        factor = self.ratio if float(expected.detach()) > 1 else 0.0
         for value, one, other in zip(values, task, sparse, strict=True):
             value.grad = one + factor * other
         self.optimizer.step()

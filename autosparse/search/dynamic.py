@@ -42,7 +42,7 @@ class SETSettings(SparseTraining):
         return random_masks(layers, density, scope, floor, seed)
 
     def due(self, step: int, steps: int) -> bool:
-        return step % self.every == 0 and step < at_share(self.end, steps)
+        return step % self.every == 0 and 0 < step < at_share(self.end, steps)
 
     def update(self, now: Update) -> Mapping[str, Tensor]:
         fraction = exchange_fraction(self.fraction, now.step / at_share(self.end, now.steps))

@@ -161,6 +161,7 @@ class Sparsifier:
         tensors = {"masks": self._masks, "removed_in": self._removed_in}
         return {
             "step": self.step,
+            "steps": self.steps,
             "path": list(self.path),
             **{key: {n: t.cpu().clone() for n, t in values.items()} for key, values in tensors.items()},
         }
@@ -169,8 +170,10 @@ class Sparsifier:
         """Go on from what `state_dict` gave; load the model and the optimizer too.
 
         Raises:
-            AutoSparseError: the state is another model's.
+            AutoSparseError: the state is another model's, or of a training of another length.
         """
+        steps = state.get("steps", 0)
+        require(steps == self.steps, "steps", self.steps, f"the saved state is of a training of {steps}; give the same")
         for key, values in (("masks", self._masks), ("removed_in", self._removed_in)):
             given = state.get(key, {})
             shapes = {n: tuple(t.shape) for n, t in given.items()}

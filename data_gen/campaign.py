@@ -17,7 +17,7 @@ from autosparse.scorers.records import is_complete
 from autosparse.search.irp import IRPSettings, Round
 from autosparse.training.data import DataSettings, ImageData, shared_data
 from autosparse.training.loop import fabric_for
-from autosparse.training.models import ModelSettings, create_model
+from autosparse.training.models import ModelSettings, build_model
 from autosparse.training.recipe import Recipe
 from data_gen.runs import Run, generate_record
 
@@ -83,7 +83,7 @@ def generate(
     pending = [run for run in todo if not is_complete(paths[run.label()])]
     images = {data: shared_data(data, "cpu") for data in {run.data: None for run in todo}}
     for model, data in {(run.model.label(), run.data): (run.model, images[run.data]) for run in pending}.values():
-        _check(model, data)  # wrong input ends here, before hours are spent
+        check_prunable(build_model(model, data), data)  # wrong input ends here, before hours are spent
     open_labels = {run.label() for run in pending}
     jobs = {}
     for run in todo:  # what is complete is looked at here: whether its images and initial weights are still the same
@@ -108,11 +108,6 @@ def generate(
         first = next(iter(failed.values()))
         raise (AutoSparseError if first.mistake else AutoSparseFailure)(str(first.error))
     return campaign
-
-
-def _check(model: ModelSettings, data: ImageData) -> None:
-    size = {"in_channels": data.channels, "classes": data.classes, "image_size": data.image_size}
-    check_prunable(create_model(model, **size), data)
 
 
 def do_run(

@@ -27,7 +27,7 @@ from autosparse.search.irp import IRPSettings, Round, irp
 from autosparse.training.content import of_start
 from autosparse.training.data import DataSettings, ImageData, load_data
 from autosparse.training.loop import fabric_for
-from autosparse.training.models import ModelSettings, create_model
+from autosparse.training.models import ModelSettings, build_model
 from autosparse.training.recipe import Recipe
 from autosparse.training.threads import threads_for
 
@@ -110,8 +110,7 @@ def generate_record(
         AutoSparseFailure: a training diverged or the disk is full; the rounds before are kept.
     """
     images = load_data(run.data) if data is None else data
-    size = {"in_channels": images.channels, "classes": images.classes, "image_size": images.image_size}
-    model = create_model(run.model, **size, seed=run.seed)
+    model = build_model(run.model, images, run.seed)
     config = {**run.config(), "inputs": of_start(model, images)}
     with sole_writer(path):
         done = read_record(path) if path.exists() else None

@@ -298,6 +298,8 @@ def test_the_smaller_network_computes_what_the_zeroed_does(make: Callable[[], nn
         warnings.simplefilter("ignore")
         masks = prune(model, 0.5, "random", example_input=x, granularity="channel", scope="uniform")
     found = remove(model, masks, x)
+    apart = [why for why in found.stays.values() if "coupled with filters" in why]
+    assert apart == [], "what the masks couple (network.coupling) and what torch-pruning couples is the same"
     before, after = size(model, x), size(found.smaller, x)
     assert after.parameters <= share * before.parameters or share > 0.6
     assert after.macs < share * before.macs and found.removed

@@ -9,12 +9,12 @@ from autosparse.commands.directory import claim_directory
 from autosparse.commands.report import write_report
 from autosparse.commands.schemas import DiagnoseConfig
 from autosparse.commands.terminal import bars, print_table, quiet_warnings, say
-from autosparse.experiment.benchmark import build_model
 from autosparse.experiment.states import Measurement, run_states, states
 from autosparse.report.page import diagnosis_table
 from autosparse.trainability.stored import load_weights
 from autosparse.training.data import load_data
 from autosparse.training.loop import check_fits, fabric_for
+from autosparse.training.models import build_model
 from autosparse.training.threads import threads_for
 
 

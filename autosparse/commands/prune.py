@@ -5,11 +5,11 @@ from __future__ import annotations
 from autosparse.commands.directory import claim_directory
 from autosparse.commands.schemas import PruneConfig
 from autosparse.commands.terminal import bars, print_table, quiet_warnings, say
-from autosparse.experiment.benchmark import build_model
 from autosparse.experiment.candidates import find_masks, inputs
 from autosparse.masks.mask import Masks
 from autosparse.training.data import load_data
 from autosparse.training.loop import check_fits, fabric_for
+from autosparse.training.models import build_model
 from autosparse.training.threads import threads_for
 
 

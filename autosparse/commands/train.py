@@ -9,7 +9,6 @@ from autosparse.commands.loading import plain
 from autosparse.commands.profiles import profiled
 from autosparse.commands.schemas import TrainConfig
 from autosparse.commands.terminal import bars, epoch_text, say
-from autosparse.experiment.benchmark import build_model
 from autosparse.files import fingerprint, read_json, write_json
 from autosparse.masks.mask import Masks
 from autosparse.tracking import track
@@ -18,6 +17,7 @@ from autosparse.trainability.stored import save_weights
 from autosparse.training.content import of_network
 from autosparse.training.data import load_data
 from autosparse.training.loop import fabric_for
+from autosparse.training.models import build_model
 from autosparse.training.threads import threads_for
 from autosparse.training.train import train
 

@@ -32,7 +32,7 @@ from autosparse.search.method import SearchResult, method_for
 from autosparse.training.content import of_start
 from autosparse.training.data import DataSettings, ImageData
 from autosparse.training.loop import Trained, check_fits, put_back
-from autosparse.training.models import ModelSettings, create_model
+from autosparse.training.models import ModelSettings, build_model
 from autosparse.training.recipe import Recipe, steps_per_epoch
 from autosparse.training.threads import threads_for
 from autosparse.training.train import train
@@ -150,13 +150,13 @@ def grid(
     return cells
 
 
-def build_model(model: ModelSettings, data: ImageData, seed: int = 0) -> nn.Module:
-    """A freshly initialized network that fits the data."""
-    return create_model(model, in_channels=data.channels, classes=data.classes, image_size=data.image_size, seed=seed)
-
-
 def with_inputs(cells: Sequence[Work], data: ImageData) -> list[Work]:
-    """The cells, known by the content of their images and initial networks as well as by their settings."""
+    """The cells, known by the content of their images and initial networks as well as by their settings.
+
+    Those that are known so already stay as they are.
+    """
+    if all(cell.inputs for cell in cells):
+        return list(cells)
     known: dict[tuple[str, int], str] = {}
     for cell in cells:
         key = (cell.model.label(), cell.seed)

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from autosparse.experiment.benchmark import build_model
 from autosparse.jobs.executor import INLINE, ExecutorSettings
 from autosparse.jobs.local import jobs_at_once
 from autosparse.training.data import ImageData
-from autosparse.training.models import ModelSettings
+from autosparse.training.models import ModelSettings, build_model
 from autosparse.training.recipe import Recipe, steps_per_epoch
 from autosparse.training.threads import threads_for
 from autosparse.training.train import train

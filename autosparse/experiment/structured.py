@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from autosparse.errors import AutoSparseError, AutoSparseFailure, of_state, require
-from autosparse.experiment.benchmark import build_model, with_inputs
+from autosparse.experiment.benchmark import with_inputs
 from autosparse.experiment.candidates import Candidate, find_masks, identity
 from autosparse.files import fingerprint, read_json, read_safetensors, write_safetensors
 from autosparse.jobs.cells import Progress, Result, result_path, run_cells, unfinished, write_table
@@ -28,7 +28,7 @@ from autosparse.trainability.stored import save_weights
 from autosparse.trainability.tpp import Ratio, TPPSettings, filter_densities, push_out
 from autosparse.training.data import DataSettings, ImageData
 from autosparse.training.loop import check_fits, evaluate, full_state, put_back
-from autosparse.training.models import ModelSettings
+from autosparse.training.models import ModelSettings, build_model
 from autosparse.training.recipe import Recipe
 from autosparse.training.threads import threads_for
 from autosparse.training.train import train

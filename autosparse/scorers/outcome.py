@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from autosparse.errors import AutoSparseError, AutoSparseFailure, require, settings, suggest
 from autosparse.files import fingerprint, read_json, write_json
@@ -31,9 +30,9 @@ from autosparse.scorers.features import contexts
 from autosparse.scorers.mlp import NoNetwork
 from autosparse.scorers.scorer import DENSITIES, Scorer, read_scorer
 from autosparse.training.content import of_start
-from autosparse.training.data import DataSettings, ImageData, shared_data
+from autosparse.training.data import DataSettings, shared_data
 from autosparse.training.loop import evaluate, fabric_for
-from autosparse.training.models import ModelSettings, create_model
+from autosparse.training.models import ModelSettings, build_model
 from autosparse.training.recipe import Recipe
 from autosparse.training.threads import threads_for
 from autosparse.training.train import train
@@ -134,12 +133,7 @@ class Trial:
 def inputs_of(task: Task) -> str:
     """Fingerprint of the images and of the initial network of a task."""
     data = shared_data(task.data, "cpu")
-    return of_start(_network(task, data), data)
-
-
-def _network(task: Task, data: ImageData) -> nn.Module:
-    size = {"in_channels": data.channels, "classes": data.classes, "image_size": data.image_size}
-    return create_model(task.model, **size, seed=task.seed)
+    return of_start(build_model(task.model, data, task.seed), data)
 
 
 def no_scorer(name: str) -> Scorer:
@@ -167,7 +161,7 @@ def do_trial(
     data = shared_data(task.data, str(place))
     if len(data.validation) == 0:
         raise AutoSparseError(f"data.validation is {task.data.validation}: trials are judged on validation images")
-    model = _network(task, data).to(place)
+    model = build_model(task.model, data, task.seed).to(place)
     with threads_for(model, data, task.recipe.batch_size):
         scorer = replace(read_scorer(trial.scorer), rule=dict(trial.rule))
         batches = data.sample(scorer.batch_size, max(scorer.n_batches, 1), task.seed)
@@ -292,7 +286,7 @@ def feature_scales(tasks: Sequence[Task], names: Sequence[str]) -> dict[str, flo
     values: dict[str, list[float]] = {name: [] for name in names}
     for task in {task.model.label(): task for task in tasks}.values():
         data = shared_data(task.data, "cpu")
-        model = _network(replace(task, seed=0), data)
+        model = build_model(task.model, data)
         graph = trace(model, data.normalise(data.train.images[:2]))
         layers = prunable_layers(model, operands=graph.operands)
         weights = {"weight": {n: p.detach() for n, p in model.named_parameters() if n in layers}}

@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import field
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,9 @@ from autosparse.masks.random import seeded
 from autosparse.network.running import eval_mode
 from autosparse.plugins import load_outside
 from autosparse.training.cells import CellNet, soften_branches
+
+if TYPE_CHECKING:
+    from autosparse.training.data import ImageData
 
 M = TypeVar("M", bound=nn.Module)
 _LONGEST_LABEL = 60  # characters
@@ -289,6 +292,11 @@ def create_model(
                 f"model {chosen.name!r} cannot be built for images of {in_channels}×{image_size}×{image_size} with options "
                 f"{dict(chosen.options)}: {reason}; change data.image_size or the options"
             ) from error
+
+
+def build_model(model: ModelSettings, data: ImageData, seed: int = 0) -> nn.Module:
+    """A freshly initialized network for the images and classes of `data`, see `create_model`."""
+    return create_model(model, in_channels=data.channels, classes=data.classes, image_size=data.image_size, seed=seed)
 
 
 @torch.no_grad()

@@ -617,7 +617,7 @@ def test_python_users_call_what_the_commands_call(run: Run, tmp_path: Path, caps
         result, rows = train.run(trained), benchmark.run(grid)
     assert capsys.readouterr() == ("", "")
     assert result == read_json(Path("t/result.json"), "result")
-    assert [(row.criterion, row.sparsity) for row in rows] == [("dense", 0.0), ("random", 0.5)]
+    assert rows[["criterion", "sparsity"]].values.tolist() == [["dense", 0.0], ["random", 0.5]]
     answer = run("train", train_config(output="t"))
     assert answer.out.startswith("complete: accuracy")
     assert train.run(trained)["accuracy"] == result["accuracy"]

@@ -72,12 +72,12 @@ def scorer() -> Scorer:
 
 def checkpoint(path: Path) -> None:
     model = linear(1)
-    loop._save(path, "me", model, torch.optim.SGD(model.parameters(), 0.1), loop.Trained(0.5, 0.5, 7))
+    loop._save(path, "me", model, torch.optim.SGD(model.parameters(), 0.1), None, loop.Trained(0.5, 0.5, 7))
 
 
 def resumed(path: Path) -> Any:
     model, found = linear(), loop.Trained(0, 0, 0)
-    loop._restore(path, "me", model, torch.optim.SGD(model.parameters(), 0.1), found)
+    loop._restore(path, "me", model, torch.optim.SGD(model.parameters(), 0.1), None, found)
     return found.steps, plain(model.state_dict())
 
 

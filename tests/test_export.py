@@ -22,21 +22,10 @@ from autosparse import AutoSparseError, AutoSparseFailure, Masks
 from autosparse.files import read_safetensors, write_safetensors
 from autosparse.masks.layers import prunable_layers
 from autosparse.network.graph import trace
-from autosparse.trainability import export as exporting
-from autosparse.trainability import stored
+from autosparse.trainability import forms, stored
 from autosparse.trainability.cost import cost, take_turns, threads
-from autosparse.trainability.export import (
-    Cost,
-    Export,
-    ExportSettings,
-    Latency,
-    Row,
-    difference,
-    export,
-    fits_semi_structured,
-    semi_structured,
-    write_table,
-)
+from autosparse.trainability.export import Cost, Export, Latency, Row, export, write_table
+from autosparse.trainability.forms import ExportSettings, difference, fits_semi_structured, semi_structured
 from autosparse.trainability.shrink import shrink
 from autosparse.trainability.stored import NetworkSettings, load_network, load_weights, save_network
 from autosparse.training.models import ModelSettings
@@ -279,9 +268,9 @@ def test_programs_compute_what_the_masked_network_does_for_any_batch(made: Any, 
     expected = outputs(model, images)
     program = torch.export.load(directory / "masked.pt2").module()
     torch.testing.assert_close(program(images), expected, rtol=1e-5, atol=1e-5)
-    reference = exporting._reference((directory / "masked.onnx").read_bytes())
+    reference = forms._reference((directory / "masked.onnx").read_bytes())
     torch.testing.assert_close(reference(images), expected, rtol=1e-4, atol=1e-5)
-    run = exporting._onnx_run((directory / "masked.onnx").read_bytes(), torch.device("cpu"), 1)
+    run = forms._onnx_run((directory / "masked.onnx").read_bytes(), torch.device("cpu"), 1)
     if run is not None:
         torch.testing.assert_close(run(images), expected, rtol=1e-4, atol=1e-5)
     again, _ = load_network(directory / "masked.safetensors")
@@ -346,7 +335,7 @@ def test_a_form_that_computes_something_else_is_not_written(tmp_path: Path, monk
         found.classifier.bias.data[0] += 1e-3
         return found, again
 
-    monkeypatch.setattr(exporting, "load_network", wrong)
+    monkeypatch.setattr(forms, "load_network", wrong)
     options = ExportSettings(("safetensors",), batch_sizes=())
     found = export(model, masks, tmp_path, options, example_input=NETWORK.example(), network=NETWORK)
     assert "differ from the masked network's" in found.failures["safetensors"]
@@ -442,7 +431,7 @@ def test_which_linear_layers_fit_2_4_kernels(monkeypatch: pytest.MonkeyPatch) ->
     packed: list[Tensor] = []
     monkeypatch.setattr(torch.sparse, "to_sparse_semi_structured", lambda w: packed.append(w) or w)
     before = {n: p.clone() for n, p in model.named_parameters()}
-    found = exporting._with_sparse_weights(model, masks, ["0.weight"], torch.float16)
+    found = forms._with_sparse_weights(model, masks, ["0.weight"], torch.float16)
     assert len(packed) == 1 and packed[0].dtype == torch.float16
     assert torch.equal(packed[0], (before["0.weight"] * masks["0.weight"]).half())
     assert torch.equal(found[2].weight, (before["2.weight"] * masks["2.weight"]).half()) and not found.training
@@ -451,8 +440,8 @@ def test_which_linear_layers_fit_2_4_kernels(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_what_cannot_be_made_is_told_and_the_rest_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, masks = pruned()
-    find = exporting.importlib.util.find_spec
-    monkeypatch.setattr(exporting.importlib.util, "find_spec", lambda n, *a: None if n == "onnxscript" else find(n, *a))
+    find = forms.importlib.util.find_spec
+    monkeypatch.setattr(forms.importlib.util, "find_spec", lambda n, *a: None if n == "onnxscript" else find(n, *a))
     options = ExportSettings(("onnx", "semi_structured", "safetensors"), batch_sizes=())
     found = export(model, masks, tmp_path, options, example_input=NETWORK.example(), network=NETWORK)
     assert found.failures["onnx"] == "onnx and onnxscript are not installed: pip install 'autosparse[onnx]'"

@@ -20,7 +20,8 @@ from autosparse import Masks
 from autosparse.errors import AutoSparseError
 from autosparse.network.diagnostics import diagnose
 from autosparse.network.size import layer_macs
-from autosparse.trainability.export import ExportSettings, export
+from autosparse.trainability.export import export
+from autosparse.trainability.forms import ExportSettings
 from autosparse.trainability.shrink import shrink
 from autosparse.trainability.stored import load_network, save_network
 

@@ -22,7 +22,8 @@ import autosparse
 from autosparse.errors import AutoSparseError, AutoSparseFailure
 from autosparse.network.diagnostics import diagnose
 from autosparse.network.restore import reachable
-from autosparse.trainability.export import ExportSettings, export
+from autosparse.trainability.export import export
+from autosparse.trainability.forms import ExportSettings
 from autosparse.trainability.prepare import prepare
 from autosparse.trainability.shrink import shrink
 

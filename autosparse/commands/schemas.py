@@ -15,7 +15,7 @@ from autosparse.report.checks import CHECKS
 from autosparse.scorers.outcome import OutcomeSettings
 from autosparse.scorers.rows import FitSettings
 from autosparse.search.irp import IRPSettings
-from autosparse.trainability.export import ExportSettings
+from autosparse.trainability.forms import ExportSettings
 from autosparse.trainability.prepare import check_preparation
 from autosparse.trainability.tpp import TPPSettings
 from autosparse.training.data import DataSettings

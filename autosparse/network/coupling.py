@@ -25,8 +25,9 @@ import torch
 from torch import Tensor, nn
 
 from autosparse.masks.layers import Layer
-from autosparse.network.graph import EXAMPLES, FACTORS, KIND, VIEWS
 from autosparse.network.linearize import Step, Tape, is_pointwise, record, shared_storage
+from autosparse.network.observe import EXAMPLES
+from autosparse.network.operators import FACTORS, KIND, VIEWS
 
 Channels = tuple[int | None, ...]  # per dimension of a tensor: the class of layers whose channels it holds
 

@@ -16,10 +16,11 @@ from autosparse.errors import AutoSparseError, require, settings
 from autosparse.masks.layers import check_real, check_values, prunable_layers, unwrap
 from autosparse.masks.mask import Masks
 from autosparse.masks.random import make_generator, seeded
-from autosparse.network.graph import FACTORS, base_name, named_arguments, trace
+from autosparse.network.graph import trace
 from autosparse.network.inputs import first_of_batch
 from autosparse.network.lipschitz import estimate, pairs, spectral_norm
 from autosparse.network.onednn import safe_convolutions
+from autosparse.network.operators import FACTORS, base_name, named_arguments
 from autosparse.network.running import NORMS, Batch, Loss, batch_loss, batch_size, cross_entropy, forward, untouched
 from autosparse.network.saliency import (
     Weights,

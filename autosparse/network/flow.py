@@ -24,32 +24,25 @@ import dataclasses
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.utils._pytree import tree_leaves, tree_map
 
 from autosparse.errors import AutoSparseError, first_line, raise_out_of_memory
 from autosparse.masks.layers import Layer, unwrap
 from autosparse.masks.mask import all_finite, masked
-from autosparse.network.graph import FACTORS, KIND, VIEWS, takes_no_values
+from autosparse.network.flow_rules import LOOKUPS, FlowValue, aligned, rule
 from autosparse.network.linearize import (
-    MOVES,
     Replay,
     Step,
     Tape,
     Traced,
-    Value,
-    either_factor,
     first_names,
-    is_pointwise,
-    multiply,
     record,
     shared_storage,
 )
+from autosparse.network.operators import FACTORS, takes_no_values
 
 
 def synaptic_flow(
@@ -196,37 +189,12 @@ def _absolute(
 # ---------------------------------------------------------------------------------------------------------------------
 # The replay
 
-_CONTENT, _ACTIVATION, _BOUNDED = 0, 1, 2
-_BOUNDED_NAMES = frozenset({"sigmoid", "hardsigmoid", "log_sigmoid_forward", "clamp", "clamp_max", "hardtanh", "relu6"})
-# Functions of one number that are no gates by themselves.
-_PLAIN = frozenset({"neg", "abs", "pow", "square", "sqrt", "nan_to_num", "round", "floor", "ceil"})
-_SAME = frozenset(
-    {"alias", "detach", "lift_fresh", "lift", "clone", "contiguous", "_to_copy", "native_dropout", "dropout"}
-)
 _STATISTICS = frozenset({"var", "std", "norm", "linalg_vector_norm"})
-_LINEAR = frozenset({"sum", "mean", "max", "min", "amax", "amin", "cumsum"}) | MOVES
-_LOOKUPS = frozenset({"embedding", "embedding_bag", "_embedding_bag", "index", "index_select", "gather"})
 # Products rescale results that leave 2^±32.
 _ROOM = 32
 
 
-@dataclass(frozen=True)
-class _Value(Value):
-    """What stands for a tensor of the tape.
-
-    `role` is `"data"` (linear in the input: `tensor·2^exponent`), `"weight"` (made of parameters, non-negative),
-    `"constant"` (the real thing) or `"gate"` (depends on data, but not linearly: no flow; ones). `rank` tells how much
-    like a gate it is when multiplied with other data.
-    """
-
-    rank: int = _CONTENT
-    exponent: int = 0
-
-
-Read = dict[int, _Value]  # by id of the operand
-
-
-class _Flow(Replay[_Value]):
+class _Flow(Replay[FlowValue]):
     """Runs a tape on the linearised network.
 
     In each operator one role carries the flow: data, or weights where there are no data.
@@ -239,7 +207,7 @@ class _Flow(Replay[_Value]):
         self.dtype = dtype
         self.name = type(model).__name__
         for name, _ in model.named_parameters():
-            self.values[id(tape.state[name])] = _Value(absolute[name], "weight")
+            self.values[id(tape.state[name])] = FlowValue(absolute[name], "weight")
         for name, b in model.named_buffers():
             self.values[id(tape.state[name])] = self.constant(b.detach().clone())
         for t, given in tape.inputs:
@@ -259,19 +227,19 @@ class _Flow(Replay[_Value]):
             ) from error
         if not outputs:
             return torch.zeros((), dtype=self.dtype, device=self.device), 0
-        aligned = _aligned(outputs)
-        return torch.stack([v.tensor.sum() for v in aligned]).sum(), aligned[0].exponent
+        values = aligned(outputs)
+        return torch.stack([v.tensor.sum() for v in values]).sum(), values[0].exponent
 
-    def aligned(self, values: list[_Value]) -> list[_Value]:
-        return _aligned(values)
+    def aligned(self, values: list[FlowValue]) -> list[FlowValue]:
+        return aligned(values)
 
-    def constant(self, tensor: Tensor) -> _Value:
-        return _Value(tensor.to(self.dtype) if tensor.is_floating_point() else tensor, "constant")
+    def constant(self, tensor: Tensor) -> FlowValue:
+        return FlowValue(tensor.to(self.dtype) if tensor.is_floating_point() else tensor, "constant")
 
-    def _ones(self, shape: torch.Size, role: str) -> _Value:
-        return _Value(torch.ones(shape, dtype=self.dtype, device=self.device), role)
+    def _ones(self, shape: torch.Size, role: str) -> FlowValue:
+        return FlowValue(torch.ones(shape, dtype=self.dtype, device=self.device), role)
 
-    def step(self, step: Step) -> list[_Value]:
+    def step(self, step: Step) -> list[FlowValue]:
         try:
             values = self._step(step)
             for value, shape in zip(values, step.shapes, strict=True):
@@ -289,14 +257,14 @@ class _Flow(Replay[_Value]):
             ) from error
         return values
 
-    def _gates(self, step: Step) -> list[_Value]:
+    def _gates(self, step: Step) -> list[FlowValue]:
         return [self._ones(shape, "gate") for shape in step.shapes]
 
-    def _like(self, weights: list[_Value], shape: torch.Size) -> _Value:
+    def _like(self, weights: list[FlowValue], shape: torch.Size) -> FlowValue:
         """What becomes of weights in an unknown map of parameters alone: the one of the same shape, or else ones."""
         return next((v for v in weights if v.tensor.shape == shape), self._ones(shape, "constant"))
 
-    def _step(self, step: Step) -> list[_Value]:
+    def _step(self, step: Step) -> list[FlowValue]:
         operands = [self.value(t) for t in step.operands]
         roles = {v.role for v in operands}
         if step.name == "bernoulli":  # a dropout of the model's own
@@ -310,15 +278,15 @@ class _Flow(Replay[_Value]):
         if not any(t.is_floating_point() or t.is_complex() for t in step.results):  # comparisons, indices, tokens
             return self._gates(step)
         if "data" not in roles and "gate" in roles:
-            if step.name in _LOOKUPS:  # of tokens: this is where their flow starts
+            if step.name in LOOKUPS:  # of tokens: this is where their flow starts
                 return [self._ones(shape, "data") for shape in step.shapes]
             if step.name in FACTORS:  # tokens as one-hot vectors
                 operands = [dataclasses.replace(v, role="data") if v.role == "gate" else v for v in operands]
         role = "data" if any(v.role == "data" for v in operands) else "weight"
-        carriers = iter(_aligned([v for v in operands if v.role == role]))
+        carriers = iter(aligned([v for v in operands if v.role == role]))
         operands = [next(carriers) if v.role == role else v for v in operands]
         read = {id(t): v for t, v in zip(step.operands, operands, strict=True)}
-        found = _rule(step, read, [v for v in operands if v.role == role], role)
+        found = rule(step, read, [v for v in operands if v.role == role], role)
         values = [
             found[i] if i < len(found) and t.is_floating_point() else self._ones(shape, "gate")
             for i, (t, shape) in enumerate(zip(step.results, step.shapes, strict=True))
@@ -326,16 +294,7 @@ class _Flow(Replay[_Value]):
         return [_rescaled(v) if step.name in FACTORS and role == "data" else v for v in values]
 
 
-def _aligned(values: list[_Value]) -> list[_Value]:
-    """The same values with one exponent: the largest."""
-    top = max((v.exponent for v in values), default=0)
-    return [
-        v if v.exponent == top else dataclasses.replace(v, tensor=v.tensor * 2.0 ** (v.exponent - top), exponent=top)
-        for v in values
-    ]
-
-
-def _rescaled(value: _Value) -> _Value:
+def _rescaled(value: FlowValue) -> FlowValue:
     """The same value as a tensor near 1 and a power of two."""
     if value.tensor.numel() == 0:
         return value
@@ -344,183 +303,3 @@ def _rescaled(value: _Value) -> _Value:
     if abs(shift) <= _ROOM:
         return value
     return dataclasses.replace(value, tensor=value.tensor * 2.0**-shift, exponent=value.exponent + shift)
-
-
-def _rule(step: Step, read: Read, carriers: list[_Value], role: str) -> list[_Value]:
-    """What the results of an operator are; the first is enough where the others are indices or statistics."""
-    name, arguments, shape = step.name, step.arguments, step.shapes[0]
-    kind = KIND.get(name)
-    first = carriers[0]
-
-    def as_value(a: Any) -> _Value:
-        return read[id(a)] if isinstance(a, Tensor) else _Value(first.tensor.new_tensor(a), "constant")
-
-    def become(tensor: Tensor, rank: int = first.rank) -> list[_Value]:
-        return [dataclasses.replace(first, tensor=tensor.expand(shape), rank=rank)]
-
-    if name in FACTORS:
-        return [_product(name, arguments, read, role)]
-    if kind == "norm":
-        return become(_normalized(name, first, read.get(id(arguments.get("weight")))), _CONTENT)
-    if kind == "softmax":
-        return become(first.tensor, _BOUNDED)
-    if name == "glu":
-        return become(first.tensor.chunk(2, dim=arguments.get("dim", -1))[0], _CONTENT)
-    if kind == "activation":
-        return become(first.tensor, _BOUNDED if name in _BOUNDED_NAMES else _ACTIVATION)
-    if kind == "add":
-        a, b = as_value(arguments["self"]), as_value(arguments["other"])
-        return become(*_sum(name, a, b, abs(arguments.get("alpha", 1)), role))
-    if name == "mul":
-        return become(*_gated(as_value(arguments["self"]), as_value(arguments["other"])))
-    if name == "div":
-        return become(*_divided(as_value(arguments["self"]), as_value(arguments["other"]), role))
-    if name == "addcmul":
-        product, rank = _gated(as_value(arguments["tensor1"]), as_value(arguments["tensor2"]))
-        factor = dataclasses.replace(first, tensor=product, rank=rank)
-        if role not in (read[id(arguments[k])].role for k in ("tensor1", "tensor2")):
-            return become(as_value(arguments["self"]).tensor)
-        return become(*_sum("add", as_value(arguments["self"]), factor, abs(arguments.get("value", 1)), role))
-    if name == "where" and read[id(arguments["condition"])].role == "constant":
-        condition = read[id(arguments["condition"])].tensor
-        one, other = (_carried(as_value(arguments[k]), role) for k in ("self", "other"))
-        return become(torch.where(condition, one, other))
-    if name in ("where", "lerp"):  # a choice between activations, made by activations
-        return become(torch.stack([v.tensor.expand(shape) for v in carriers]).mean(0), _CONTENT)
-    if name == "masked_fill":
-        hidden = read[id(arguments["mask"])]
-        return become(first.tensor.masked_fill(hidden.tensor, 0.0) if hidden.role == "constant" else first.tensor)
-    if name == "copy":
-        return become(_carried(as_value(arguments["src"]), role))
-    if name in ("fill", "zero"):
-        return become(torch.zeros_like(first.tensor))
-    if name in _SAME:
-        return become(first.tensor)
-    if name == "as_strided" and first.tensor.shape != shape:
-        raise ValueError("no rule")
-    if name in VIEWS or name == "as_strided":  # strides may differ from the recorded ones
-        return become(first.tensor.reshape(shape))
-    if name == "constant_pad_nd":
-        return become(F.pad(first.tensor, arguments["pad"]))
-    if name == "var_mean":
-        mean = first.tensor.mean(arguments.get("dim"), keepdim=True).reshape(step.shapes[1])
-        return [dataclasses.replace(first, tensor=torch.ones_like(mean), role="gate"), *become(mean)]
-    if name in ("maximum", "minimum") and len(carriers) > 1:
-        return become(step.func(*(v.tensor for v in carriers)))
-    if is_pointwise(step.func) and len(carriers) == 1:
-        return become(first.tensor, first.rank if name in _PLAIN else _BOUNDED)
-    follows = getattr(step.func, "is_view", False) or kind in ("reshape", "slice", "concat", "pool", "resize")
-    if (follows or name in _LINEAR or name in _LOOKUPS) and not ("bicubic" in name or "grid" in name):
-        return [dataclasses.replace(first, tensor=t) for t in _itself(step, read, role)]
-    raise ValueError("no rule")
-
-
-def _product(name: str, arguments: Mapping[str, Any], read: Read, role: str) -> _Value:
-    """A product or convolution with what it adds."""
-    (first, dim), (second, _) = FACTORS[name]
-    a, b = read[id(arguments[first])], read[id(arguments[second])]
-    rank, exponent = _CONTENT, max(a.exponent, b.exponent)
-    if any(v.role not in ("data", "gate") for v in (a, b)):
-        tensor = multiply(name, arguments, _factor(a), _factor(b))
-    elif name == "convolution":
-        raise ValueError("its kernel is computed from activations")
-    else:
-        share, other = _shares(a, b)
-        tensor = either_factor(name, a.tensor * share, b.tensor * other) / a.tensor.shape[dim]
-        rank = _BOUNDED if share == other else _CONTENT
-    tensor = tensor * abs(arguments["alpha"]) if "alpha" in arguments else tensor
-    for key in {"bias", "self", "input"} - {first, second}:
-        added = arguments.get(key)
-        if isinstance(added, Tensor) and read[id(added)].role == role:
-            tensor = tensor + read[id(added)].tensor * abs(arguments.get("beta", 1))
-    return _Value(tensor, role, rank, exponent)
-
-
-def _shares(a: _Value, b: _Value) -> tuple[float, float]:
-    """How much of either of two activations passes where they are multiplied: the rest is the gate, which is 1."""
-    if "gate" in (a.role, b.role):
-        return float(a.role != "gate"), float(b.role != "gate")
-    if a.rank != b.rank:
-        return float(a.rank < b.rank), float(b.rank < a.rank)
-    return 0.5, 0.5
-
-
-def _gated(a: _Value, b: _Value) -> tuple[Tensor, int]:
-    """`a·b` and its rank."""
-    sizes = a.tensor.numel(), b.tensor.numel()
-    if "gate" not in (a.role, b.role):
-        if not a.role == b.role == "data":
-            return _factor(a) * _factor(b), max(a.rank, b.rank)
-        if sizes[0] != sizes[1]:
-            content = a if sizes[0] > sizes[1] else b
-            return content.tensor, content.rank
-    share, other = _shares(a, b)
-    if share == other:
-        return (a.tensor + b.tensor) * share, _CONTENT
-    content = a if share > other else b
-    return content.tensor, max(content.rank, _ACTIVATION) if sizes[0] == sizes[1] else content.rank
-
-
-def _divided(a: _Value, b: _Value, role: str) -> tuple[Tensor, int]:
-    """`a/b` and its rank: what activations, or statistics of a weight, divide is as it was."""
-    if b.role in ("data", "gate"):
-        return (a.tensor, a.rank) if a.role == role else (b.tensor, _BOUNDED)
-    if a.role == b.role and b.tensor.numel() < a.tensor.numel():
-        return a.tensor, a.rank
-    return _factor(a) / _factor(b), a.rank
-
-
-def _sum(name: str, a: _Value, b: _Value, alpha: float, role: str) -> tuple[Tensor, int]:
-    """`a ± alpha·b` and its rank; beside data only data count, beside weights constants too (`1 + γ`)."""
-    if name == "sub" and a.role == b.role == role and b.tensor.numel() < a.tensor.numel():
-        return a.tensor, _CONTENT
-    counted = (role,) if role == "data" else ("weight", "constant")
-    terms = [
-        v.tensor.abs() * factor if v.role == "constant" else v.tensor if factor == 1 else v.tensor * factor
-        for v, factor in ((a, 1), (b, alpha))
-        if v.role in counted
-    ]
-    if len(terms) == 1:
-        return terms[0], max(v.rank for v in (a, b) if v.role in counted)
-    return terms[0] + terms[1], _CONTENT
-
-
-def _normalized(name: str, x: _Value, gamma: _Value | None) -> Tensor:
-    """`x·|γ|`, per channel (dimension 1) or over the last dimensions, as the norm layer has it."""
-    if gamma is None or gamma.role in ("data", "gate"):
-        return x.tensor
-    per_channel = "layer_norm" not in name and "rms_norm" not in name
-    factor = _factor(gamma)
-    return x.tensor * (factor.reshape(-1, *[1] * (x.tensor.dim() - 2)) if per_channel else factor)
-
-
-def _factor(v: _Value) -> Tensor:
-    """Non-negative; and 1 for a scale or weight outside of `layers` that is zero throughout."""
-    if v.role == "constant":
-        return v.tensor.abs()
-    zero = v.role == "weight" and not v.tensor.requires_grad and not v.tensor.any()
-    return torch.ones_like(v.tensor) if zero else v.tensor
-
-
-def _carried(v: _Value, role: str) -> Tensor:
-    return v.tensor if v.role == role else torch.zeros_like(v.tensor)
-
-
-def _itself(step: Step, read: Read, role: str) -> list[Tensor]:
-    """The operator on what carries the flow, with 0 in place of everything else but indices."""
-
-    def stand_in(a: Any) -> Any:
-        if not isinstance(a, Tensor):
-            return a
-        v = read[id(a)]
-        if v.index is not None:
-            return v.index
-        if not a.is_floating_point() and v.role == "gate":
-            raise ValueError("activations choose the elements")
-        return _carried(v, role)
-
-    kwargs = {key: value for key, value in step.kwargs.items() if key != "dtype"}
-    args, kwargs = tree_map(stand_in, (step.args, kwargs))
-    if step.written:  # the operands may stand for other tensors too
-        args = tuple(a.clone() if isinstance(a, Tensor) else a for a in args)
-    return [t for t in tree_leaves(step.func(*args, **kwargs)) if isinstance(t, Tensor)]

@@ -5,73 +5,29 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.modules.conv import _ConvNd
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from autosparse.errors import AutoSparseError, raise_out_of_memory
-from autosparse.masks.layers import Layer, check_model, unwrap
-from autosparse.masks.random import forked
-from autosparse.network.inputs import as_call, cast_like, first_of_batch, map_tensors, refusal, shapes_of, tensors_in
-from autosparse.network.running import untouched
-
-_KINDS = {
-    "activation": "relu relu6 leaky_relu gelu silu sigmoid tanh elu selu celu mish hardswish hardsigmoid hardtanh "
-    "softplus threshold log_sigmoid_forward prelu _prelu_kernel rrelu_with_noise glu clamp clamp_min clamp_max "
-    "softshrink hardshrink",
-    "norm": "native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training cudnn_batch_norm "
-    "miopen_batch_norm batch_norm_with_update native_layer_norm native_group_norm _fused_rms_norm linalg_vector_norm",
-    "add": "add sub rsub",
-    "mul": "mul div",
-    "concat": "cat stack",
-    "pool": "max_pool1d max_pool2d max_pool3d max_pool1d_with_indices max_pool2d_with_indices max_pool3d_with_indices "
-    "avg_pool1d avg_pool2d avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_avg_pool1d "
-    "adaptive_max_pool2d adaptive_max_pool3d mean amax",
-    "reshape": "view _unsafe_view reshape _reshape_alias t transpose permute expand squeeze unsqueeze clone _to_copy "
-    "flatten as_strided pixel_shuffle pixel_unshuffle roll flip constant_pad_nd movedim native_channel_shuffle "
-    "channel_shuffle contiguous im2col col2im copy",
-    "slice": "slice select split split_with_sizes unsafe_split unsafe_split_with_sizes unbind index index_select "
-    "gather narrow diagonal",
-    "softmax": "_softmax _safe_softmax _log_softmax",
-    "embedding": "embedding embedding_bag _embedding_bag _embedding_bag_forward_only",
-    "resize": "upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_linear1d upsample_bilinear2d "
-    "upsample_trilinear3d upsample_bicubic2d _upsample_bilinear2d_aa _upsample_bicubic2d_aa grid_sampler_2d",
-    "reduce": "sum var var_mean std prod max min",
-}
-KIND = {name: kind for kind, names in _KINDS.items() for name in names.split()}
-
-# The two factors of a product by their names in the operator's schema, and their contracted dimensions.
-FACTORS: dict[str, tuple[tuple[str, int], tuple[str, int]]] = {
-    "convolution": (("input", 1), ("weight", 1)),
-    "linear": (("input", -1), ("weight", -1)),
-    "mm": (("self", -1), ("mat2", -2)),
-    "bmm": (("self", -1), ("mat2", -2)),
-    "addmm": (("mat1", -1), ("mat2", -2)),
-    "_addmm_activation": (("mat1", -1), ("mat2", -2)),
-    "baddbmm": (("batch1", -1), ("batch2", -2)),
-    "addbmm": (("batch1", -1), ("batch2", -2)),
-    "mv": (("self", -1), ("vec", 0)),
-    "addmv": (("mat", -1), ("vec", 0)),
-    "dot": (("self", 0), ("tensor", 0)),
-    "vdot": (("self", 0), ("other", 0)),
-}
-# Their results are views or copies, as strides allow.
-VIEWS = ("view", "_unsafe_view", "_reshape_alias", "reshape")
-ON_VECTORS = ("mv", "addmv", "dot", "vdot")
-_SAME = ("alias", "detach", "lift_fresh", "lift", "_conj", "resolve_conj", "resolve_neg")
-
-
-EXAMPLES = 2  # that a trace runs on: of one the batch is hidden in every view
+from autosparse.masks.layers import Layer
+from autosparse.network.observe import EXAMPLES, Observer, observe, owned
+from autosparse.network.operators import (
+    FACTORS,
+    KIND,
+    ON_VECTORS,
+    SAME,
+    VIEWS,
+    base_name,
+    only_moves,
+    takes_no_values,
+    written_arguments,
+)
 
 
 @dataclass(frozen=True)
@@ -209,145 +165,6 @@ def trace(model: nn.Module, example_input: Any) -> Graph:
 # Running a user's model without a trace of it left
 
 
-class Observer(TorchDispatchMode):
-    """Sees every operator of one forward pass, and is told which tensors are what."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.calls: list[Call] = []
-
-    def parameter(self, name: str, tensor: Tensor) -> None:
-        """`tensor` stands for the parameter or buffer `name`."""
-
-    def input(self, tensor: Tensor, given: Tensor) -> None:
-        """`tensor` stands for `given`, an input of the model."""
-
-    def output(self, tensor: Tensor) -> None:
-        """`tensor` is an output of the model."""
-
-    def seen(self, func: Any, arguments: dict[str, Any], args: Any, kwargs: Any, results: list[Tensor]) -> None:
-        """The operator was called, and gave `results`."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        arguments = named_arguments(func, args, kwargs)
-        results = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
-        operands = {key: a.shape for key, a in arguments.items() if isinstance(a, Tensor)}
-        self.calls.append(Call(func, operands, [t.shape for t in results]))
-        self.seen(func, arguments, tuple(args), dict(kwargs or {}), results)
-        return result
-
-
-class Call(NamedTuple):
-    """One call of an operator: the shapes of its operands, by their names in the schema, and of its results."""
-
-    func: Any
-    operands: dict[str, torch.Size]
-    results: list[torch.Size]
-
-
-O = TypeVar("O", bound=Observer)
-
-
-def observe(model: nn.Module, example_input: Any, observer: Callable[[nn.Module], O], batch: int) -> O:
-    """An observer that has seen one forward pass of `model` on the example, see `trace`.
-
-    The first `batch` examples do instead of all of them where dimension 0 is a batch, see `_independent`.
-    """
-    model = unwrap(model)
-    check_model(model)
-    device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
-    example = cast_like(model, example_input)
-    few = first_of_batch(example, batch)
-    for place in (torch.device("meta"), device):
-        part = None
-        try:
-            if few is not example:
-                with suppress(Exception):
-                    part = _observed(model, few, place, observer(model))
-            whole = _observed(model, example, place, observer(model) if part is None else Observer(model))
-            if part is None:
-                return whole  # type: ignore[return-value]
-            if _independent(part.calls, whole.calls):
-                return part
-            return _observed(model, example, place, observer(model))
-        except Exception as e:  # whatever it is, the model's own device is closer to how the user runs it
-            raise_out_of_memory(e, f"running {type(model).__name__} on an example of shape {shapes_of(example_input)}")
-            error = e
-    raise error if isinstance(error, AutoSparseError) else refusal(model, example_input, error) from error
-
-
-def _independent(part: Sequence[Call], whole: Sequence[Call]) -> bool:
-    """Whether the first examples run as all of them do, each for itself: then dimension 0 is a batch.
-
-    The same operators run. What comes from tensors with fewer elements has fewer elements too, so none is combined over
-    the batch; products contract dimensions of the same size, and convolutions and pools slide over such.
-    """
-    part, whole = ([c for c in calls if not _moves_only(base_name(c.func))] for calls in (part, whole))
-    if [c.func for c in part] != [c.func for c in whole]:
-        return False
-    for few, all_of_them in zip(part, whole, strict=True):
-        smaller = {key for key, shape in few.operands.items() if shape != all_of_them.operands.get(key)}
-        name = base_name(few.func)
-        for key, dim in FACTORS.get(name, ()):
-            if key in smaller and few.operands[key][dim] != all_of_them.operands[key][dim]:
-                return False
-        slides = name == "convolution" or KIND.get(name) in ("pool", "resize")
-        if slides and any(few.operands[key][1:] != all_of_them.operands[key][1:] for key in smaller):
-            return False
-        if smaller and not takes_no_values(name):
-            for a, b in zip(few.results[:1], all_of_them.results, strict=False):  # the others are statistics or alike
-                if b and math.prod(a) >= math.prod(b) > 0:
-                    return False
-    return True
-
-
-def _moves_only(name: str) -> bool:
-    """Torch leaves some of these out, as strides allow, and detaches results of factories that an observer keeps."""
-    return name in _SAME or KIND.get(name) == "reshape"
-
-
-def _observed(model: nn.Module, example: Any, device: torch.device, seen: O) -> O:
-    def copy(t: Tensor) -> Tensor:
-        return torch.empty_like(t, device="meta") if device.type == "meta" else t.detach().to(device, copy=True)
-
-    # In inference mode operators arrive in another form.
-    with undisturbed(model), torch.inference_mode(False), torch.no_grad():
-        stands_for: list[tuple[Tensor, Tensor]] = []
-
-        def input_copy(t: Tensor) -> Tensor:
-            stands_for.append((copy(t), t))
-            return stands_for[-1][0]
-
-        inputs = map_tensors(input_copy, example)
-        args, kwargs = as_call(model, inputs)
-        state = {name: copy(t) for name, t in (*model.named_parameters(), *model.named_buffers())}
-        for name, t in state.items():
-            seen.parameter(name, t)
-        for t, given in stands_for:
-            seen.input(t, given)
-        with seen:
-            found = tensors_in(torch.func.functional_call(model, state, args, kwargs))
-        if not found:
-            raise AutoSparseError(f"{type(model).__name__} returned no tensor: its forward must return at least one")
-        for t in found:
-            seen.output(t)
-    return seen
-
-
-@contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """`untouched`, with plain (not fused) attention; the global RNG states come back too."""
-    fastpath = torch.backends.mha.get_fastpath_enabled()
-    devices = [t.device for t in (*model.parameters(), *model.buffers())]
-    with untouched(model), forked(devices), sdpa_kernel(SDPBackend.MATH):
-        try:
-            torch.backends.mha.set_fastpath_enabled(False)
-            yield
-        finally:
-            torch.backends.mha.set_fastpath_enabled(fastpath)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Provenance
 
@@ -408,10 +225,10 @@ class _Provenance(Observer):
         written = written_arguments(func, arguments)
         joined = _join(origin for _, origin in known)
         is_product = name in FACTORS and not (joined.fixed and name in ON_VECTORS)
-        if name in _SAME and len(known) == 1:
+        if name in SAME and len(known) == 1:
             new = known[0][1]
         elif joined.fixed and not is_product:
-            new = joined if _only_moves(func, name) else joined._replace(recomputed=True)
+            new = joined if only_moves(func, name) else joined._replace(recomputed=True)
         elif is_product:
             new = self._product(name, func, arguments, joined, results[0])
         else:
@@ -489,40 +306,6 @@ class _Provenance(Observer):
         return _Origin(operations=(len(self.operations) - 1,), fixed=False)
 
 
-def base_name(func: Any) -> str:
-    """The operator's name without its overload and the underscore of an in-place variant: `"relu"` of `aten.relu_`."""
-    name: str = func._schema.name.removeprefix("aten::")
-    return name if name in KIND or name in FACTORS or name.endswith("__") else name.removesuffix("_")
-
-
-def named_arguments(func: Any, args: Any, kwargs: Any) -> dict[str, Any]:
-    """The arguments of an operator by their names in its schema."""
-    return {a.name: value for a, value in zip(func._schema.arguments, args, strict=False)} | (kwargs or {})
-
-
-def written_arguments(func: Any, arguments: Mapping[str, Any]) -> list[Tensor]:
-    """The tensors that an operator changes in place."""
-    changed = [a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
-    return [t for name in changed for t in tree_leaves(arguments.get(name)) if isinstance(t, Tensor)]
-
-
-def takes_no_values(name: str) -> bool:
-    """Whether the operator reads only the shape and type of its operand (`zeros_like`, `new_zeros`)."""
-    return name.startswith("new_") or name.endswith("_like")
-
-
-def owned(model: nn.Module) -> set[str]:
-    """Names of the weights of Conv, Linear and attention modules, whose layout is known without a trace."""
-    weights = {
-        id(p)
-        for m in model.modules()
-        if isinstance(m, (_ConvNd, nn.Linear, nn.MultiheadAttention))
-        for key, p in m.named_parameters(recurse=False)
-        if key.endswith("weight")
-    }
-    return {name for name, p in model.named_parameters() if id(p) in weights}
-
-
 def _join(origins: Any) -> _Origin:
     listed = list(origins)
     return _Origin(
@@ -531,11 +314,6 @@ def _join(origins: Any) -> _Origin:
         all(o.fixed for o in listed),
         recomputed=any(o.recomputed for o in listed),
     )
-
-
-def _only_moves(func: Any, name: str) -> bool:
-    """Whether the operator gives the values of its operands, elsewhere or in another precision."""
-    return getattr(func, "is_view", False) or name in VIEWS or KIND.get(name) in ("reshape", "slice", "concat")
 
 
 def _index_bits(shape: torch.Size) -> Tensor:

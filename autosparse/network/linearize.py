@@ -16,7 +16,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from autosparse.errors import AutoSparseError
 from autosparse.masks.layers import unwrap
-from autosparse.network.graph import Observer, base_name, named_arguments, observe, written_arguments
+from autosparse.network.observe import Observer, observe
+from autosparse.network.operators import base_name, named_arguments, written_arguments
 
 # Operators, beside views and slices, that put elements elsewhere or add them up.
 _MOVED = """slice_scatter select_scatter index_put index_copy index_add scatter scatter_add masked_scatter repeat

@@ -19,7 +19,6 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from autosparse.errors import raise_out_of_memory
 from autosparse.masks.layers import unwrap
-from autosparse.network.graph import FACTORS, KIND, ON_VECTORS, VIEWS, owned, takes_no_values
 from autosparse.network.linearize import (
     MOVES,
     Replay,
@@ -32,6 +31,8 @@ from autosparse.network.linearize import (
     multiply,
     record,
 )
+from autosparse.network.observe import owned
+from autosparse.network.operators import FACTORS, KIND, ON_VECTORS, VIEWS, takes_no_values
 
 
 @dataclass(frozen=True)

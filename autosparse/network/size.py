@@ -9,7 +9,8 @@ from typing import Any
 from torch import nn
 
 from autosparse.masks.layers import prunable_layers, unwrap
-from autosparse.network.graph import EXAMPLES, trace
+from autosparse.network.graph import trace
+from autosparse.network.observe import EXAMPLES
 from autosparse.network.used import fused
 
 

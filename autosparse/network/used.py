@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from autosparse.errors import AutoSparseError, raise_out_of_memory
 from autosparse.masks.parametrized import parametrized
-from autosparse.network.graph import EXAMPLES, FACTORS, Graph, _observed, _Origin, _Provenance
+from autosparse.network.graph import Graph, _Origin, _Provenance
 from autosparse.network.inputs import cast_like, first_of_batch, refusal
+from autosparse.network.observe import EXAMPLES, _observed
+from autosparse.network.operators import FACTORS
 from autosparse.network.restore import private_copy
 
 _PLAIN = (

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from autosparse.masks.layers import unwrap
-from autosparse.network.graph import undisturbed
+from autosparse.network.observe import undisturbed
 from autosparse.network.running import forward
 from autosparse.network.size import layer_macs
 

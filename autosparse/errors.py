@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar, dataclass_transform
 
@@ -44,6 +44,19 @@ def require(condition: bool, what: str, value: Any, way_out: str) -> None:
     """Raise `AutoSparseError("what is value: way_out")` unless `condition` holds."""
     if not condition:
         raise AutoSparseError(f"{what} is {value!r}: {way_out}")
+
+
+def from_mapping(cls: type[T], given: Mapping[str, Any], of: str) -> T:
+    """Settings from a mapping of their fields.
+
+    Raises:
+        AutoSparseError: an unknown field, or a value that the settings refuse.
+    """
+    known = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    for key, value in given.items():
+        if key not in known:
+            raise AutoSparseError(f"{key} of {of} is {value!r}: {suggest(key, known)}")
+    return cls(**given)
 
 
 def first_line(error: BaseException) -> str:

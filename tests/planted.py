@@ -91,3 +91,10 @@ def plant(
     }
     worth = rule(signals) if callable(rule) else {n: np.abs(a) for n, a in signals[rule].items()}
     return write(path, layers, signals, worth, densities=densities, model=model, seed=seed, graph=chain(list(layers)))
+
+
+SMALL: dict[str, dict[str, object]] = {
+    "mlp": {"hidden": (16,)},
+    "gnn": {"width": 8, "rounds": 2},
+    "image": {},
+}  # options

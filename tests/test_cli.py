@@ -161,7 +161,7 @@ def generate_config(**changes: Any) -> dict[str, Any]:
 
 
 def fit_config(**changes: Any) -> dict[str, Any]:
-    return {**TINY, "output": "scorer", "records": ["irp"], "fit": {"epochs": 2, "hidden": [8]}, **changes}
+    return {**TINY, "output": "scorer", "records": ["irp"], "fit": {"epochs": 2, "options": {"hidden": [8]}}, **changes}
 
 
 def prune_config(**changes: Any) -> dict[str, Any]:
@@ -232,7 +232,7 @@ def test_the_ranks_of_records_left_out_are_tables(run: Run) -> None:
     for index in range(4):
         depth = 2 + index
         plant(Path(f"records/{index}.h5"), index, model=f"m{index}", sizes=((6, 6),) * (depth if index else 20))
-    fit_ = {"epochs": 1, "hidden": [4], "split": "tag:deeper", "validation": "model", "folds": 2}
+    fit_ = {"epochs": 1, "options": {"hidden": [4]}, "split": "tag:deeper", "validation": "model", "folds": 2}
     answer = run("fit", {"output": "scorer", "records": ["records"], "fit": fit_, "tracking": False})
     assert answer.code == 0, answer.err
     assert "records: 2 learned from, 1 chose the epoch, 1 judge; epoch 1 of 1 is kept" in answer.out

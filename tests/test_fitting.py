@@ -11,11 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from planted import plant
+from planted import SMALL, plant
 from torch import Tensor, nn
 
 from autosparse import prune
 from autosparse.errors import AutoSparseError, AutoSparseFailure
+from autosparse.experiment.candidates import Candidate, identity
+from autosparse.plugins import source_of
 from autosparse.scorers import fitting
 from autosparse.scorers import rows as rows_module
 from autosparse.scorers.card import OWN, read_card
@@ -28,7 +30,7 @@ from autosparse.scorers.splits import Parts, folds, split_records
 
 torch.set_num_threads(1)
 
-QUICK = FitSettings(epochs=3, hidden=(16,), batch_size=256, lr=1e-2)
+QUICK = FitSettings(epochs=3, options={"hidden": (16,)}, batch_size=256, lr=1e-2)
 
 
 @pytest.fixture
@@ -164,7 +166,7 @@ def test_each_fold_is_judged_by_architectures_that_did_nothing_else(tmp_path: Pa
 def test_the_records_that_judge_change_nothing_but_the_figures(tmp_path: Path, scorer: str) -> None:
     """Fitted twice, the second time with judges of other weights and another rule: the same network, epoch and losses."""
     others = [plant(tmp_path / f"{i}.h5", i) for i in range(2)]
-    settings = replace(QUICK, scorer=scorer, width=4, rounds=1, features=("log_abs_weight", "layer_size"))
+    settings = replace(QUICK, scorer=scorer, options=SMALL[scorer], features=("log_abs_weight", "layer_size"))
     found = []
     for rule in ("weight", "gradient"):
         judges = [plant(tmp_path / f"{rule}{i}.h5", 5 + i, rule=rule, sizes=((9, 9),)) for i in range(2)]
@@ -334,7 +336,8 @@ def test_a_diverging_fit_fails_in_one_line(records: list[Path]) -> None:
     [
         ({"head": "cox"}, "head is 'cox': known: hazard, cumulative, mse"),
         ({"features": ("weigth",)}, "feature is 'weigth': did you mean 'weight'"),
-        ({"hidden": ()}, r"fit.hidden is \(\)"),
+        ({"options": {"hidden": ()}}, r"hidden is \(\): give widths of at least 1"),
+        ({"options": {"hiden": (3,)}}, r"hiden of fit.scorer mlp is \(3,\): did you mean 'hidden'\? known: hidden"),
         ({"epochs": 0}, "fit.epochs is 0"),
         ({"batch_size": 0}, "fit.batch_size is 0"),
         ({"lr": 0.0}, "fit.lr is 0.0"),
@@ -346,9 +349,9 @@ def test_a_diverging_fit_fails_in_one_line(records: list[Path]) -> None:
         ({"memory_gib": 0.0}, "fit.memory_gib is 0.0"),
         ({"scorer": "cnn"}, "fit.scorer is 'cnn': "),
         ({"scorer": "image", "features": ("weight",)}, "a scorer of kind image takes its own only"),
-        ({"backbone": "resnet19"}, "fit.backbone is 'resnet19': known: resnet18"),
-        ({"width": 0}, "fit.width is 0"),
-        ({"rounds": -1}, "fit.rounds is -1"),
+        ({"scorer": "image", "options": {"backbone": "resnet19"}}, "backbone is 'resnet19': did you mean 'resnet18'"),
+        ({"scorer": "gnn", "options": {"width": 0}}, "width is 0"),
+        ({"scorer": "gnn", "options": {"rounds": -1}}, "rounds is -1"),
         ({"records_per_step": 0}, "fit.records_per_step is 0"),
         ({"balance": 1.5}, "fit.balance is 1.5"),
         ({"split": "tag:"}, "fit.split is 'tag:'"),
@@ -404,7 +407,9 @@ def test_rows_know_their_layer_and_channels(tmp_path: Path) -> None:
 def test_a_streamed_graph_network_learns_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rows_module, "_BLOCK", 300)
     paths = [plant(tmp_path / f"{i}.h5", i, sizes=MEDIUM) for i in range(3)]
-    values = replace(QUICK, scorer="gnn", width=8, rounds=1, records_per_step=2, memory_gib=1e-9, epochs=5)
+    values = replace(
+        QUICK, scorer="gnn", options={"width": 8, "rounds": 1}, records_per_step=2, memory_gib=1e-9, epochs=5
+    )
     features = ("log_abs_weight_network", "weight_rank", "layer_size")
     scorer = fit(paths, replace(values, features=features))
     assert scorer.card.test[OWN]["auc"] > 0.97 and len(of_weights(scorer.features)) == 2
@@ -449,6 +454,8 @@ def test_a_kind_from_outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     scorer.save(tmp_path / "straight.safetensors")
     loaded = read_scorer(tmp_path / "straight.safetensors")
     assert (loaded.kind, loaded.options, loaded.network.scale) == ("outside:kind", {"scale": 2.0}, 2)
+    straight = Candidate(str(tmp_path / "straight.safetensors"))
+    assert identity(straight)["source"] == source_of("outside:kind"), "another code makes another result"
     monkeypatch.delitem(sys.modules, "outside")
     with pytest.raises(AutoSparseError, match=r"needs code from outside, 'outside:kind'.*AUTOSPARSE_TRUST=outside"):
         read_scorer(tmp_path / "straight.safetensors")

@@ -329,13 +329,12 @@ def test_batches_keep_networks_apart() -> None:
 
 
 WEIGHTS = ("weight", "gradient")
-QUICK = FitSettings(
-    epochs=20, batch_size=1024, lr=1e-2, features=WEIGHTS, validation="none", hidden=(32, 32), width=16, rounds=1
-)
+QUICK = FitSettings(epochs=20, batch_size=1024, lr=1e-2, features=WEIGHTS, validation="none")
 
 
-def auc(scorer: str, paths: list[Path], **values: object) -> float:
-    return fit(paths, replace(QUICK, scorer=scorer, **values)).card.test[OWN]["auc"]
+def auc(scorer: str, paths: list[Path], rounds: int = 1, **values: object) -> float:
+    options = {"mlp": {"hidden": (32, 32)}, "gnn": {"width": 16, "rounds": rounds}}[scorer]
+    return fit(paths, replace(QUICK, scorer=scorer, options=options, **values)).card.test[OWN]["auc"]
 
 
 def test_the_mean_of_a_channel_is_learned_by_the_graph_network_alone(tmp_path: Path) -> None:

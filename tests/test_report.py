@@ -146,7 +146,7 @@ def fitted_card() -> Card:
     """The card that `fit` writes, of planted records of three runs."""
     with tempfile.TemporaryDirectory() as folder:
         paths = [plant(Path(folder) / f"{seed}.h5", seed, rule="gradient") for seed in range(3)]
-        return fit(paths, FitSettings(epochs=2, hidden=(4,)), name="gnn-small").card
+        return fit(paths, FitSettings(epochs=2, options={"hidden": (4,)}), name="gnn-small").card
 
 
 def write_scorer(folder: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from planted import plant
+from planted import SMALL, plant
 from safetensors.torch import load_file, save_file
 from test_image import Tiny
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ from autosparse.scorers.scorer import Scorer, read_scorer
 
 torch.set_num_threads(1)
 
-QUICK = FitSettings(epochs=3, hidden=(16,), width=8, rounds=2, batch_size=256, lr=1e-2)
+QUICK = FitSettings(epochs=3, options=SMALL["mlp"], batch_size=256, lr=1e-2)
 
 
 def made(folder: Path, patch: pytest.MonkeyPatch, kind: str, head: str, **values: object) -> Scorer:
@@ -42,7 +42,7 @@ def made(folder: Path, patch: pytest.MonkeyPatch, kind: str, head: str, **values
 
     patch.setattr(models, "get_model", lambda name, weights, num_classes: Tiny(num_classes))
     paths = [plant(folder / f"{seed}.h5", seed) for seed in range(3)]
-    return fit(paths, replace(QUICK, scorer=kind, head=head, **values), name="planted")
+    return fit(paths, replace(QUICK, scorer=kind, options=SMALL[kind], head=head, **values), name="planted")
 
 
 @pytest.fixture(scope="module", params=[(kind, head) for kind in FITTED for head in HEADS], ids="-".join)
@@ -257,10 +257,10 @@ def test_every_feature_can_be_fitted_alone_and_together(tmp_path: Path) -> None:
     for features in [*((f,) for f in every), every]:
         scorer = fit([path], replace(quick, features=features))
         assert all(torch.isfinite(s).all() for s in scores(scorer, path).values()), features
-    scorer = fit([path], replace(quick, scorer="gnn", features=every))
+    scorer = fit([path], replace(quick, scorer="gnn", options=SMALL["gnn"], features=every))
     assert all(torch.isfinite(s).all() for s in scores(scorer, path).values())
     with pytest.raises(AutoSparseError, match="a gnn needs features of the weights too"):
-        fit([path], replace(quick, scorer="gnn", features=("layer_size",)))
+        fit([path], replace(quick, scorer="gnn", options=SMALL["gnn"], features=("layer_size",)))
 
 
 # -- features of a warm-up ----------------------------------------------------------------------------------------------
@@ -277,7 +277,9 @@ def test_a_scorer_of_a_warm_up_prunes_with_its_signals(tmp_path: Path, kind: str
         write_record(path, replace(record, config={**record.config, "signals": settings}))
         paths.append(path)
     features = ("early@1", "log_abs_weight")
-    scorer = fit(paths, replace(QUICK, scorer=kind, features=features, epochs=15, validation="none"))
+    scorer = fit(
+        paths, replace(QUICK, scorer=kind, options=SMALL[kind], features=features, epochs=15, validation="none")
+    )
     assert scorer.signals == ("weight", "displacement@1") and scorer.warmup == {"orders": 3, "lr": 0.02}
     assert scorer.card.test[OWN]["auc"] > 0.95
     scorer.save(tmp_path / "s.safetensors")
@@ -302,7 +304,9 @@ def test_a_scorer_of_a_warm_up_prunes_with_its_signals(tmp_path: Path, kind: str
 
 
 def test_a_network_that_cannot_be_traced_is_scored_as_a_chain(tmp_path: Path) -> None:
-    scorer = fit([plant(tmp_path / f"{i}.h5", i) for i in range(2)], replace(QUICK, scorer="gnn", epochs=1))
+    scorer = fit(
+        [plant(tmp_path / f"{i}.h5", i) for i in range(2)], replace(QUICK, scorer="gnn", options=SMALL["gnn"], epochs=1)
+    )
     record = read_record(plant(tmp_path / "r.h5", 9))
     with pytest.warns(UserWarning, match="layers are taken as a chain"):
         found = scorer(as_signals(record), Context(record.layers, 0.1))

@@ -27,6 +27,7 @@ from autosparse.pruning.warmup import WarmupSettings, warmup
 from autosparse.report.checks import CHECKS, split
 from autosparse.report.text import unique
 from autosparse.scorers.loading import criterion_for, find_scorer, is_scorer
+from autosparse.scorers.scorer import read_scorer
 from autosparse.search.method import METHODS, Method, SearchResult, method_for, settings_for
 from autosparse.trainability.prepare import check_preparation, prepare
 from autosparse.training.content import of_start
@@ -232,7 +233,9 @@ def identity(candidate: Candidate) -> dict[str, Any]:
     given = {k: v for k, v in values.items() if v is not None and v is not False and k != "label"}
     if is_scorer(candidate.base):
         variant = "" if candidate.variant is None else f"{candidate.variant}:"
-        given["criterion"] = variant + sha256(find_scorer(candidate.base))
+        given["criterion"] = variant + sha256(path := find_scorer(candidate.base))
+        if is_outside(kind := read_scorer(path).kind):
+            given["source"] = source_of(kind)
     elif is_outside(candidate.base):
         given["source"] = source_of(candidate.base)
     if candidate.starts:

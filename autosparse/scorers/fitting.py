@@ -103,13 +103,14 @@ def fit_parts(
     clock = time.perf_counter()
     features = features_of(fit_settings)
     kind = fit_settings.kind
+    options = kind.options(fit_settings.options, fit_settings.scorer)
 
     def part(which: Sequence[int]) -> Rows:
         group = kind.records_per_step(fit_settings, len(which))
         return Rows([sources[i] for i in which], kind.columns(features), fit_settings, group)
 
     with seeded(fit_settings.seed, "initialization of a scorer"):
-        network = kind.to_fit(features, heads.outputs(fit_settings.head), fit_settings)
+        network = kind.to_fit(features, heads.outputs(fit_settings.head), options)
         with threads_of_step(sum(p.numel() for p in network.parameters()) * kind.uses(fit_settings)):
             history, kept = _train(
                 network, part(parts.fit), part(parts.validation), fit_settings, torch.device(device), on_epoch
@@ -124,7 +125,7 @@ def fit_parts(
         features,
         int(first.get("n_batches", 1)),
         int(first.get("batch_size", 128)),
-        kind.options(fit_settings),
+        kind.saved_options(options),
         positions=fit_settings.positions,
         warmup={"orders": first["warmup_orders"], "lr": first["warmup_lr"]} if "warmup_orders" in first else {},
         name=name,

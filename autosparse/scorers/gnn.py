@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autosparse.errors import require, warn
+from autosparse.errors import require, settings, warn
 from autosparse.network.graph import Graph
 from autosparse.scorers.features import View, channel_index, channel_sums, channels, of_weights
 from autosparse.scorers.kinds import ScorerKind
@@ -206,9 +206,20 @@ class GNNScorer(nn.Module):
                 yield name, start, stop, self._rest(x, share[index])
 
 
+@settings
+class GNNSettings:
+    """`width` of the states of layers and channels; `rounds` of message passing."""
+
+    width: int = 32
+    rounds: int = 3
+
+    def __post_init__(self) -> None:
+        require(self.width >= 1, "width", self.width, "give at least 1")
+        require(self.rounds >= 0, "rounds", self.rounds, "it must not be negative")
+
+
 class _GNN(ScorerKind):
-    def options(self, settings: Any) -> dict[str, Any]:
-        return {"width": settings.width, "rounds": settings.rounds}
+    settings = GNNSettings
 
     def build(self, features: Sequence[str], outputs: int, options: Mapping[str, Any]) -> nn.Module:
         own = len(of_weights(features))

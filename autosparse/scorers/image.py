@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autosparse.errors import AutoSparseError, suggest
+from autosparse.errors import require, settings, suggest
 from autosparse.scorers.features import View
 from autosparse.scorers.kinds import ScorerKind
 from autosparse.scorers.mlp import Outputs, Standard, by_rows
@@ -28,8 +28,6 @@ class ImageScorer(nn.Module):
 
     def __init__(self, outputs: int, backbone: str = "resnet18") -> None:
         super().__init__()
-        if backbone not in NETWORKS:
-            raise AutoSparseError(f"fit.backbone is {backbone!r}: {suggest(backbone, NETWORKS)}")
         from torchvision import models
 
         self.inputs = Standard(2)
@@ -100,17 +98,28 @@ class TableScorer(nn.Module):
         return by_rows(self, view)
 
 
+@settings
+class ImageSettings:
+    """`backbone`: the image network."""
+
+    backbone: str = "resnet18"
+
+    def __post_init__(self) -> None:
+        require(self.backbone in NETWORKS, "backbone", self.backbone, suggest(self.backbone, NETWORKS))
+
+
 class _Image(ScorerKind):
     features = FEATURES
+    settings = ImageSettings
 
-    def options(self, settings: Any) -> dict[str, Any]:
+    def saved_options(self, options: Mapping[str, Any]) -> dict[str, Any]:
         return {"size": TABLE}
 
     def build(self, features: Sequence[str], outputs: int, options: Mapping[str, Any]) -> nn.Module:
         return TableScorer(outputs, **options)
 
-    def to_fit(self, features: Sequence[str], outputs: int, settings: Any) -> nn.Module:
-        return ImageScorer(outputs, settings.backbone)
+    def to_fit(self, features: Sequence[str], outputs: int, options: Mapping[str, Any]) -> nn.Module:
+        return ImageScorer(outputs, **options)
 
     def to_save(self, network: nn.Module) -> nn.Module:
         assert isinstance(network, ImageScorer)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from autosparse.errors import AutoSparseError, require, suggest
+from autosparse.errors import AutoSparseError, from_mapping, require, suggest
 from autosparse.plugins import is_outside, load_outside
 
 if TYPE_CHECKING:
@@ -20,16 +22,24 @@ if TYPE_CHECKING:
 class ScorerKind:
     """How scorers of one kind are built, fitted and saved; a subclass changes what differs.
 
-    `features`: the only ones that the kind takes; `None`: any. The network of a kind has a buffer-holding module
+    `features`: the only ones that the kind takes; `None`: any. `settings`: a dataclass of its options that checks its own
+    values; `None`: whatever is given, unchecked. The network of a kind has a buffer-holding module
     `inputs` with a method `set(moments)`, and a method `outputs(view)` that yields what it predicts for every weight of a
     network, see `scorers.mlp.by_rows`.
     """
 
     features: tuple[str, ...] | None = None
+    settings: type | None = None
 
-    def options(self, settings: FitSettings) -> dict[str, Any]:
-        """What `build` needs beside features and outputs, as plain values: they are saved with the scorer."""
-        return dict(settings.options)
+    def options(self, given: Mapping[str, Any], of: str) -> dict[str, Any]:
+        """All options by name, from those that are given for the kind that is called `of`.
+
+        Raises:
+            AutoSparseError: an unknown option, or a value out of range.
+        """
+        if self.settings is None:
+            return dict(given)
+        return json.loads(json.dumps(asdict(from_mapping(self.settings, given, of))))  # as they will be read back
 
     def build(self, features: Sequence[str], outputs: int, options: Mapping[str, Any]) -> nn.Module:
         """A network with `outputs` numbers for each weight; its initial weights are drawn from the global generator.
@@ -39,9 +49,13 @@ class ScorerKind:
         """
         raise NotImplementedError
 
-    def to_fit(self, features: Sequence[str], outputs: int, settings: FitSettings) -> nn.Module:
+    def to_fit(self, features: Sequence[str], outputs: int, options: Mapping[str, Any]) -> nn.Module:
         """The network that is trained."""
-        return self.build(features, outputs, self.options(settings))
+        return self.build(features, outputs, options)
+
+    def saved_options(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """What `build` needs to make the network that scores, as plain values: they are saved with it."""
+        return dict(options)
 
     def to_save(self, network: nn.Module) -> nn.Module:
         """The network that scores, from the one that was trained."""

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from autosparse.errors import require, settings
 from autosparse.scorers.features import View
 from autosparse.scorers.kinds import ScorerKind
 
@@ -103,9 +104,18 @@ class NoNetwork(nn.Module):
         return by_rows(lambda rows: rows.new_zeros(len(rows), 1), view)
 
 
+@settings
+class MLPSettings:
+    """`hidden`: widths of the hidden layers."""
+
+    hidden: tuple[int, ...] = (64, 64)
+
+    def __post_init__(self) -> None:
+        require(len(self.hidden) >= 1 and min(self.hidden) >= 1, "hidden", self.hidden, "give widths of at least 1")
+
+
 class _MLP(ScorerKind):
-    def options(self, settings: Any) -> dict[str, Any]:
-        return {"hidden": list(settings.hidden)}
+    settings = MLPSettings
 
     def build(self, features: Sequence[str], outputs: int, options: Mapping[str, Any]) -> nn.Module:
         return MLPScorer(len(features), outputs, **options)

@@ -19,7 +19,7 @@ from autosparse.errors import AutoSparseError, require, settings, suggest
 from autosparse.masks.layers import Layer
 from autosparse.plugins import is_outside
 from autosparse.pruning.criteria import POSITIONS
-from autosparse.scorers import heads, image
+from autosparse.scorers import heads
 from autosparse.scorers.corpus import tags_of
 from autosparse.scorers.features import (
     DEFAULT,
@@ -46,8 +46,7 @@ class FitSettings:
     its features are the raw weight and gradient, and it sees 20,000 weights in all), or a `ScorerKind` from outside as
     `"package.module:name"`. `head`: `"hazard"`,
     `"cumulative"` or `"mse"`. `features`: names of features or groups (`autosparse list features`), `None` for the default
-    ones. `hidden`: widths of the MLP. `width`, `rounds`: of the graph network, states and rounds of message passing.
-    `backbone`: of the image scorer. `split`: the records that judge the scorer, and do nothing else: `"run"`, whole IRP
+    ones. `split`: the records that judge the scorer, and do nothing else: `"run"`, whole IRP
     runs; `"model"`, whole architectures (what tells whether it transfers); `"tag:NAME"`, every record with that tag
     (`deeper`, `no_norm`, …: see `corpus.py`); `"none"`. `test_share`: of the runs or architectures, at least one.
     `validation`: of the others, those that choose the epoch: `"run"`, `"model"`, or `"none"` (the last epoch is kept, as
@@ -58,16 +57,13 @@ class FitSettings:
     `memory_gib`: above this the rows are streamed from the files instead of held. `positions` that the scorer chooses
     within layers: `"scores"`, or `"spread"`, `"spread_scores"`, `"spread_small"`, which leave its scores the layer
     densities and spread the weights over the channels (see `criteria.rearranged`). `folds`: fit so many more scorers
-    first, each without another part of the architectures, and judge them there. `options`: of a kind from outside.
+    first, each without another part of the architectures, and judge them there. `options`: those of the kind, such as
+    `{"hidden": [64, 64]}` of the MLP, `{"width": 32, "rounds": 3}` of the graph network.
     """
 
     scorer: str = "mlp"
     head: str = "hazard"
     features: tuple[str, ...] | None = None
-    hidden: tuple[int, ...] = (64, 64)
-    width: int = 32
-    rounds: int = 3
-    backbone: str = "resnet18"
     epochs: int = 20
     batch_size: int = 4096
     records_per_step: int = 8
@@ -97,10 +93,7 @@ class FitSettings:
             require(
                 own, "fit.features", self.features, f"a scorer of kind {self.scorer} takes its own only; leave it out"
             )
-        require(len(self.hidden) >= 1 and min(self.hidden) >= 1, "fit.hidden", self.hidden, "give widths of at least 1")
-        require(self.width >= 1, "fit.width", self.width, "give at least 1")
-        require(self.rounds >= 0, "fit.rounds", self.rounds, "it must not be negative")
-        require(self.backbone in image.NETWORKS, "fit.backbone", self.backbone, f"known: {', '.join(image.NETWORKS)}")
+        kind.options(self.options, f"fit.scorer {self.scorer}")
         require(self.epochs >= 1, "fit.epochs", self.epochs, "give at least 1")
         require(self.batch_size >= 1, "fit.batch_size", self.batch_size, "give at least 1")
         require(self.records_per_step >= 1, "fit.records_per_step", self.records_per_step, "give at least 1")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from autosparse.errors import AutoSparseError, require
 from autosparse.files import fingerprint, read_safetensors, write_safetensors
 from autosparse.network.signals import Signals
-from autosparse.plugins import check_trusted, is_outside
+from autosparse.plugins import check_trusted, is_outside, source_of
 from autosparse.pruning.criteria import Context, Scores, ranks_within, rearranged
 from autosparse.scorers import heads
 from autosparse.scorers.card import Card, read_card
@@ -91,7 +91,7 @@ class Scorer:
     def content(self) -> str:
         """Fingerprint of all that its scores depend on: not its name, nor its card."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("network", "card", "name")}
-        return fingerprint(values, self.network.state_dict())
+        return fingerprint(values, self.network.state_dict(), source_of(self.kind) if is_outside(self.kind) else "")
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file that holds the weights, their own configuration, feature names and card."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from autosparse.errors import AutoSparseError, require, suggest
+from autosparse.errors import from_mapping, require
 from autosparse.masks.mask import Masks
 from autosparse.plugins import is_outside, load_outside
 
@@ -81,7 +81,4 @@ def settings_for(name: str, method: Method, options: Any) -> Any:
     given = dict(options or {}) if isinstance(options, Mapping | None) else {}
     known = [field.name for field in dataclasses.fields(method.settings)]
     require(isinstance(options, Mapping | None), f"options of {name}", options, f"give {', '.join(known)}")
-    for key in given:
-        if key not in known:
-            raise AutoSparseError(f"{key} of {name} is {given[key]!r}: {suggest(key, known)}")
-    return method.settings(**given)
+    return from_mapping(method.settings, given, name)

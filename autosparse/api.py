@@ -41,43 +41,37 @@ def prune(
 
     In each of `steps` steps the signals are measured on `θ ⊙ m`, the criterion scores them, and the weights with the
     highest scores are kept. After the last step these are exactly `round((1 − sparsity)·N)` of the N prunable weights.
-    A weight that `torch.nn.utils.parametrize` computes is scored and masked as the network uses it, under the name of the
-    computed tensor (`"conv.weight"`).
+    Weights that `torch.nn.utils.parametrize` computes are scored and masked as the network uses them.
 
     Args:
         model: any module; its prunable weights are those of convolutions, linear layers and attention projections.
-        sparsity: fraction of the prunable weights to remove, in [0, 1). `None` where an N:M pattern or the layer
-            densities in `scope` set it.
-        criterion: name of a preset (`autosparse list criteria`), the name, file or `models:/` URI of a scorer,
-            `package.module:name` of your own, or a `Criterion` or `Preset` itself.
+        sparsity: fraction of the prunable weights to remove, in [0, 1). `None` where an N:M pattern or `scope` set it.
+        criterion: name of a preset (`autosparse list criteria`), the name, file or `models:/` URI of a scorer, your own
+            `package.module:name`, or a `Criterion` or `Preset` itself.
         batches: iterable of `(inputs, targets)`. The first `n_batches` are taken once and used in every step.
-        n_batches: number of batches. By default what the criterion needs; fewer if there are fewer.
-        example_input: what the model takes, for tracing and for criteria without data. By default the inputs of the first
-            batch. Here and in `batches`, a tuple is positional arguments and a dictionary keyword arguments. Anything else
-            is one argument; so is a list, unless `forward` needs several.
-        scope: `"global"`; a rule for layer densities, `"uniform"`, `"erk"`, `"igq"`, `"smart_ratio"` or a function
-            `(layers, density) -> densities` as `"package.module:name"`; or a dictionary with the density of each layer. By
-            default the preset's.
-        granularity: `"unstructured"` (default), a pattern such as `"2:4"` or `"block4x4"`, or `"channel"`. Channels that
-            are added up, as in residual networks, are kept or removed together, and layers that give the outputs of the
-            model stay whole (`report.dense_layers`).
+        n_batches: number of batches; by default what the criterion needs, fewer if there are fewer.
+        example_input: what the model takes, for tracing and for criteria without data; by default the inputs of the first
+            batch. Here and in `batches`, a tuple is positional arguments, a dictionary keyword arguments, and anything
+            else one argument; so is a list, unless `forward` needs several.
+        scope: `"global"`; a rule for layer densities, `"uniform"`, `"erk"`, `"igq"`, `"smart_ratio"` or a function `(layers,
+            density) -> densities` as `"package.module:name"`; or the density of each layer. By default the preset's.
+        granularity: `"unstructured"` (default), a pattern such as `"2:4"` or `"block4x4"`, or `"channel"`. Channels that are
+            added up are kept or removed together, and layers that give the outputs stay whole (`report.dense_layers`).
         steps: number of removals, by default the preset's. Steps towards an N:M pattern go through n:m with larger n.
-        schedule: of the density over the steps: `"exponential"` or `"linear"`. By default the preset's.
+        schedule: of the density over the steps, `"exponential"` or `"linear"`; by default the preset's.
         loss: called as `loss(outputs, targets)`; cross-entropy by default.
         signals: signals that are known already, such as those of a warm-up. They are used unchanged in every step.
         seed: for random scores, ties, data loaders, dropout, and signals that draw random numbers.
-        include: shell pattern or patterns on parameter names; only these weights are pruned.
-        exclude: shell pattern or patterns on parameter names; these weights are not pruned.
+        include, exclude: shell patterns on parameter names; only these weights are pruned, or all but these.
         floor: smallest density of any layer.
 
     Returns:
-        The masks. Their `report` has dead layers, effective sparsity and ties. A warning is given where these make the
-            mask meaningless.
+        The masks. `report` has dead layers, effective sparsity and ties; a warning says where these spoil the mask.
 
     Raises:
         AutoSparseError: bad arguments, a model without prunable weights, batches that the model cannot take, or scores
             that are not finite or all zero. Also a weight that the forward pass computes from a parameter and that is not
-            zero where the mask is: weight standardization, and `torch.nn.utils.weight_norm`, whose empty filters are 0/0.
+            zero where the mask is (weight standardization, `torch.nn.utils.weight_norm`).
 
     Examples:
         >>> import torch, autosparse

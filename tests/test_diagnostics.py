@@ -332,7 +332,7 @@ class Tokens(nn.Module):
 @pytest.mark.parametrize(
     ("model", "batches", "options", "message"),
     [
-        (net([[1.0]]), [], {}, "batches are empty: give at least one pair"),
+        (net([[1.0]]), [], {}, "batches is []: give at least one pair"),
         (net([[1.0]]), [(torch.ones(1, 1), torch.tensor([0]))], {"samples": -1}, "samples is -1: give at least 0"),
         (
             net([[1.0]]),

@@ -21,7 +21,7 @@ import autosparse
 from autosparse import NM, AutoSparseError, Channel, Masks, prune
 from autosparse.errors import AutoSparseFailure
 from autosparse.masks.layers import Layer, prunable_layers
-from autosparse.network import flow, reachability
+from autosparse.network import flow, flow_rules, reachability
 from autosparse.network.signals import measure
 from autosparse.pruning.criteria import CRITERIA, PRESETS, Context, Scores
 
@@ -525,7 +525,7 @@ def test_out_of_memory_is_one_clear_error_everywhere(error: Exception, monkeypat
     with failing:  # in the loss
         prune(mlp(), 0.5, "snip", batches=[(x, y)], loss=fail)
     with monkeypatch.context() as patched, failing:  # in synaptic flow
-        patched.setattr(flow, "multiply", fail)
+        patched.setattr(flow_rules, "multiply", fail)
         prune(mlp(), 0.5, "synflow", example_input=x)
     with monkeypatch.context() as patched, failing:  # in reachability
         patched.setattr(reachability, "multiply", fail)

@@ -13,12 +13,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from autosparse.errors import AutoSparseError, require, settings
-from autosparse.masks.layers import check_real, check_values, prunable_layers, unwrap
+from autosparse.masks.layers import Layer, check_real, check_values, prunable_layers, unwrap
 from autosparse.masks.mask import Masks
 from autosparse.masks.random import make_generator, seeded
 from autosparse.network.graph import trace
 from autosparse.network.inputs import first_of_batch
-from autosparse.network.lipschitz import estimate, pairs, spectral_norm
+from autosparse.network.lipschitz import Pair, estimate, pairs, spectral_norm
 from autosparse.network.onednn import safe_convolutions
 from autosparse.network.operators import FACTORS, base_name, named_arguments
 from autosparse.network.running import NORMS, Batch, Loss, batch_loss, batch_size, cross_entropy, forward, untouched
@@ -60,8 +60,22 @@ class DiagnosticSettings:
 
 @dataclass(frozen=True)
 class LayerDiagnosis:
-    """One prunable weight; see `diagnose`. `norm` is the name of the norm layer that takes its output, if one does. NaN: does
-    not apply, or was not measured."""
+    """One prunable weight `W = θ ⊙ m`; `‖·‖` is the Euclidean norm, L the loss. NaN: does not apply, or was not measured.
+
+    Attributes:
+        norm: name of the norm layer that takes its output, if one does.
+        spectral_norm: `σ`, the largest singular value of `W.reshape(out, n)`, n the fan-in; NaN, as `lipschitz`, where
+            the forward pass computes another weight from W.
+        lipschitz: an estimate of the Lipschitz constant of the layer and the norm that takes its output,
+            `max|γ|·σ/√(0.5·n·Var(W))` for rectified Gaussian inputs; `σ` where no norm does.
+        operator_norm: the Lipschitz constant of the layer as a map of its whole input, `max ‖W * x‖ / ‖x‖`: of a
+            convolution on images of the size that it sees (in general not `σ`), of a product `σ` itself.
+        second_moment: the mean square of its output.
+        gradient_norm: `‖∂L/∂W‖` over the weights that are kept; `relative_gradient`: the same over `‖W‖`.
+        hessian_norm: the largest |eigenvalue| of the Hessian of L with respect to the kept weights of this layer alone,
+            see `hessian_norms`. It approaches the value from below; `hessian_converged` tells whether the last
+            iteration changed it by less than `tolerance` of itself.
+    """
 
     name: str
     kept: int
@@ -81,7 +95,9 @@ class LayerDiagnosis:
 class Diagnosis:
     """A network's figures, and those of its prunable weights in the order of execution.
 
-    `singular_values` of the input–output Jacobian, float64, descending: samples × min(outputs, inputs), on the CPU.
+    `loss` L; `gradient_norm` over all prunable weights that are kept, and `relative_gradient`, this over theirs.
+    `singular_values` of the input–output Jacobian, float64, descending: samples × min(outputs, inputs), on the CPU; all near one
+    value is dynamical isometry.
     """
 
     layers: tuple[LayerDiagnosis, ...]
@@ -113,76 +129,52 @@ def diagnose(
 ) -> Diagnosis:
     """Measure how a network passes signals and gradients, at `θ ⊙ m`; nothing of it changes.
 
-    Of each prunable weight `W = θ ⊙ m`, with `‖·‖` the Euclidean norm:
-
-    - `spectral_norm`: `σ`, the largest singular value of `W.reshape(out, n)`, n the fan-in; NaN, as `lipschitz`, where the
-      forward pass computes another weight from W;
-    - `lipschitz`: an estimate of the Lipschitz constant of the layer and the norm that takes its output,
-      `max|γ|·σ/√(0.5·n·Var(W))` for rectified Gaussian inputs; `σ` where no norm does;
-    - `operator_norm`: the Lipschitz constant of the layer as a map of its whole input, `max ‖W * x‖ / ‖x‖`: of a convolution
-      on images of the size that it sees (in general not `σ`), of a product `σ` itself;
-    - `second_moment`: the mean square of its output on `batches`;
-    - `gradient_norm`: `‖∂L/∂W‖` over the weights that are kept, and `relative_gradient`: the same over `‖W‖`;
-    - `hessian_norm`: the largest |eigenvalue| of the Hessian of L with respect to the kept weights of this layer alone, see
-      `hessian_norms`. It approaches the value from below; `hessian_converged` tells whether the last iteration changed it
-      by less than `tolerance` of itself.
-
-    Of the network: L, the gradient's norm over all prunable weights that are kept, and this over theirs; and the singular
-    values of the Jacobian of all outputs by all inputs, one spectrum for each of `samples` inputs. All near one value is
-    dynamical isometry.
-
-    L is the mean over all samples of `batches`. Norm layers use the statistics of the batch, as in training, whatever they have
-    gathered; in the Jacobian, where each sample stands alone, those of the first batch as constants. Dropout is off.
+    `LayerDiagnosis` and `Diagnosis` say what is measured. L is the mean over all samples of `batches`. Norm layers use the
+    statistics of the batch, as in training; in the Jacobian, where each sample stands alone, those of the first batch as
+    constants. Dropout is off.
 
     Cost: forward and backward once for each batch and once for each output and sample; and for each batch, layer and
-    iteration a second backward as far as that layer. Memory: one batch's graph twice over, one sample's Jacobian.
+    iteration a second backward as far as that layer.
 
     Args:
         batches: pairs (inputs, targets) on the model's device.
-        masks: boolean, by parameter name; dense if not given. Weights without a mask count as kept.
-        samples: inputs of the first batch for the Jacobian, at most; 0 leaves it out.
-        iterations: for each layer's Hessian, at most; 0 leaves Hessians out.
+        masks: boolean, by parameter name. Weights without a mask count as kept.
+        samples, iterations: at most so many inputs of the first batch for the Jacobian, and iterations for each layer's
+            Hessian; 0 leaves these out.
         loss: `loss(outputs, targets)`, a mean over the batch; cross-entropy by default.
         seed: of the vectors that iterations begin with.
 
     Raises:
-        AutoSparseError: batches that the model cannot take, masks of another model, an operator without second derivative, a Jacobian of too many
-            outputs or by inputs that are not of floats.
+        AutoSparseError: batches that the model cannot take, masks of another model, an operator without second
+            derivative, a Jacobian of too many outputs or by inputs that are not of floats.
 
-    Source: dynamical isometry: Saxe, McClelland & Ganguli 2014; the Hessian's use for initializations: our derivation.
+    Source: dynamical isometry: Saxe et al. 2014; the Hessian's use for initializations: derived here.
     """
     DiagnosticSettings(samples=samples, iterations=iterations, tolerance=tolerance)  # checks them
-    if not batches:
-        raise AutoSparseError("batches are empty: give at least one pair (inputs, targets)")
+    require(len(batches) > 0, "batches", batches, "give at least one pair (inputs, targets)")
     model, chosen = fused(unwrap(model)), loss or cross_entropy
     check_values(model)
     if masks is not None:
         Masks(masks).check(model)
-    graph = trace(model, batches[0][0])
-    check_used(model, masks or {}, graph, batches[0][0])
+    graph = trace(model, example := batches[0][0])
+    check_used(model, masks or {}, graph, example)
     known = prunable_layers(model, operands=graph.operands)
     layers = {n: known[n] for n in dict.fromkeys((*graph.layers(), *known)) if n in known}
     check_real(model, layers, "a diagnosis")
     own = dict(model.named_parameters())
     kept = {n: masks[n].to(own[n].device) for n in layers if masks is not None and n in masks}
     weights = {n: torch.where(kept[n], own[n].detach(), 0) if n in kept else own[n].detach().clone() for n in layers}
-
     with safe_convolutions(model):
         grads = gradient(model, weights, batches, chosen, seed)
         grads = {n: torch.where(kept[n], g, 0) if n in kept else g for n, g in grads.items()}
         value, seen = _signals(model, weights, batches, chosen, seed)
-        hessians = hessian_norms(
-            model, weights, batches, masks=kept, iterations=iterations, tolerance=tolerance, loss=chosen, seed=seed
-        )
+        how: dict[str, Any] = {"iterations": iterations, "tolerance": tolerance, "loss": chosen, "seed": seed}
+        hessians = hessian_norms(model, weights, batches, masks=kept, **how)
     norms = pairs(graph, layers, own)
     rows = []
     for name, layer in layers.items():
-        exact = weights[name].double()
-        gamma = norms[name].gamma
-        sigma = constant = math.nan
-        if bool(exact.isfinite().all()) and name not in graph.recomputed:
-            sigma = spectral_norm(exact, layer)
-            constant = estimate(exact, sigma, layer, norms[name], None if gamma is None else own[gamma].detach())
+        exact = None if name in graph.recomputed else weights[name].double()
+        sigma, constant = _lipschitz(exact, layer, norms[name], own)
         convolution = seen.convolutions.get(name)
         norm, size = float(grads[name].norm()), float(weights[name].norm())
         hessian, converged = hessians[name]
@@ -203,15 +195,19 @@ def diagnose(
             )
         )
     total = math.hypot(*(row.gradient_norm for row in rows))
-    return Diagnosis(
-        layers=tuple(rows),
-        loss=value,
-        gradient_norm=total,
-        relative_gradient=_ratio(total, math.hypot(*(float(w.norm()) for w in weights.values()))),
-        singular_values=jacobian_singular_values(model, weights, batches[0][0], samples, seed)
-        if samples
-        else torch.empty(0, 0, dtype=torch.float64),
-    )
+    relative = _ratio(total, math.hypot(*(float(w.norm()) for w in weights.values())))
+    jacobian = jacobian_singular_values if samples else lambda *_: torch.empty(0, 0, dtype=torch.float64)
+    spectra = jacobian(model, weights, example, samples, seed)
+    return Diagnosis(tuple(rows), value, total, relative, spectra)
+
+
+def _lipschitz(weight: Tensor | None, layer: Layer, norm: Pair, own: Mapping[str, Tensor]) -> tuple[float, float]:
+    """Spectral norm of a weight and the estimate of the Lipschitz constant with its norm; NaN if none is finite."""
+    if weight is None or not bool(weight.isfinite().all()):
+        return math.nan, math.nan
+    sigma = spectral_norm(weight, layer)
+    gamma = None if norm.gamma is None else own[norm.gamma].detach()
+    return sigma, estimate(weight, sigma, layer, norm, gamma)
 
 
 def operator_norm(

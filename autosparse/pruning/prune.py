@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from numbers import Integral
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -14,7 +14,7 @@ from torch import nn
 from autosparse.errors import AutoSparseError, require, warn
 from autosparse.masks.densities import Scope
 from autosparse.masks.granularity import NM, Channel, Granularity, parse_granularity
-from autosparse.masks.layers import check_model, check_real, check_values, prunable_layers, unwrap
+from autosparse.masks.layers import Layer, check_model, check_real, check_values, prunable_layers, unwrap
 from autosparse.masks.mask import Masks
 from autosparse.masks.random import derive
 from autosparse.masks.schedule import check_sparsity, densities
@@ -56,97 +56,114 @@ def prune(
     density = 1.0 if given else _density(sparsity, pattern)
     rule = preset.criterion
     steps = preset.steps if steps is None else steps
-    wanted = n_batches if n_batches is not None else (preset.n_batches or rule.n_batches)
-    fewest = 1 if set(FROM_BATCHES) & set(rule.signals) else 0
-    require(
-        isinstance(wanted, Integral) and wanted >= fewest,
-        "n_batches",
-        wanted,
-        f"give a whole number of at least {fewest}",
-    )
     check_model(model)
     check_values(model)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    if batches is None and fewest:
-        raise AutoSparseError(f"criterion {rule.name!r} needs gradients: give batches, pairs of (inputs, targets)")
-    taken = [] if batches is None else take_batches(batches, max(wanted, 1), device, seed)
+    taken, wanted = _batches(preset, batches, n_batches, device, seed)
     example = example_input if example_input is not None else (taken[0][0] if taken else None)
-    graph = None if example is None else trace(model, example)
-    traced = None if example is None else Traced(model, example)
-    layers = prunable_layers(
-        model, include=include, exclude=exclude, operands=None if graph is None else graph.operands
-    )
-    if not isinstance(rule, HandMade) or set(rule.signals) & {"flow", "rescaled_flow", "no_flow"}:
-        check_real(model, layers, f"criterion {rule.name!r}", ": use magnitude, snip or grasp, or exclude the weight")
+    layers, graph, traced = _traced(model, example, rule, include, exclude)
     if isinstance(scope, Mapping) and given:
         density = sum(scope.get(n, 1.0) * layer.numel for n, layer in layers.items())
         density /= sum(layer.numel for layer in layers.values())
     path = densities(density, steps, schedule or preset.schedule)
-    coupled: tuple[tuple[str, ...], ...] = ()
-    dense: tuple[str, ...] = ()
-    if isinstance(pattern, Channel) and graph is not None:
-        coupled, dense = coupled_filters(model, layers, traced), graph.last_layers()
-        whole_layers(layers, path[-1], coupled, dense)  # what cannot be is said before anything is measured
+    coupled, dense = _coupled(model, layers, path[-1], pattern, graph, traced)
     used = taken[:wanted]
     known = {name: values for name, values in (signals or {}).items() if name in rule.signals}
     changing = [name for name in rule.signals if name not in (*FIXED, *known)]
     fixed = measure(model, layers, [n for n in rule.signals if n in FIXED and n not in known], example_input=traced)
     masks: Masks | None = None
+    how: dict[str, Any]
     measured = 0
     for target in path:
         if masks is not None and graph is not None:
             check_used(model, masks, graph, example)
-        shape = pattern
-        if isinstance(pattern, NM):  # steps thin the pattern out, so that the last finds it whole
-            n = max(pattern.n, math.ceil(target * pattern.m - 1e-9))
-            if n == pattern.m:
-                continue
-            shape = NM(n, pattern.m)
+        shape = _pattern(pattern, target)
+        if shape is False:
+            continue
         measured += 1
-        found = measure(
-            model,
-            layers,
-            changing,
-            batches=used,
-            example_input=traced,
-            masks=masks,
-            loss=loss,
-            seed=seed if measured == 1 else derive(seed, "step", measured),
-        )
+        drawn = seed if measured == 1 else derive(seed, "step", measured)
+        found = measure(model, layers, changing, batches=used, example_input=traced, masks=masks, loss=loss, seed=drawn)
         scores = rule({**known, **fixed, **found}, Context(layers, target, graph, masks, seed))
-        masks = select(
-            scores,
-            target,
-            layers=layers,
-            scope=scope or preset.scope,
-            granularity=shape,
-            floor=floor,
-            within=None if preset.revive else masks,
-            seed=seed,
-            coupled=coupled,
-            dense=dense,
-        )
+        how = {"scope": scope or preset.scope, "granularity": shape, "floor": floor, "coupled": coupled, "dense": dense}
+        within = None if preset.revive else masks
+        masks = select(scores, target, layers=layers, within=within, seed=seed, **how)
         del found, scores  # so that the next step takes their memory and not new
     assert masks is not None
     masks = masks.to(device)
-    blind = isinstance(pattern, Channel) and graph is None
-    images = images_seen(changing, used, example) * measured
-    masks.report = replace(
-        masks.report,
-        notes=masks.report.notes + (("no example_input: which channels are coupled is not known",) if blind else ()),
-        origin={
-            "criterion": rule.name,
-            "sparsity": None if sparsity is None else float(sparsity),
-            "scope": "given densities" if isinstance(scope, Mapping) else scope or preset.scope,
-            "granularity": str(granularity) if granularity is not None else "unstructured",
-            "steps": len(path),
-            "n_batches": len(used),
-            "images": images,
-            "floor": float(floor),
-            "seed": seed,
-        },
-    )
+    origin = {
+        "criterion": rule.name,
+        "sparsity": None if sparsity is None else float(sparsity),
+        "scope": "given densities" if isinstance(scope, Mapping) else scope or preset.scope,
+        "granularity": str(granularity) if granularity is not None else "unstructured",
+        "steps": len(path),
+        "n_batches": len(used),
+        "images": images_seen(changing, used, example) * measured,
+        "floor": float(floor),
+        "seed": seed,
+    }
+    notes = masks.report.notes
+    if isinstance(pattern, Channel) and graph is None:
+        notes = (*notes, "no example_input: which channels are coupled is not known")
+    masks.report = replace(masks.report, notes=notes, origin=origin)
     return describe(model, masks, traced, graph)
+
+
+def _batches(
+    preset: Preset, batches: Iterable[Batch] | None, n_batches: int | None, device: torch.device, seed: int
+) -> tuple[list[Batch], int]:
+    """The batches that are taken, one at least for the trace if there are any, and how many the criterion wants."""
+    rule = preset.criterion
+    wanted = n_batches if n_batches is not None else (preset.n_batches or rule.n_batches)
+    fewest = 1 if set(FROM_BATCHES) & set(rule.signals) else 0
+    whole = isinstance(wanted, Integral) and wanted >= fewest
+    require(whole, "n_batches", wanted, f"give a whole number of at least {fewest}")
+    if batches is None and fewest:
+        raise AutoSparseError(f"criterion {rule.name!r} needs gradients: give batches, pairs of (inputs, targets)")
+    return [] if batches is None else take_batches(batches, max(wanted, 1), device, seed), wanted
+
+
+def _traced(
+    model: nn.Module,
+    example: Any,
+    rule: Criterion,
+    include: str | Sequence[str] | None,
+    exclude: str | Sequence[str] | None,
+) -> tuple[dict[str, Layer], Graph | None, Traced | None]:
+    """The prunable layers, and what is known of the network where there is an example input."""
+    graph = None if example is None else trace(model, example)
+    traced = None if example is None else Traced(model, example)
+    operands = None if graph is None else graph.operands
+    layers = prunable_layers(model, include=include, exclude=exclude, operands=operands)
+    if not isinstance(rule, HandMade) or set(rule.signals) & {"flow", "rescaled_flow", "no_flow"}:
+        check_real(model, layers, f"criterion {rule.name!r}", ": use magnitude, snip or grasp, or exclude the weight")
+    return layers, graph, traced
+
+
+def _coupled(
+    model: nn.Module,
+    layers: dict[str, Layer],
+    density: float,
+    pattern: Granularity,
+    graph: Graph | None,
+    traced: Traced | None,
+) -> tuple[tuple[tuple[str, ...], ...], tuple[str, ...]]:
+    """For channels: which layers' filters go together, and which layers stay whole."""
+    if not isinstance(pattern, Channel) or graph is None:
+        return (), ()
+    coupled, dense = coupled_filters(model, layers, traced), graph.last_layers()
+    whole_layers(layers, density, coupled, dense)  # what cannot be is said before anything is measured
+    return coupled, dense
+
+
+def _pattern(pattern: Granularity, density: float) -> Granularity | Literal[False]:
+    """The pattern at a density on the way: an N:M pattern is thinned out, so that the last step finds it whole.
+
+    `False` where it would keep every weight.
+    """
+    if not isinstance(pattern, NM):
+        return pattern
+    n = max(pattern.n, math.ceil(density * pattern.m - 1e-9))
+    return False if n == pattern.m else NM(n, pattern.m)
 
 
 def describe(model: nn.Module, masks: Masks, example: Any, graph: Graph | None = None) -> Masks:

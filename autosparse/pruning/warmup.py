@@ -89,15 +89,7 @@ def warmup(
     clock = time.perf_counter()
     settings = settings or WarmupSettings()
     per_epoch = steps_per_epoch(data, recipe.batch_size)
-    wanted: dict[str, tuple[str, int]] = {}
-    for name in names:
-        parsed = parse_warmup(name)
-        if parsed is None:
-            known = [f"{signal}@1" for signal in WARMUP_SIGNALS]
-            raise AutoSparseError(f"signal of a warm-up is {name!r}: {suggest(name, known)}")
-        wanted[name] = (parsed[0], max(1, round(parsed[1] * per_epoch)))
-    if not wanted:
-        raise AutoSparseError("names of the warm-up's signals are empty: give at least one, such as 'displacement@1'")
+    wanted = _horizons(names, per_epoch)
     last = max(steps for _, steps in wanted.values())
     rate = recipe.lr / 5 if settings.lr is None else settings.lr
     short = replace(recipe, steps=last, lr=rate, schedule="constant", warmup=0.0, weight_decay=0.0)
@@ -116,7 +108,7 @@ def warmup(
             sums = {name: {n: torch.zeros_like(w) for n, w in start.items()} for name in wanted}
             for order in order_seeds(seed, settings.orders):
                 put_back(model, origin)
-                look = _Look(own, start, wanted, sums)
+                sums_of_order = _Accumulator(own, start, wanted, sums)
                 train(
                     model,
                     data,
@@ -126,9 +118,9 @@ def warmup(
                     device=device,
                     validate=on_epoch is not None,
                     on_epoch=on_epoch,
-                    on_gradient=look,
+                    on_gradient=sums_of_order,
                 )
-                look.take(last)
+                sums_of_order.take(last)
         finally:
             model.to(home)
     for tensors in sums.values():
@@ -142,7 +134,21 @@ def warmup(
     return Warm(sums, last * settings.orders / per_epoch, time.perf_counter() - clock)
 
 
-class _Look:
+def _horizons(names: Iterable[str], per_epoch: int) -> dict[str, tuple[str, int]]:
+    """What each name measures, and after how many steps."""
+    wanted = {}
+    for name in names:
+        parsed = parse_warmup(name)
+        if parsed is None:
+            known = [f"{signal}@1" for signal in WARMUP_SIGNALS]
+            raise AutoSparseError(f"signal of a warm-up is {name!r}: {suggest(name, known)}")
+        wanted[name] = (parsed[0], max(1, round(parsed[1] * per_epoch)))
+    if not wanted:
+        raise AutoSparseError("names of the warm-up's signals are empty: give at least one, such as 'displacement@1'")
+    return wanted
+
+
+class _Accumulator:
     """What one warm-up adds to the sums of the signals; called before each optimizer step with the steps done."""
 
     def __init__(

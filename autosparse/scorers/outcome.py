@@ -225,8 +225,7 @@ def tune(
     scales = feature_scales(learning, chosen.features)
     value = torch.tensor([scorer.rule.get(name, 0.0) * scales[name] for name in chosen.features], dtype=torch.float64)
     history: list[dict[str, Any]] = []
-    course = []
-
+    before, course = value, []
     content = scorer.content()
     inputs = {id(task): fingerprint(content, inputs_of(task)) for task in tasks}
 
@@ -258,21 +257,23 @@ def tune(
             on_generation(row)
     value = torch.stack(course[len(course) // 2 :]).mean(0)
     rule = {name: float(v) / scales[name] for name, v in zip(chosen.features, value, strict=True)}
-    before = torch.tensor([scorer.rule.get(name, 0.0) * scales[name] for name in chosen.features], dtype=torch.float64)
     both = [(trial(t, value, s), trial(t, before, s)) for t in judging for s in chosen.sparsities]
-    found = run([one for pair in both for one in pair])
-    judged = [(found[a.key], found[b.key]) for a, b in both if a.key in found and b.key in found]
     outcome = {
         "inputs": sought(scorer, tasks, chosen),
         "settings": asdict(chosen),
         "tasks": len(learning),
         "history": history,
-        "held_out": {
-            key: paired([a[key] - b[key] for a, b in judged]) for key in ("accuracy", "loss") if len(judged) > 1
-        },
+        "held_out": _held_out(both, run),
         "seconds": time.perf_counter() - clock,
     }
     return replace(scorer, rule={**scorer.rule, **rule}, card=replace(scorer.card, outcome=outcome))
+
+
+def _held_out(pairs: Sequence[tuple[Trial, Trial]], run: Run) -> dict[str, Any]:
+    """Accuracy and loss of the first of each pair less those of the second, where both were done."""
+    found = run([one for pair in pairs for one in pair])
+    done = [(found[a.key], found[b.key]) for a, b in pairs if a.key in found and b.key in found]
+    return {key: paired([a[key] - b[key] for a, b in done]) for key in ("accuracy", "loss") if len(done) > 1}
 
 
 def sought(scorer: Scorer, tasks: Sequence[Task], chosen: OutcomeSettings) -> str:

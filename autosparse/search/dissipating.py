@@ -83,16 +83,14 @@ def dissipating(
     After each of the first E epochs of `recipe` the survivors that moved least since `θ₀` are removed: by rank to the
     density `ρ_e = ρ^{e/E}`, or within start masks of density `ρ_0` to `ρ_0·(ρ/ρ_0)^{e/E}`; by threshold τ all with
     `|θ−θ₀| ≤ τ·(|θ₀|+ε)`, or absolutely `|θ−θ₀| ≤ τ`, until ρ is reached (ε = 1e-8). What is over ρ after E epochs
-    stays, and the report says so. Weight decay would move all weights alike, so that these epochs have none; each has a
-    fresh optimizer. The model is left as it was. Source: derived; of the published method only the abstract was to be
-    had.
+    stays, and the report says so. These epochs have no weight decay, which would move all weights alike; each has a fresh
+    optimizer. The model is left as it was. Source: derived from the abstract of the published method.
 
     Args:
         density: fraction of all prunable weights kept at the end; `floor` the smallest of any layer.
         masks: start within these; all weights if `None`.
         scope: where weights are ranked, as in `select`; by threshold only once the density binds. `None`: `"erk"` for
-            relative changes, which are much alike in all layers, so that a global ranking leaves the first ones a few
-            percent; `"global"` for absolute ones.
+            relative changes, which are much alike in all layers, and `"global"` for absolute ones.
         state: directory for what is done, to continue after a stop; the caller deletes it.
 
     Raises:
@@ -100,43 +98,19 @@ def dissipating(
             the density, the floor asks for more than the density keeps, or the state is another search's.
         AutoSparseFailure: the training diverged.
     """
-    check_density(density)
+    per_epoch = steps_per_epoch(data, recipe.batch_size)
     scope = scope or ("erk" if settings.change == "relative" else "global")
-    check_scope(scope, layers)
-    require(0 <= floor < 1, "floor", floor, "it is the smallest density of a layer, in [0, 1)")
-    per_epoch, length = steps_per_epoch(data, recipe.batch_size), recipe.length(data)
-    require(
-        settings.epochs * per_epoch <= length,
-        "dissipating.epochs",
-        settings.epochs,
-        f"a training has {length / per_epoch:g}; lower it",
-    )
-    if masks is None:
-        masks = Masks({n: torch.ones(layer.shape, dtype=torch.bool) for n, layer in layers.items()}, layers)
-    elif set(masks) != set(layers):
-        raise AutoSparseError("the masks to start within are another model's: give masks of its prunable weights")
-    masks = masks.to("cpu")
-    target = round(density * masks.total)
-    require(target <= masks.kept, "density", density, f"the masks to start within keep {masks.density:.4g}; lower it")
-    fewest = sum(math.ceil(floor * layer.numel) for layer in layers.values())
-    require(fewest <= target, "floor", floor, f"it asks for {fewest} weights, the density keeps {target}; lower it")
-    path = [masks.density * d for d in densities(min(1.0, density / masks.density), settings.epochs)]
-    threshold = None
-    if settings.by == "threshold":
-        path, threshold = [density] * settings.epochs, settings.threshold
-    path[-1] = density
+    masks, target, path = _plan(layers, settings, density, masks, scope, floor, recipe.length(data) / per_epoch)
+    threshold = settings.threshold if settings.by == "threshold" else None
+    path = path if threshold is None else [density] * settings.epochs
     recipe = replace(recipe, weight_decay=0.0)
-
     of = fingerprint(model, data, "dissipating", settings, recipe, density, scope, floor, seed, masks=masks)
     progress = read_progress(state and state / "dissipating.json", of, {"densities": [], "seconds": 0.0})
     reached, seconds = list(progress["densities"]), progress["seconds"]
     with rewound(model) as initial:
         if reached:
             assert state is not None
-            with of_state():
-                masks = Masks.load(state / f"masks{len(reached)}.safetensors")
-                weights = state / f"weights{len(reached)}.safetensors"
-                put_back(model, read_safetensors(weights, STATE, "state of a search")[0])
+            masks = _resume(model, state, len(reached))
         while len(reached) < settings.epochs and masks.kept > target:
             clock, epoch = time.perf_counter(), len(reached)
             train(
@@ -153,17 +127,12 @@ def dissipating(
             )
             own = dict(unwrap(model).named_parameters())
             changes = {n: displacement(own[n].detach().cpu(), initial[n].cpu(), settings.change) for n in layers}
-            masks = remove(
-                changes, masks, path[epoch], layers, threshold=threshold, scope=scope, floor=floor, seed=seed
-            )
+            how: dict[str, Any] = {"threshold": threshold, "scope": scope, "floor": floor, "seed": seed}
+            masks = remove(changes, masks, path[epoch], layers, **how)
             reached.append(masks.density)
             seconds += time.perf_counter() - clock
             if state is not None:
-                masks.save(state / f"masks{epoch + 1}.safetensors")
-                write_safetensors(state / f"weights{epoch + 1}.safetensors", full_state(model), STATE)
-                write_json(state / "dissipating.json", {"of": of, "densities": reached, "seconds": seconds})
-                for name in ("masks", "weights"):
-                    (state / f"{name}{epoch}.safetensors").unlink(missing_ok=True)
+                _save(model, state, masks, {"of": of, "densities": reached, "seconds": seconds})
         masks.apply_(model)
         final = {n: t.cpu() for n, t in full_state(model).items()}
     origin = {"criterion": "dissipating", **asdict(settings), "scope": scope, "density": density, "floor": floor}
@@ -172,6 +141,51 @@ def dissipating(
         notes = (*notes, f"threshold {threshold:g} left density {masks.density:.4g}, asked {density:g}")
     masks.report = replace(masks.report, notes=notes, origin={**origin, "seed": seed, "densities": reached})
     return SearchResult(masks, float(len(reached)), seconds, weights=final, steps=len(reached) * per_epoch)
+
+
+def _save(model: nn.Module, state: Path, masks: Masks, progress: dict[str, Any]) -> None:
+    """Write what is known after an epoch, and delete what was known before."""
+    done = len(progress["densities"])
+    masks.save(state / f"masks{done}.safetensors")
+    write_safetensors(state / f"weights{done}.safetensors", full_state(model), STATE)
+    write_json(state / "dissipating.json", progress)
+    for name in ("masks", "weights"):
+        (state / f"{name}{done - 1}.safetensors").unlink(missing_ok=True)
+
+
+def _resume(model: nn.Module, state: Path, done: int) -> Masks:
+    """The masks after so many epochs, and their weights in `model`."""
+    with of_state():
+        put_back(model, read_safetensors(state / f"weights{done}.safetensors", STATE, "state of a search")[0])
+        return Masks.load(state / f"masks{done}.safetensors")
+
+
+def _plan(
+    layers: Mapping[str, Layer],
+    settings: DissipatingSettings,
+    density: float,
+    masks: Masks | None,
+    scope: Scope,
+    floor: float,
+    most: float,
+) -> tuple[Masks, int, list[float]]:
+    """The masks to start within, how many weights stay at the end, and the density after each epoch of at most `most`."""
+    check_density(density)
+    check_scope(scope, layers)
+    require(0 <= floor < 1, "floor", floor, "it is the smallest density of a layer, in [0, 1)")
+    epochs = settings.epochs
+    require(epochs <= most, "dissipating.epochs", epochs, f"a training has {most:g}; lower it")
+    if masks is None:
+        masks = Masks({n: torch.ones(layer.shape, dtype=torch.bool) for n, layer in layers.items()}, layers)
+    elif set(masks) != set(layers):
+        raise AutoSparseError("the masks to start within are another model's: give masks of its prunable weights")
+    masks = masks.to("cpu")
+    target = round(density * masks.total)
+    require(target <= masks.kept, "density", density, f"the masks to start within keep {masks.density:.4g}; lower it")
+    fewest = sum(math.ceil(floor * layer.numel) for layer in layers.values())
+    require(fewest <= target, "floor", floor, f"it asks for {fewest} weights, the density keeps {target}; lower it")
+    path = [masks.density * d for d in densities(min(1.0, density / masks.density), epochs)]
+    return masks, target, [*path[:-1], density]
 
 
 def displacement(weight: Tensor, initial: Tensor, change: str) -> Tensor:

@@ -99,12 +99,7 @@ def halving(
                 if name in losses[number]:
                     continue
                 clock = time.perf_counter()
-                before: Mapping[str, Tensor] = initial
-                if number > 0:
-                    with of_state():
-                        known = weights.get(name)
-                        before = known if known is not None else read_safetensors(file, STATE, "state of a search")[0]  # type: ignore[arg-type]
-                put_back(model, before)
+                put_back(model, initial if number == 0 else weights.get(name) or _read(file))
                 trained = train(
                     model,
                     data.without("test"),
@@ -128,6 +123,13 @@ def halving(
     origin = {"criterion": "halving", **asdict(settings), "chosen": left[0], "losses": losses, "seed": seed}
     masks = Masks(winner, winner.layer_info or None, MaskReport(origin=origin))
     return SearchResult(masks, trainings * recipe.length(data) / per_epoch, seconds)
+
+
+def _read(file: Path | None) -> Mapping[str, Tensor]:
+    """The weights that a mask's last round ended with."""
+    assert file is not None
+    with of_state():
+        return read_safetensors(file, STATE, "state of a search")[0]
 
 
 METHOD = Method(HalvingSettings, halving, starts=lambda chosen: chosen.starts)

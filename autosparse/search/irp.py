@@ -120,17 +120,7 @@ def irp(
             keeps, or masks or state to continue from are another model's.
         AutoSparseFailure: a training diverged; the rounds before it were given already.
     """
-    length = recipe.length(data)
-    require(settings.rewind_step < length, "irp.rewind_step", settings.rewind_step, f"a training has {length} steps")
-    names = set(layers)
-    if masks is None:
-        masks = Masks({n: torch.ones(layer.shape, dtype=torch.bool) for n, layer in layers.items()}, layers)
-    elif set(masks) != names:
-        raise AutoSparseError("the masks to continue from are another model's: delete the record and start again")
-    path = settings.densities()
-    total = sum(layer.numel for layer in layers.values())
-    fewest = sum(math.ceil(settings.floor * layer.numel) for layer in layers.values())
-    require(fewest <= round(settings.density * total), "irp.floor", settings.floor, "irp.density keeps fewer; lower it")
+    masks, path = _start(layers, settings, masks, recipe.length(data)), settings.densities()
     origin = rewind
     if origin is None:
         if settings.rewind_step:
@@ -173,6 +163,19 @@ def irp(
         yield Round(index, masks.density, trained, masks, following, time.perf_counter() - clock, weights)
         if following is not None:
             masks = following
+
+
+def _start(layers: Mapping[str, Layer], settings: IRPSettings, masks: Masks | None, length: int) -> Masks:
+    """The masks to start with, once the settings fit the layers and the length of a training."""
+    require(settings.rewind_step < length, "irp.rewind_step", settings.rewind_step, f"a training has {length} steps")
+    total = sum(layer.numel for layer in layers.values())
+    fewest = sum(math.ceil(settings.floor * layer.numel) for layer in layers.values())
+    require(fewest <= round(settings.density * total), "irp.floor", settings.floor, "irp.density keeps fewer; lower it")
+    if masks is None:
+        return Masks({n: torch.ones(layer.shape, dtype=torch.bool) for n, layer in layers.items()}, layers)
+    if set(masks) != set(layers):
+        raise AutoSparseError("the masks to continue from are another model's: delete the record and start again")
+    return masks
 
 
 def _remove(

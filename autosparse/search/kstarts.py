@@ -109,15 +109,7 @@ def kstarts(
     """
     clock = time.perf_counter()
     check_density(density)
-    per_epoch, length = steps_per_epoch(data, recipe.batch_size), recipe.length(data)
-    steps = max(1, round(settings.epochs * per_epoch))
-    require(steps <= length, "kstarts.epochs", settings.epochs, f"a training has {length / per_epoch:g}; lower it")
-    require(
-        settings.fitness != "validation" or len(data.validation) > 0,
-        "kstarts.fitness",
-        settings.fitness,
-        "the data have no validation images; set data.validation to a share, such as 0.1",
-    )
+    per_epoch, steps = steps_per_epoch(data, recipe.batch_size), _check_lengths(settings, data, recipe)
     generator = make_generator(seed, "starts")
     noise = {n: torch.rand(layer.shape, generator=generator) for n, layer in layers.items()}
     seeds = [[derive(seed, "start", g, i) for i in range(settings.k)] for g in range(settings.generations + 1)]
@@ -126,7 +118,6 @@ def kstarts(
     if settings.fitness == "random":
         chosen = Masks(template.shuffle(seeds[0][0]), layers, MaskReport(origin=origin))
         return SearchResult(chosen, 0.0, time.perf_counter() - clock)
-
     of = fingerprint(model, data, "kstarts", settings, recipe, density, scope, floor, seed)
     progress = read_progress(state and state / "kstarts.json", of, {"values": [], "seconds": 0.0})
     values = [tuple(v) for v in progress["values"]]
@@ -150,28 +141,53 @@ def kstarts(
                     continue
                 clock = time.perf_counter()
                 put_back(model, initial)
-                values.append(
-                    _start(model, data, recipe, masks, settings.fitness, steps, seed, device, state, on_epoch)
-                )
+                how = settings.fitness, steps, seed, device, state, on_epoch
+                values.append(_start(model, data, recipe, masks, *how))
                 seconds += time.perf_counter() - clock
                 front = {present[i] for i in unbeaten([values[i] for i in present])}
                 held[number] = {n: t.cpu() for n, t in full_state(model).items()}
                 held = {i: tensors for i, tensors in held.items() if i in front}
                 if state is not None:
-                    if number in front:
-                        write_safetensors(state / f"start{number}.safetensors", held[number], STATE)
-                    write_json(state / "kstarts.json", {"of": of, "values": values, "seconds": seconds})
-                    for path in state.glob("start*.safetensors"):
-                        if int(path.stem.removeprefix("start")) not in front:
-                            path.unlink()
+                    progress = {"of": of, "values": values, "seconds": seconds}
+                    _keep(state, progress, number, held.get(number), front)
     winner = present[ranking([values[i] for i in present])[0]]
-    if winner not in held:
-        assert state is not None
-        with of_state():
-            held[winner] = read_safetensors(state / f"start{winner}.safetensors", STATE, "state of a search")[0]
+    weights = held.get(winner) or _weights_of(state, winner)
     masks = Masks(trained[winner], layers, MaskReport(origin={**origin, "start": winner, "fitness": values}))
     epochs = len(trained) * steps / per_epoch
-    return SearchResult(masks, epochs, seconds, held[winner], steps, fitness=tuple(values))
+    return SearchResult(masks, epochs, seconds, weights, steps, fitness=tuple(values))
+
+
+def _weights_of(state: Path | None, number: int) -> Mapping[str, Tensor]:
+    """The weights of a start of an earlier call."""
+    assert state is not None
+    with of_state():
+        return read_safetensors(state / f"start{number}.safetensors", STATE, "state of a search")[0]
+
+
+def _keep(
+    state: Path, progress: dict[str, Any], number: int, weights: Mapping[str, Tensor] | None, front: set[int]
+) -> None:
+    """Write what is known after a start, with its weights if it can win; delete those of starts that no longer can."""
+    if weights is not None:
+        write_safetensors(state / f"start{number}.safetensors", weights, STATE)
+    write_json(state / "kstarts.json", progress)
+    for path in state.glob("start*.safetensors"):
+        if int(path.stem.removeprefix("start")) not in front:
+            path.unlink()
+
+
+def _check_lengths(settings: KStartsSettings, data: ImageData, recipe: Recipe) -> int:
+    """How many steps each start has."""
+    per_epoch, length = steps_per_epoch(data, recipe.batch_size), recipe.length(data)
+    steps = max(1, round(settings.epochs * per_epoch))
+    require(steps <= length, "kstarts.epochs", settings.epochs, f"a training has {length / per_epoch:g}; lower it")
+    require(
+        settings.fitness != "validation" or len(data.validation) > 0,
+        "kstarts.fitness",
+        settings.fitness,
+        "the data have no validation images; set data.validation to a share, such as 0.1",
+    )
+    return steps
 
 
 def _start(

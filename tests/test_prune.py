@@ -21,7 +21,7 @@ import autosparse
 from autosparse import NM, AutoSparseError, Channel, Masks, prune
 from autosparse.errors import AutoSparseFailure
 from autosparse.masks.layers import Layer, prunable_layers
-from autosparse.network import flow, flow_rules, reachability
+from autosparse.network import flow_rules, reachability
 from autosparse.network.signals import measure
 from autosparse.pruning.criteria import CRITERIA, PRESETS, Context, Scores
 

@@ -162,8 +162,7 @@ def diagnose(
     layers = {n: known[n] for n in dict.fromkeys((*graph.layers(), *known)) if n in known}
     check_real(model, layers, "a diagnosis")
     own = dict(model.named_parameters())
-    kept = {n: masks[n].to(own[n].device) for n in layers if masks is not None and n in masks}
-    weights = {n: torch.where(kept[n], own[n].detach(), 0) if n in kept else own[n].detach().clone() for n in layers}
+    kept, weights = _kept_weights(own, layers, masks or {})
     with safe_convolutions(model):
         grads = gradient(model, weights, batches, chosen, seed)
         grads = {n: torch.where(kept[n], g, 0) if n in kept else g for n, g in grads.items()}
@@ -177,7 +176,6 @@ def diagnose(
         sigma, constant = _lipschitz(exact, layer, norms[name], own)
         convolution = seen.convolutions.get(name)
         norm, size = float(grads[name].norm()), float(weights[name].norm())
-        hessian, converged = hessians[name]
         rows.append(
             LayerDiagnosis(
                 name=name,
@@ -190,8 +188,8 @@ def diagnose(
                 second_moment=seen.squares[name] / seen.counts[name] if name in seen.counts else math.nan,
                 gradient_norm=norm,
                 relative_gradient=_ratio(norm, size),
-                hessian_norm=hessian,
-                hessian_converged=converged,
+                hessian_norm=hessians[name][0],
+                hessian_converged=hessians[name][1],
             )
         )
     total = math.hypot(*(row.gradient_norm for row in rows))
@@ -199,6 +197,14 @@ def diagnose(
     jacobian = jacobian_singular_values if samples else lambda *_: torch.empty(0, 0, dtype=torch.float64)
     spectra = jacobian(model, weights, example, samples, seed)
     return Diagnosis(tuple(rows), value, total, relative, spectra)
+
+
+def _kept_weights(
+    own: Mapping[str, Tensor], layers: Mapping[str, Layer], masks: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The masks that there are, and `θ ⊙ m` of every layer."""
+    kept = {n: masks[n].to(own[n].device) for n in layers if n in masks}
+    return kept, {n: torch.where(kept[n], own[n].detach(), 0) if n in kept else own[n].detach().clone() for n in layers}
 
 
 def _lipschitz(weight: Tensor | None, layer: Layer, norm: Pair, own: Mapping[str, Tensor]) -> tuple[float, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from autosparse.training.data import DataSettings, ImageData, shared_data
 from autosparse.training.loop import fabric_for
 from autosparse.training.models import ModelSettings, build_model
 from autosparse.training.recipe import Recipe
+from data_gen.gradual import GradualSettings
 from data_gen.runs import Run, generate_record
 
 
@@ -37,15 +39,16 @@ def runs(
     irp: IRPSettings,
     signals: SignalSettings,
     seeds: Sequence[int],
+    gradual: GradualSettings | None = None,
 ) -> list[Run]:
-    """One run for each seed and model.
+    """One run for each seed and model; with `gradual` a gradual one in place of IRP.
 
     Raises:
         AutoSparseError: no model or seed, or two runs of one name.
     """
     require(len(models) > 0, "models", list(models), "give at least one")
     require(len(seeds) > 0, "seeds", list(seeds), "give at least one")
-    todo = [Run(model, data, recipe, irp, signals, seed) for seed in seeds for model in models]
+    todo = [Run(model, data, recipe, irp, signals, seed, gradual) for seed in seeds for model in models]
     labels = [run.label() for run in todo]
     for label, count in Counter(labels).items():
         require(count == 1, "run", label, "two runs have this name; drop the repeated model or seed")
@@ -120,14 +123,16 @@ def do_run(
 ) -> None:
     """One run as a job; `data` when the caller has it at hand."""
 
-    at = {"round": 0, "rounds": run.irp.rounds}
+    at = {"round": 0, "rounds": run.rounds}
 
     def on_round(index: int, rounds: int, outcome: Round | None) -> None:
         values: dict[str, Any] = {"round": index, "rounds": rounds}
         at["round"] = index + 1
         if outcome is not None:
             trained = outcome.trained
-            values |= {"density": outcome.density, "accuracy": trained.accuracy, "loss": trained.loss}
+            values |= {"density": outcome.density}
+            if math.isfinite(trained.accuracy):
+                values |= {"accuracy": trained.accuracy, "loss": trained.loss}
         progress(values)
 
     if data is None:

@@ -1,10 +1,11 @@
-"""One recorded IRP run: `autosparse.search.irp`, written down round by round, resumed after any stop."""
+"""One recorded run, of IRP (`autosparse.search.irp`, round by round) or gradual, resumed after any stop."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,10 +27,12 @@ from autosparse.scorers.records import Record, read_record, write_record
 from autosparse.search.irp import IRPSettings, Round, irp
 from autosparse.training.content import of_start
 from autosparse.training.data import DataSettings, ImageData, load_data
-from autosparse.training.loop import fabric_for
+from autosparse.training.loop import fabric_for, full_state, put_back
 from autosparse.training.models import ModelSettings, build_model
 from autosparse.training.recipe import Recipe
 from autosparse.training.threads import threads_for
+from autosparse.training.train import train
+from data_gen.gradual import GradualSettings, survival_of
 
 _STATE = "autosparse.state/1"
 
@@ -44,6 +47,12 @@ class Run:
     irp: IRPSettings
     signals: SignalSettings
     seed: int
+    gradual: GradualSettings | None = None  # in place of IRP
+
+    @property
+    def rounds(self) -> int:
+        """How many trainings are recorded after the first."""
+        return self.irp.rounds if self.gradual is None else 1
 
     def label(self) -> str:
         return f"{self.model.label()}_{self.data.label()}_s{self.seed}"
@@ -52,6 +61,9 @@ class Run:
         """The settings as plain values; not among them are where the data lie, and those of a warm-up that is not done."""
         values = dataclasses.asdict(self)
         values["data"].pop("root")
+        values.pop("gradual" if self.gradual is None else "irp")
+        if values.get("irp", {}).get("rewind") == "round":
+            del values["irp"]["rewind"]  # as published; records of before it could be chosen say nothing
         if not self.signals.warmup_names():
             del values["signals"]["warmup_orders"], values["signals"]["warmup_lr"]
         return _plain(values)
@@ -119,8 +131,10 @@ def generate_record(
         if done is not None and done.complete:
             shutil.rmtree(_state_of(path), ignore_errors=True)  # a kill may have come before the end of the last start
             if on_round is not None:
-                on_round(run.irp.rounds, run.irp.rounds, None)
+                on_round(run.rounds, run.rounds, None)
             return done
+        if run.gradual is not None:
+            return continue_gradual(run, config, model, images, path, done, device, on_round, on_epoch)
         return _continue(run, config, model, images, path, done, device, on_round, on_epoch)
 
 
@@ -166,10 +180,11 @@ def _continue(
     with threads_for(model, images, run.recipe.batch_size):
         state = _state_of(path)
         rewind: dict[str, Tensor] | None = None
+        weights: dict[str, Tensor] | None = None
         if done is None:
-            record = _begin(run, config, model, images, device)
+            record = begin_record(run, config, model, images, device)
             masks, start = None, 0
-            _claim_state(state, config)
+            claim_state(state, config)
             if (state / "rewind.safetensors").exists():
                 rewind = _load_state(state / "rewind.safetensors", path)
         else:
@@ -180,6 +195,8 @@ def _continue(
                     on_round(index, run.irp.rounds, None)
             if run.irp.rewind_step:
                 rewind = _load_state(state / "rewind.safetensors", path)
+            if start and run.irp.rewind != "round" and not (run.irp.rewind == "end" and start == run.irp.rounds):
+                weights = _load_state(state / f"weights{start}.safetensors", path)
         rounds = irp(
             model,
             record.layers,
@@ -191,20 +208,24 @@ def _continue(
             start=start,
             masks=masks,
             rewind=rewind,
+            weights=weights,
             checkpoint=state / "training.pt",
             on_rewind_state=lambda tensors: write_safetensors(state / "rewind.safetensors", tensors, _STATE),
             on_epoch=on_epoch,
         )
         for outcome in rounds:
             record = _add_round(record, outcome, run.irp.rounds)
+            if outcome.weights is not None:  # before the record, which says that they are there
+                write_safetensors(state / f"weights{outcome.index + 1}.safetensors", outcome.weights, _STATE)
             write_record(path, record)
+            (state / f"weights{outcome.index}.safetensors").unlink(missing_ok=True)
             if on_round is not None:
                 on_round(outcome.index, run.irp.rounds, outcome)
         shutil.rmtree(state, ignore_errors=True)
         return record
 
 
-def _claim_state(state: Path, config: Mapping[str, Any]) -> None:
+def claim_state(state: Path, config: Mapping[str, Any]) -> None:
     """Keep what a stop in the first round left, when it is this run's."""
     owner = state / "run.json"
     if not owner.exists() or read_json(owner, "state of a run") != config:
@@ -212,7 +233,7 @@ def _claim_state(state: Path, config: Mapping[str, Any]) -> None:
         write_json(owner, config)
 
 
-def _begin(run: Run, config: Mapping[str, Any], model: nn.Module, images: ImageData, device: str) -> Record:
+def begin_record(run: Run, config: Mapping[str, Any], model: nn.Module, images: ImageData, device: str) -> Record:
     """The record before the first round: layers, graph, and the signals of `θ₀`."""
     batches = images.sample(run.signals.batch_size, run.signals.n_batches, run.seed)
     graph = trace(model, batches[0][0][:2])
@@ -265,3 +286,70 @@ def _load_state(path: Path, record: Path) -> dict[str, Tensor]:
         return read_safetensors(path, _STATE, "rewind state")[0]
     except AutoSparseError as error:
         raise AutoSparseError(f"{record} cannot be resumed: {error}; delete the record to start it again") from error
+
+
+def continue_gradual(
+    run: Run,
+    config: Mapping[str, Any],
+    model: nn.Module,
+    images: ImageData,
+    path: Path,
+    done: Record | None,
+    device: str,
+    on_round: Callable[[int, int, Round | None], None] | None,
+    on_epoch: Callable[[dict[str, float]], None] | None,
+) -> Record:
+    """The record of one gradual run, and of the training of its ticket; see `data_gen.gradual`."""
+    assert run.gradual is not None
+    place = fabric_for(device).device
+    images, model = images.to(place), model.to(place)
+    with threads_for(model, images, run.recipe.batch_size):
+        state, initial = _state_of(path), full_state(model)
+        how: dict[str, Any] = {
+            "seed": run.seed,
+            "device": device,
+            "on_epoch": on_epoch,
+            "validate": on_epoch is not None,
+        }
+        record = done
+        if record is None:
+            record = begin_record(run, config, model, images, device)
+            claim_state(state, config)
+            clock = time.perf_counter()
+            schedule = run.gradual.schedule(record.layers, run.recipe.length(images))
+            trained = train(
+                model,
+                images.without("test"),
+                run.recipe,
+                mask_schedule=schedule,
+                checkpoint=state / "gradual.pt",
+                **how,
+            )
+            assert trained.mask_state is not None
+            survival, densities = survival_of(trained.mask_state)
+            none = np.full(len(densities), np.nan)
+            record = dataclasses.replace(
+                record, survival=survival, density=densities, accuracy=none, loss=none, rounds_done=len(densities)
+            )
+            write_record(path, record)
+            if on_round is not None:
+                masks = masks_of_round(survival, record.layers, record.rounds_done)
+                on_round(0, 1, Round(0, 1.0, trained, masks, masks, time.perf_counter() - clock))
+        elif on_round is not None:
+            on_round(0, 1, None)
+        clock = time.perf_counter()
+        put_back(model, initial)
+        masks = masks_of_round(record.survival, record.layers, record.rounds_done)
+        trained = train(model, images, run.recipe, masks=masks, checkpoint=state / "ticket.pt", **how)
+        record = dataclasses.replace(
+            record,
+            density=np.append(record.density, masks.density),
+            accuracy=np.append(record.accuracy, trained.accuracy),
+            loss=np.append(record.loss, trained.loss),
+            complete=True,
+        )
+        write_record(path, record)
+        if on_round is not None:
+            on_round(1, 1, Round(1, masks.density, trained, masks, None, time.perf_counter() - clock))
+        shutil.rmtree(state, ignore_errors=True)
+        return record

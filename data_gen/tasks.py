@@ -25,6 +25,7 @@ from autosparse.training.data import ImageData, shared_data
 from autosparse.training.models import ModelSettings
 from autosparse.training.recipe import Recipe
 from autosparse.training.tasks import TaskSettings
+from data_gen.gradual import GradualSettings
 from data_gen.runs import Run
 
 _WIDTHS = (4, 5, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64)
@@ -32,7 +33,13 @@ _ATTEMPTS = 200
 _GOLDEN = (math.sqrt(5) - 1) / 2
 
 
-def sample_tasks(settings: TaskSettings, recipe: Recipe, irp: IRPSettings, signals: SignalSettings) -> list[Run]:
+def sample_tasks(
+    settings: TaskSettings,
+    recipe: Recipe,
+    irp: IRPSettings,
+    signals: SignalSettings,
+    gradual: GradualSettings | None = None,
+) -> list[Run]:
     """`count` different architectures, drawn one after another, each with all of its seeds.
 
     A pure function of its arguments, whose first runs are those of a smaller `count`. An architecture is drawn without
@@ -54,7 +61,7 @@ def sample_tasks(settings: TaskSettings, recipe: Recipe, irp: IRPSettings, signa
         known.add(_key(model))
         factor = math.exp(rng.uniform(*map(math.log, settings.lr)))
         own = _recipe(recipe, model, factor)
-        found += [Run(model, data, own, irp, signals, seed) for seed in range(settings.seeds)]
+        found += [Run(model, data, own, irp, signals, seed, gradual) for seed in range(settings.seeds)]
     return found
 
 

@@ -299,6 +299,7 @@ def test_sparsity_text(sparsity: float, wanted: str) -> None:
     assert text.sparsity_text(sparsity) == wanted
 
 
+@pytest.mark.filterwarnings("error")
 def test_report_of_everything(tmp_path: Path) -> None:
     import matplotlib
 

@@ -23,7 +23,10 @@ from autosparse.errors import AutoSparseError, AutoSparseFailure
 from autosparse.masks.layers import prunable_layers
 from autosparse.network.signals import SignalSettings, measure
 from autosparse.pruning.warmup import WarmupSettings, warmup
-from autosparse.scorers.records import Record, is_complete, read_record
+from autosparse.scorers.corpus import write_index
+from autosparse.scorers.fitting import fit
+from autosparse.scorers.records import Record, find_records, is_complete, read_record
+from autosparse.scorers.rows import FitSettings
 from autosparse.search.irp import IRPSettings
 from autosparse.training.data import DataSettings, ImageData, load_data
 from autosparse.training.models import ModelSettings, create_model
@@ -31,6 +34,7 @@ from autosparse.training.recipe import Recipe
 from autosparse.training.train import train
 from data_gen import runs as runs_module
 from data_gen.campaign import generate, runs
+from data_gen.gradual import GradualSettings
 from data_gen.runs import Run, generate_record, masks_of_round, sole_writer
 
 torch.set_num_threads(1)
@@ -44,7 +48,14 @@ RUN = Run(
     seed=3,
 )
 LATE = replace(RUN, irp=replace(RUN.irp, rewind_step=3))
-CRITERIA = {"magnitude": RUN, "late rewinding": LATE, "snip": replace(RUN, irp=replace(RUN.irp, criterion="snip"))}
+CRITERIA = {
+    "magnitude": RUN,
+    "late rewinding": LATE,
+    "snip": replace(RUN, irp=replace(RUN.irp, criterion="snip")),
+    "rewound at the end": replace(LATE, irp=replace(LATE.irp, rewind="end")),
+    "never rewound": replace(RUN, irp=replace(RUN.irp, rewind="never")),
+}
+GRADUAL = replace(RUN, gradual=GradualSettings(density=0.2, updates=4, begin=0.1, end=0.9))
 
 
 @pytest.fixture(scope="module")
@@ -238,6 +249,87 @@ def test_stopped_in_every_epoch(
     same(path, whole[name])
     assert len(epochs) == 15, "four trainings of two epochs, and one epoch lost at each of seven stops"
     assert not (tmp_path / "r.state").exists()
+
+
+def test_a_lost_state_of_carried_weights_is_told(data: ImageData, tmp_path: Path) -> None:
+    def stop(index: int, rounds: int, outcome: Any) -> None:
+        raise Stop
+
+    run = CRITERIA["never rewound"]
+    with pytest.raises(Stop):
+        generate_record(run, tmp_path / "r.h5", device="cpu", data=data, on_round=stop)
+    (tmp_path / "r.state" / "weights1.safetensors").unlink()
+    with pytest.raises(AutoSparseError, match=r"cannot be resumed: .*delete the record to start it again"):
+        generate_record(run, tmp_path / "r.h5", device="cpu", data=data)
+
+
+# -- one gradual run ----------------------------------------------------------------------------------------------------
+
+
+def test_what_a_gradual_record_says(data: ImageData, tmp_path: Path) -> None:
+    """10 steps, updates after 3, 5, 7 and 9: each weight has the number of removals that it survived."""
+    record = generate_record(GRADUAL, tmp_path / "r.h5", device="cpu", data=data)
+    assert read_record(tmp_path / "r.h5").method == record.method == "gradual" and record.complete
+    model = create_model(RUN.model, in_channels=1, classes=10, image_size=8, seed=RUN.seed)
+    schedule = GRADUAL.gradual.schedule(record.layers, 10)
+    assert schedule.method.every == 2
+    trained = train(model, data, RUN.recipe, mask_schedule=schedule, seed=RUN.seed, device="cpu")
+    assert masks_of_round(record.survival, record.layers, record.rounds_done) == trained.masks
+    assert record.rounds_done == 4 and len(record.density) == 5 and record.density[0] == 1
+    r = np.array([1, 2, 3, 4]) / 4
+    assert record.removal_densities == pytest.approx(0.2 + 0.8 * (1 - r) ** 3, abs=1e-3)
+    assert record.density[1:] == pytest.approx(record.removal_densities)
+    assert np.isnan(record.accuracy[:-1]).all() and 0.1 < record.accuracy[-1] <= 1
+    ticket = create_model(RUN.model, in_channels=1, classes=10, image_size=8, seed=RUN.seed)
+    assert (
+        train(ticket, data, RUN.recipe, masks=trained.masks, seed=RUN.seed, device="cpu").accuracy
+        == record.accuracy[-1]
+    )
+
+
+def test_a_gradual_run_stopped_in_every_epoch(data: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert train.__kwdefaults__ is not None
+    whole = generate_record(GRADUAL, tmp_path / "whole.h5", device="cpu", data=data)
+    monkeypatch.setitem(train.__kwdefaults__, "checkpoint_every", 0.0)
+    path, epochs = tmp_path / "r.h5", []
+
+    def stop(row: dict[str, float]) -> None:
+        epochs.append(row["epoch"])
+        if len(epochs) % 2 == 0:
+            raise Stop
+
+    for _ in range(20):
+        try:
+            generate_record(GRADUAL, path, device="cpu", data=data, on_epoch=stop)
+            break
+        except Stop:
+            pass
+    same(path, tmp_path / "whole.h5")
+    assert whole.complete and len(epochs) == 7, "two trainings of two epochs, and one epoch lost at each of three stops"
+    calls: list[Any] = []
+    generate_record(GRADUAL, path, device="cpu", data=data, on_round=lambda *a: calls.append(a))
+    assert calls == [(1, 1, None)] and not (tmp_path / "r.state").exists()
+
+
+def test_records_of_all_kinds_are_one_corpus(data: ImageData, tmp_path: Path) -> None:
+    """They lie on one axis of density: one scorer is fitted on all, and the index says which is which."""
+    for seed in range(2):
+        for name, run in {"irp": RUN, "end": CRITERIA["rewound at the end"], "gradual": GRADUAL}.items():
+            generate_record(replace(run, seed=seed), tmp_path / f"{name}{seed}.h5", device="cpu", data=data)
+    corpus = write_index(tmp_path)
+    assert [entry.method for entry in corpus.entries] == [*["irp rewind end"] * 2, *["gradual"] * 2, *["irp"] * 2]
+    assert [entry.accuracy is None for entry in corpus.entries] == [False, False, True, True, False, False]
+    quick = FitSettings(epochs=1, options={"hidden": (8,)}, split="none", validation="none")
+    scorer = fit(find_records([tmp_path]), quick)
+    assert len(scorer.card.records) == 6 and np.isfinite(scorer.card.history[-1]["train_loss"])
+
+
+def test_a_campaign_of_gradual_runs(data: ImageData, tmp_path: Path) -> None:
+    events: list[Any] = []
+    campaign = generate([GRADUAL], tmp_path, device="cpu", on_event=events.append)
+    assert len(campaign.records) == 1 and not campaign.failures
+    seen = [e.values for e in events if e.kind == "progress" and "density" in e.values]
+    assert [v["round"] for v in seen] == [0, 1] and "accuracy" not in seen[0] and 0 < seen[1]["accuracy"] <= 1
 
 
 def test_found_rounds_are_reported_as_found(data: ImageData, tmp_path: Path) -> None:
@@ -465,7 +557,7 @@ def Large() -> torch.nn.Module:
 def test_survival_of_a_record_is_nested(whole: dict[str, Path]) -> None:
     for path in whole.values():
         record: Record = read_record(path)
-        for r in range(3):
+        for r in range(record.rounds_done):
             now, later = (masks_of_round(record.survival, record.layers, i) for i in (r, r + 1))
             assert all(bool((now[n] | ~later[n]).all()) for n in now)
 

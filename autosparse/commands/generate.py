@@ -30,9 +30,9 @@ def run(config: GenerateConfig, *, tracking: Path | None = None, profile: bool =
         AutoSparseFailure: runs failed; the others are complete.
     """
     if config.tasks is None:
-        todo = runs(config.models, config.data, config.recipe, config.irp, config.signals, config.seeds)
+        todo = runs(config.models, config.data, config.recipe, config.irp, config.signals, config.seeds, config.gradual)
     else:
-        todo = sample_tasks(config.tasks, config.recipe, config.irp, config.signals)
+        todo = sample_tasks(config.tasks, config.recipe, config.irp, config.signals, config.gradual)
     directory = claim_directory(config)
     news = [run.label() for run in todo if not is_complete(record_path(directory, run))]
     enabled = config.tracking and bool(news)  # a finished run answers at once
@@ -44,7 +44,7 @@ def run(config: GenerateConfig, *, tracking: Path | None = None, profile: bool =
             live.show(event)
             values = event.values
             if event.kind == "progress" and "density" in values:
-                metrics = {f"{event.key}/{k}": values[k] for k in ("accuracy", "loss", "density")}
+                metrics = {f"{event.key}/{k}": values[k] for k in ("accuracy", "loss", "density") if k in values}
                 tracker.log(metrics, values["round"])
                 tracker.flush()
 

@@ -22,12 +22,14 @@ from autosparse.training.data import DataSettings
 from autosparse.training.models import ModelSettings
 from autosparse.training.recipe import Recipe
 from autosparse.training.tasks import TaskSettings
+from data_gen.gradual import GradualSettings
 
 
 @settings
 class GenerateConfig:
     """`autosparse generate`: IRP runs of every model with every seed, into `output/records`.
 
+    With `gradual`, each is one gradual run instead, at the cost of two trainings; `irp` is not used then.
     With `tasks`, which draws the networks, the runs are those of the tasks, and there are no `models` and `seeds`. In a
     file, each of `tasks.data` takes from `data` what it does not say.
     """
@@ -37,6 +39,7 @@ class GenerateConfig:
     data: DataSettings = DataSettings("cifar10")
     recipe: Recipe = Recipe()
     irp: IRPSettings = IRPSettings()
+    gradual: GradualSettings | None = None
     signals: SignalSettings = SignalSettings()
     seeds: tuple[int, ...] = (0,)
     tasks: TaskSettings | None = None

@@ -76,7 +76,7 @@ def collect(directory: Path) -> Results:
         if any(part in COPIES or part.startswith(".") for part in parts):
             continue
         try:
-            if path.name == "results.csv" and "ratio" in path.open(encoding="utf-8").readline().split(","):
+            if path.name == "results.csv" and "ratio" in _columns(path):
                 smaller.append(
                     pd.read_csv(path, dtype={"ratio": str, "error": str}).assign(folder="/".join(parts[:-1]))
                 )
@@ -112,6 +112,11 @@ def collect(directory: Path) -> Results:
             results.notes.append(f"{repeated} repeated rows: the last one that did not fail counts.")
     _add_layers(results, cells)
     return results
+
+
+def _columns(path: Path) -> list[str]:
+    with path.open(encoding="utf-8") as file:
+        return file.readline().strip().split(",")
 
 
 def _read_cell(path: Path, name: str) -> dict[str, Any]:

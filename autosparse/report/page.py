@@ -26,6 +26,7 @@ from autosparse.report.rows import (
     dense_accuracy,
     groups,
     heading,
+    of_criterion,
     paired_differences,
     summarise,
 )
@@ -192,7 +193,7 @@ def accuracy_table(rows: DataFrame, cells: DataFrame) -> list[Group]:
     result = by_model(cells, field)
     for group in result:
         for name, fields, _ in group.rows:
-            own = cells.loc[(group.title, name)]
+            own = of_criterion(cells, group.title, name)
             fields += [Cell(cost_text(own)), Cell(range_text(list(own.total_cost)))]
     return [group._replace(note=dense_note(dense_accuracy(rows, group.title))) for group in result]
 

@@ -150,7 +150,7 @@ def table(rows: DataFrame) -> tuple[list[str], list[list[str]]]:
         if dense.n:
             lines.append([model, DENSE, *[in_percent(dense)] * len(sparsities), "0", "0", "1", str(dense.n), "0"])
         for criterion in unique(c for m, c, _ in cells.index if m == model):
-            own = cells.loc[(model, criterion)]
+            own = of_criterion(cells, model, criterion)
             seeds = [value.n for value in own.accuracy]
             lines.append(
                 [
@@ -165,6 +165,12 @@ def table(rows: DataFrame) -> tuple[list[str], list[list[str]]]:
                 ]
             )
     return headers, lines
+
+
+def of_criterion(cells: DataFrame, model: str, criterion: str) -> DataFrame:
+    """The rows of `summarise` of one criterion, by sparsity."""
+    own = cells.reset_index()
+    return own[(own.model == model) & (own.criterion == criterion)].set_index("sparsity")
 
 
 def cost_text(cells: DataFrame) -> str:

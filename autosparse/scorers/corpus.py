@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -36,7 +37,8 @@ class Entry:
     """What the index says of one record.
 
     `path` is relative to the corpus; `architecture` a hash of the model's settings, the same for all of its seeds;
-    `weights` the number of prunable ones; `accuracy` that of the first and of the last training (`None` without any).
+    `weights` the number of prunable ones; `accuracy` that of the first and of the last training (`None` without any);
+    `method` how the labels were made, see `Record.method`.
     """
 
     path: str
@@ -49,6 +51,7 @@ class Entry:
     rounds: int
     complete: bool
     accuracy: tuple[float, float] | None
+    method: str
     tags: frozenset[str]
 
 
@@ -119,7 +122,8 @@ def _entry(directory: Path, path: Path) -> Entry:
         weights=sum(layer.numel for layer in record.layers.values()),
         rounds=record.rounds_done,
         complete=record.complete,
-        accuracy=(accuracy[0], accuracy[-1]) if accuracy else None,
+        accuracy=(accuracy[0], accuracy[-1]) if accuracy and math.isfinite(accuracy[0]) else None,
+        method=record.method,
         tags=tags_of(record),
     )
 

@@ -44,6 +44,14 @@ class Record:
     edges: tuple[tuple[str, str], ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def method(self) -> str:
+        """How the labels were made: `"irp"`, `"irp rewind end"`, `"irp rewind never"` or `"gradual"`."""
+        if "gradual" in self.config:
+            return "gradual"
+        rewind = self.config.get("irp", {}).get("rewind", "round")
+        return "irp" if rewind == "round" else f"irp rewind {rewind}"
+
     def graph(self) -> Graph:
         """The traced graph of the network."""
         return Graph.from_json(json.dumps({"operations": [json.loads(op) for op in self.operations], "operands": {}}))

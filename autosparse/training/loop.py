@@ -65,7 +65,7 @@ class Trained:
 
     `history` has one row per epoch: epoch, step, loss (training), accuracy and validation_loss (validation; NaN where it
     was not looked at), lr. `arithmetic`: TF32, and what else of torch's settings it depends on, as they were. `masks`: those
-    at the end of a training whose masks changed.
+    at the end of a training whose masks changed; `mask_state`: what their handle knows then.
     """
 
     accuracy: float = math.nan
@@ -77,6 +77,7 @@ class Trained:
     history: list[dict[str, float]] = field(default_factory=list)
     arithmetic: dict[str, Any] = field(default_factory=dict)
     masks: Masks | None = None
+    mask_state: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -320,7 +321,8 @@ class _Loop:
                 if plan.checkpoint is not None and result.steps < self.stop and due:
                     _save(plan.checkpoint, self.of, self.model, self.optimizer.optimizer, self.handle, result)
                     saved = time.perf_counter()
-            result.masks = None if self.handle is None else self.handle.masks
+            if self.handle is not None:
+                result.masks, result.mask_state = self.handle.masks, self.handle.state_dict()
             for handle in handles:
                 handle.remove()
             result.images_per_second = seen / max(time.perf_counter() - clock, 1e-9)

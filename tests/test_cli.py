@@ -235,7 +235,7 @@ def test_the_ranks_of_records_left_out_are_tables(run: Run) -> None:
     fit_ = {"epochs": 1, "options": {"hidden": [4]}, "split": "tag:deeper", "validation": "model", "folds": 2}
     answer = run("fit", {"output": "scorer", "records": ["records"], "fit": fit_, "tracking": False})
     assert answer.code == 0, answer.err
-    assert "records: 2 learned from, 1 chose the epoch, 1 judge; epoch 1 of 1 is kept" in answer.out
+    assert "records: 2 to fit, 1 for validation, 1 for test; epoch 1 of 1 is kept" in answer.out
     names = ["scorer", "magnitude", "snip", "growth0"]
     with open("scorer/test.csv", newline="") as file:
         rows = list(csv.DictReader(file))

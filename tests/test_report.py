@@ -465,7 +465,7 @@ def test_the_scorer_table_is_what_fit_wrote(tmp_path: Path) -> None:
     assert shown["AUC"] == f"{test['scorer']['auc']:.3f}" != shown["AUC of |θ₀|"] == f"{test['magnitude']['auc']:.3f}"
     assert shown["within layers"] == f"{test['scorer']['auc_within_layers']:.3f}"
     assert shown["overlap of |θ₀|"] == f"{test['magnitude']['overlap']:.3f}"
-    assert shown["records that fit, choose, test"] == "1 + 1 + 1" and shown["weights"] == "1,088"
+    assert shown["records to fit, validate, test"] == "1 + 1 + 1" and shown["weights"] == "1,088"
     assert "–" not in shown.values()
 
 

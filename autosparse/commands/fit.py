@@ -61,7 +61,7 @@ def run(config: FitConfig, *, tracking: Path | None = None) -> Path:
         tracker.register_scorer(path, config.name, config.alias)
     parts = [
         f"{len(scorer.card.part(part))} {what}"
-        for part, what in zip(PARTS, ("learned from", "chose the epoch", "judge"), strict=True)
+        for part, what in zip(PARTS, ("to fit", "for validation", "for test"), strict=True)
     ]
     say(f"records: {', '.join(parts)}; epoch {scorer.card.epoch} of {config.fit.epochs} is kept")
     for note in scorer.card.notes:
@@ -69,7 +69,7 @@ def run(config: FitConfig, *, tracking: Path | None = None) -> Path:
     if own:
         magnitude = scorer.card.test["magnitude"]
         say(
-            f"records that judge: AUC {own['auc']:.3f} (|θ₀| alone {magnitude['auc']:.3f}), within layers "
+            f"test records: AUC {own['auc']:.3f} (|θ₀| alone {magnitude['auc']:.3f}), within layers "
             f"{own['auc_within_layers']:.3f} ({magnitude['auc_within_layers']:.3f}), "
             f"within bins of |θ₀| {own['auc_within_magnitude_bins']:.3f} (0.5), overlap "
             f"{own['overlap']:.3f} ({magnitude['overlap']:.3f}); {directory / 'test.csv'}"
@@ -96,7 +96,7 @@ def _cross_validate(
 
 
 def _write_ranks(stem: Path, split: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    """STEM.csv: how each criterion ranks each record that judged; STEM-mean.csv and the terminal: mean and std over them."""
+    """STEM.csv: how each criterion ranks each test record; STEM-mean.csv and the terminal: mean and std over them."""
     write_csv(stem.with_suffix(".csv"), rows)
     lines, table = [], []
     for name in dict.fromkeys(row["criterion"] for row in rows):

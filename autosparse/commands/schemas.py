@@ -298,7 +298,7 @@ class QuickstartConfig:
     source_seeds: tuple[int, ...] = (0, 1)
     irp: IRPSettings = IRPSettings(rounds=8, density=0.02)
     signals: SignalSettings = SignalSettings(n_batches=8)
-    fit: FitSettings = FitSettings(validation="none")  # four runs: one judges, none is spared to choose the epoch
+    fit: FitSettings = FitSettings(validation="none")  # four runs: one is for test, none for validation
     target: ModelSettings = ModelSettings("vgg11", 8)
     sparsities: tuple[float, ...] = (0.8, 0.9, 0.95, 0.98)
     seeds: tuple[int, ...] = (0, 1, 2)

@@ -335,7 +335,7 @@ def run_grid(
     cells = with_inputs(cells, data)
     fresh = unfinished(cells, directory)
     for model in {cell.model.label(): cell.model for cell in fresh}.values():
-        check_prunable(build_model(model, data), data.to("cpu"))  # wrong input is told before hours are spent
+        check_prunable(build_model(model, data), data.to("cpu"))  # wrong input ends here, before hours are spent
     candidates = [c.candidate for c in fresh if c.candidate is not None]
     for criterion in {
         c.base

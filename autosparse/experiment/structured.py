@@ -178,7 +178,7 @@ def run_thinnings(
     """
     todo = with_inputs(todo, data)
     for ratio, thinning in {t.ratio_label: t for t in unfinished(todo, directory)}.items():
-        model = build_model(thinning.model, data)  # wrong input is told before hours are spent
+        model = build_model(thinning.model, data)  # wrong input ends here, before hours are spent
         check_fits(model, data.to("cpu"))
         if ratio:
             filter_densities(model, data.normalise(data.train.images[:2]).cpu(), thinning.ratio)

@@ -32,7 +32,7 @@ EXAMPLES = 2  # that a trace runs on: of one the batch is hidden in every view
 
 
 class Observer(TorchDispatchMode):
-    """Sees every operator of one forward pass, and is told which tensors are what."""
+    """Sees every operator of one forward pass, and learns which tensors are parameters, inputs and outputs."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()

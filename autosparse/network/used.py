@@ -89,7 +89,7 @@ def refuse_recomputed(model: nn.Module, graph: Graph, names: Iterable[str]) -> N
 
 
 class _Used(_Provenance):
-    """Fills the pruned positions of the parameters that it is told of, and looks at each factor that is made of them.
+    """Fills the pruned positions of the given parameters, and looks at each factor that is made of them.
 
     In place of index bits the mask is followed: 1 for kept, −1 for pruned, times the number of the weight.
     """

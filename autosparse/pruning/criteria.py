@@ -259,7 +259,7 @@ def _flow_and_dry(flow: Mapping[str, Tensor], signals: Signals, context: Context
 def growth0(signals: Signals, context: Context) -> Scores:
     """`s = −θ ⊙ g`: how a weight would grow in one small step, `d|θ|/dt = −g · sign θ`, times `|θ|`; SNIP with its sign.
 
-    In our own measurements `−g · sign θ` told something of survival beyond `|θ|`, `|g|` nothing. Eight batches by default.
+    In our own measurements `−g · sign θ` predicted survival beyond `|θ|`, `|g|` nothing. Eight batches by default.
     """
     gradient = signals["gradient"]
     return {name: -_product(weight, gradient[name]) for name, weight in signals["weight"].items()}

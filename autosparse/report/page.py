@@ -334,7 +334,7 @@ def scorers(results: Results, figure: Callable[..., Figure]) -> dict[str, Any]:
         "overlap": (OWN, "overlap"),
         "overlap of |θ₀|": ("magnitude", "overlap"),
     }
-    headers = ["scorer", "head", "features", "records that fit, choose, test", "weights", *columns]
+    headers = ["scorer", "head", "features", "records to fit, validate, test", "weights", *columns]
     lines, features = [], []
     for path, card in results.scorers:
         values = [card.test.get(whose, {}).get(key, math.nan) for whose, key in columns.values()]

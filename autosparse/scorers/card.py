@@ -28,7 +28,7 @@ FIGURES = {
 class Card:
     """What is known of a scorer; a field that does not apply has its default.
 
-    `records`: name, sha256 and part of each: `"fit"` (it learned from them), `"validation"` (they chose its epoch) or `"test"` (they judge it).
+    `records`: name, sha256 and part of each: `"fit"` (it learned from them), `"validation"` (they chose its epoch) or `"test"` (they tested it).
     `weights`: of the records that it learned from. `epoch`: the one that was kept, of `history`. `test`: means over the
     test records of `FIGURES`, of the scorer (`OWN`) and of the rivals by name. `outcome`: of `autosparse tune`.
     """

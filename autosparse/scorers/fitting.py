@@ -20,7 +20,7 @@ from autosparse.scorers.card import Card
 from autosparse.scorers.corpus import hash_of
 from autosparse.scorers.evaluation import evaluate, means
 from autosparse.scorers.mlp import Moments
-from autosparse.scorers.rows import FitSettings, Rows, Source, Table, features_of, open_sources
+from autosparse.scorers.rows import FitSettings, RowBatch, Rows, Source, features_of, open_sources
 from autosparse.scorers.scorer import Scorer
 from autosparse.scorers.splits import Parts, folds, split_records
 from autosparse.training.threads import threads_of_step
@@ -38,12 +38,12 @@ def fit(
     """Train a scorer to predict survival from the signals at initialization.
 
     Some records are learned from, others choose the epoch (that of the lowest validation loss is kept, else the last), and
-    others judge: they are looked at once, after all else. The card tells which did what, and how the scorer ranks the
-    judges, beside the hand-made criteria (see `evaluation.py`).
+    others test the scorer: they are looked at once, after all else. The card lists them, and says how the scorer ranks the
+    test records, beside the hand-made criteria (see `evaluation.py`).
 
     Args:
         on_epoch: called after each epoch with its losses.
-        on_test: called with the rows of `evaluation.evaluate` on the judges, if there are any.
+        on_test: called with the rows of `evaluation.evaluate` on the test records, if there are any.
 
     Raises:
         AutoSparseError: records missing, damaged, without rounds or without the signals that the features need.
@@ -65,7 +65,7 @@ def cross_validate(
     known: Mapping[int, list[dict[str, Any]]] | None = None,
     on_fold: Callable[[int, list[dict[str, Any]]], None] | None = None,
 ) -> list[dict[str, Any]]:
-    """Leave architectures out: `folds` scorers, each fitted without a part of the architectures and judged on that part.
+    """Leave architectures out: `folds` scorers, each fitted without a part of the architectures and tested on that part.
 
     Args:
         known: rows of folds that were done before.
@@ -99,7 +99,7 @@ def fit_parts(
     device: str = "cpu",
     on_epoch: Callable[[dict[str, float]], None] | None = None,
 ) -> tuple[Scorer, list[dict[str, Any]]]:
-    """`fit` of records that are open already and split; also the rows of `evaluation.evaluate` on those that judge."""
+    """`fit` of records that are open already and split; also the rows of `evaluation.evaluate` on the test records."""
     clock = time.perf_counter()
     features = features_of(fit_settings)
     kind = fit_settings.kind
@@ -221,7 +221,7 @@ class _Task:
         self._survived = torch.stack([p[0] for p in pairs]).to(device) if pairs else empty
         self._fell = torch.stack([p[1] for p in pairs]).to(device) if pairs else empty
 
-    def loss(self, network: nn.Module, table: Table) -> Tensor:
+    def loss(self, network: nn.Module, table: RowBatch) -> Tensor:
         settings, device = self._part.settings, self._device
         owner, y = table.owner.to(device), table.y.to(device)
         data = [source.data for source in self._part.sources]
@@ -230,7 +230,7 @@ class _Task:
 
 
 @torch.no_grad()
-def _validation_loss(network: nn.Module, part: Rows, held: Sequence[Table] | None, task: _Task) -> float:
+def _validation_loss(network: nn.Module, part: Rows, held: Sequence[RowBatch] | None, task: _Task) -> float:
     network.eval()
     total, count = 0.0, 0
     for table in part.epoch(held, make_generator(0, "rows of validation")):  # the same rows after every epoch
@@ -239,7 +239,7 @@ def _validation_loss(network: nn.Module, part: Rows, held: Sequence[Table] | Non
     return total / max(count, 1)
 
 
-def _standardise(network: nn.Module, part: Rows, held: Sequence[Table] | None, generator: torch.Generator) -> None:
+def _standardise(network: nn.Module, part: Rows, held: Sequence[RowBatch] | None, generator: torch.Generator) -> None:
     """Mean, standard deviation and range of the features over one epoch's rows: all of them, since a streamed epoch
     begins with a few layers only."""
     own = Moments(len(part.features))

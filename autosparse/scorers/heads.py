@@ -1,4 +1,4 @@
-"""What a scorer predicts, and how survival labels judge it.
+"""What a scorer predicts, and its loss against survival labels.
 
 Time is `x = −log ρ`: IRP removes from x = 0 on, so records with any density schedule are read on one axis, and a weight
 that survived s removals is known to have fallen between `x_s` and `x_{s+1}` (or, after the last, beyond `x_R`).

@@ -16,7 +16,7 @@ from autosparse.plugins import is_outside, load_outside
 if TYPE_CHECKING:
     from autosparse.scorers.features import View
     from autosparse.scorers.mlp import Moments
-    from autosparse.scorers.rows import FitSettings, Table
+    from autosparse.scorers.rows import FitSettings, RowBatch
 
 
 class ScorerKind:
@@ -85,7 +85,7 @@ class ScorerKind:
         """Set mean, standard deviation and range of the inputs: `moments` of the rows, `data` of every record."""
         network.inputs.set(moments)  # type: ignore[union-attr, operator]
 
-    def predict(self, network: nn.Module, table: Table, data: Sequence[Any], device: torch.device) -> Tensor:
+    def predict(self, network: nn.Module, table: RowBatch, data: Sequence[Any], device: torch.device) -> Tensor:
         """`(n, outputs)` for the n rows of a table; `data` of every record."""
         return network(table.x.to(device))
 

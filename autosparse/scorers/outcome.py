@@ -1,4 +1,4 @@
-"""Learning from outcomes: which layers should keep more, judged by networks that were trained under the masks.
+"""Learning from outcomes: which layers should keep more, measured by networks that were trained under the masks.
 
 Imitating tickets teaches which weights survive; that a mask like the ticket's is the best to train from is another matter.
 Here the layers' share of a scorer's scores, a few coefficients, is changed towards what trains to a lower loss.
@@ -104,7 +104,7 @@ class Task:
     seed: int
 
 
-Run = Callable[[Sequence["Trial"]], Mapping[str, dict[str, float]]]  # what each trial gave, by its key
+RunTrials = Callable[[Sequence["Trial"]], Mapping[str, dict[str, float]]]  # what each trial gave, by its key
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ def do_trial(
     task, place = trial.task, fabric_for(device).device
     data = shared_data(task.data, str(place))
     if len(data.validation) == 0:
-        raise AutoSparseError(f"data.validation is {task.data.validation}: trials are judged on validation images")
+        raise AutoSparseError(f"data.validation is {task.data.validation}: trials are compared on validation images")
     model = build_model(task.model, data, task.seed).to(place)
     with threads_for(model, data, task.recipe.batch_size):
         scorer = replace(read_scorer(trial.scorer), rule=dict(trial.rule))
@@ -195,7 +195,7 @@ def tune(
     file: Path,
     tasks: Sequence[Task],
     chosen: OutcomeSettings,
-    run: Run,
+    run: RunTrials,
     on_generation: Callable[[dict[str, Any]], None] | None = None,
 ) -> Scorer:
     """The scorer with a rule of layers learned from the outcome of trainings.
@@ -209,7 +209,7 @@ def tune(
 
     Args:
         file: where `scorer` is saved.
-        tasks: the last `held_out` are kept for judging.
+        tasks: the last `held_out` are held out.
         run: does trials, and gives what came of them; without those that failed.
 
     Returns:
@@ -219,7 +219,7 @@ def tune(
         AutoSparseError: too few tasks. AutoSparseFailure: all trials of a generation failed.
     """
     clock = time.perf_counter()
-    learning, judging = tasks[: len(tasks) - chosen.held_out], tasks[len(tasks) - chosen.held_out :]
+    learning, held_out = tasks[: len(tasks) - chosen.held_out], tasks[len(tasks) - chosen.held_out :]
     if not learning:
         raise AutoSparseError(f"tune.held_out is {chosen.held_out}, of {len(tasks)} tasks: none is left to learn from")
     scales = feature_scales(learning, chosen.features)
@@ -257,7 +257,7 @@ def tune(
             on_generation(row)
     value = torch.stack(course[len(course) // 2 :]).mean(0)
     rule = {name: float(v) / scales[name] for name, v in zip(chosen.features, value, strict=True)}
-    both = [(trial(t, value, s), trial(t, before, s)) for t in judging for s in chosen.sparsities]
+    both = [(trial(t, value, s), trial(t, before, s)) for t in held_out for s in chosen.sparsities]
     outcome = {
         "inputs": sought(scorer, tasks, chosen),
         "settings": asdict(chosen),
@@ -269,7 +269,7 @@ def tune(
     return replace(scorer, rule={**scorer.rule, **rule}, card=replace(scorer.card, outcome=outcome))
 
 
-def _held_out(pairs: Sequence[tuple[Trial, Trial]], run: Run) -> dict[str, Any]:
+def _held_out(pairs: Sequence[tuple[Trial, Trial]], run: RunTrials) -> dict[str, Any]:
     """Accuracy and loss of the first of each pair less those of the second, where both were done."""
     found = run([one for pair in pairs for one in pair])
     done = [(found[a.key], found[b.key]) for a, b in pairs if a.key in found and b.key in found]

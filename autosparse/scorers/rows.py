@@ -46,7 +46,7 @@ class FitSettings:
     its features are the raw weight and gradient, and it sees 20,000 weights in all), or a `ScorerKind` from outside as
     `"package.module:name"`. `head`: `"hazard"`,
     `"cumulative"` or `"mse"`. `features`: names of features or groups (`autosparse list features`), `None` for the default
-    ones. `split`: the records that judge the scorer, and do nothing else: `"run"`, whole IRP
+    ones. `split`: the test records, which do nothing else: `"run"`, whole IRP
     runs; `"model"`, whole architectures (what tells whether it transfers); `"tag:NAME"`, every record with that tag
     (`deeper`, `no_norm`, …: see `corpus.py`); `"none"`. `test_share`: of the runs or architectures, at least one.
     `validation`: of the others, those that choose the epoch: `"run"`, `"model"`, or `"none"` (the last epoch is kept, as
@@ -57,7 +57,7 @@ class FitSettings:
     `memory_gib`: above this the rows are streamed from the files instead of held. `positions` that the scorer chooses
     within layers: `"scores"`, or `"spread"`, `"spread_scores"`, `"spread_small"`, which leave its scores the layer
     densities and spread the weights over the channels (see `criteria.rearranged`). `folds`: fit so many more scorers
-    first, each without another part of the architectures, and judge them there. `options`: those of the kind, such as
+    first, each without another part of the architectures, and test them there. `options`: those of the kind, such as
     `{"hidden": [64, 64]}` of the MLP, `{"width": 32, "rounds": 3}` of the graph network.
     """
 
@@ -163,7 +163,7 @@ def as_signals(record: Record) -> dict[str, dict[str, Tensor]]:
     return {s: {n: torch.from_numpy(a) for n, a in arrays.items()} for s, arrays in record.signals.items()}
 
 
-class Table(NamedTuple):
+class RowBatch(NamedTuple):
     """Rows of several records: features `(n, F)`, survival `(n,)`, which record `(n,)`, and where in it the weight is
     `(n, 3)`: its layer, its output channel and its input channel, counted over all layers."""
 
@@ -172,12 +172,12 @@ class Table(NamedTuple):
     owner: Tensor
     place: Tensor
 
-    def pick(self, index: Tensor) -> Table:
-        return Table(*(column[index] for column in self))
+    def pick(self, index: Tensor) -> RowBatch:
+        return RowBatch(*(column[index] for column in self))
 
     @staticmethod
-    def join(parts: Sequence[Table]) -> Table:
-        return Table(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
+    def join(parts: Sequence[RowBatch]) -> RowBatch:
+        return RowBatch(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -210,12 +210,12 @@ class Rows:
         size = sum(s.total for s in self.sources) * (4 * len(self.features) + 8 + 8 + 24)
         return size <= self.settings.memory_gib * 2**30
 
-    def load(self) -> list[Table]:
+    def load(self) -> list[RowBatch]:
         """All rows, a table for each record."""
         found = []
         for index, source in enumerate(self.sources):
             with open_record(source.path) as file:
-                found.append(Table.join([self._read(file, index, *block) for block in self._blocks(source)]))
+                found.append(RowBatch.join([self._read(file, index, *block) for block in self._blocks(source)]))
         return found
 
     def _blocks(self, source: Source) -> Iterator[tuple[str, int, int]]:
@@ -226,7 +226,7 @@ class Rows:
             for start in range(0, lead, step):
                 yield name, start, min(start + step, lead)
 
-    def _read(self, file: h5py.File, index: int, name: str, start: int, stop: int) -> Table:
+    def _read(self, file: h5py.File, index: int, name: str, start: int, stop: int) -> RowBatch:
         """The weights of leading rows `start … stop` of one layer."""
         source = self.sources[index]
         group, layer = file[f"layers/{name}"], source.layers[name]
@@ -241,9 +241,9 @@ class Rows:
             along = along[start:stop] if len(along) > 1 else along
             place.append(along.expand(shape).flatten() + sum(channels(other, side) for other in earlier))
         x = rows(self.features, part, source.contexts[name], start)
-        return Table(x, y, torch.full((len(y),), index), torch.stack(place, dim=1))
+        return RowBatch(x, y, torch.full((len(y),), index), torch.stack(place, dim=1))
 
-    def epoch(self, held: Sequence[Table] | None, generator: torch.Generator) -> Iterator[Table]:
+    def epoch(self, held: Sequence[RowBatch] | None, generator: torch.Generator) -> Iterator[RowBatch]:
         """Batches in random order; `held` is what `load` gave, if anything."""
         order = torch.randperm(len(self.sources), generator=generator).split(self.group)
         for members in order:
@@ -254,15 +254,17 @@ class Rows:
                 for pick in torch.randperm(len(table.y), generator=generator).tensor_split(count):
                     yield table.pick(pick)
 
-    def _of_memory(self, members: list[int], held: Sequence[Table], generator: torch.Generator) -> Iterator[Table]:
+    def _of_memory(
+        self, members: list[int], held: Sequence[RowBatch], generator: torch.Generator
+    ) -> Iterator[RowBatch]:
         parts = []
         for index in members:
             source = self.sources[index]
             pick = torch.randperm(source.total, generator=generator)[: round(self.share(source) * source.total)]
             parts.append(held[index].pick(pick))
-        yield Table.join(parts)
+        yield RowBatch.join(parts)
 
-    def _of_files(self, members: list[int], held: Sequence[Table], generator: torch.Generator) -> Iterator[Table]:
+    def _of_files(self, members: list[int], held: Sequence[RowBatch], generator: torch.Generator) -> Iterator[RowBatch]:
         plan = [(i, *block) for i in members for block in self._blocks(self.sources[i])]
         plan = [plan[i] for i in torch.randperm(len(plan), generator=generator).tolist()]
         files = {i: open_record(self.sources[i].path) for i in members}
@@ -273,7 +275,7 @@ class Rows:
                     table = self._read(files[index], index, name, first, last)
                     count = max(1, round(self.share(self.sources[index]) * len(table.y)))
                     parts.append(table.pick(torch.randperm(len(table.y), generator=generator)[:count]))
-                yield Table.join(parts)
+                yield RowBatch.join(parts)
         finally:
             for file in files.values():
                 file.close()

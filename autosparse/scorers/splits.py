@@ -1,4 +1,4 @@
-"""Which records a scorer learns from, which choose its epoch and which judge it: by run, architecture or tag."""
+"""Which records a scorer learns from, which choose its epoch and which test it: by run, architecture or tag."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from autosparse.scorers.rows import FitSettings, Source
 
 @dataclass(frozen=True)
 class Parts:
-    """Indices of records: those to `fit`, those that choose the epoch (`validation`), those that judge (`test`).
+    """Indices of records: those to `fit`, those that choose the epoch (`validation`), those that test it (`test`).
 
     The parts are disjoint. `note` says why there is no validation part where one was asked for.
     """
@@ -31,7 +31,7 @@ def split_records(sources: Sequence[Source], chosen: FitSettings) -> Parts:
     """The three parts that `split`, `test_share`, `validation` and `validation_share` ask for.
 
     Raises:
-        AutoSparseError: there is only one run or architecture, so nothing can judge, or the tag is that of none or of all.
+        AutoSparseError: there is only one run or architecture, so none is left to test on, or the tag is that of none or of all.
     """
     everything = range(len(sources))
     if chosen.split == "none":
@@ -54,7 +54,7 @@ def split_records(sources: Sequence[Source], chosen: FitSettings) -> Parts:
 
 
 def folds(sources: Sequence[Source], chosen: FitSettings) -> list[Parts]:
-    """The parts of `chosen.folds` fits: the architectures are dealt out, and each fit is judged by its share of them.
+    """The parts of `chosen.folds` fits: the architectures are dealt out, and each fit is tested on its share of them.
 
     Raises:
         AutoSparseError: there are fewer architectures than folds.
@@ -68,15 +68,15 @@ def folds(sources: Sequence[Source], chosen: FitSettings) -> list[Parts]:
 def with_validation(sources: Sequence[Source], test: Sequence[int], chosen: FitSettings) -> Parts:
     """What is left beside the test records, of which some choose the epoch unless there are too few."""
     rest = tuple(i for i in range(len(sources)) if i not in set(test))
-    judges = tuple(sorted(test))
+    held_out = tuple(sorted(test))
     if chosen.validation == "none":
-        return Parts(rest, (), judges)
+        return Parts(rest, (), held_out)
     units = units_of(sources, rest, chosen.validation, chosen.seed)
     if len(units) < 2:
         note = f"fit.validation is {chosen.validation!r}, but only one {chosen.validation} is left to learn from"
-        return Parts(rest, (), judges, f"{note}: none can choose the epoch, so the last is kept")
+        return Parts(rest, (), held_out, f"{note}: none can choose the epoch, so the last is kept")
     validation = _first(units, chosen.validation_share)
-    return Parts(tuple(i for i in rest if i not in set(validation)), tuple(sorted(validation)), judges)
+    return Parts(tuple(i for i in rest if i not in set(validation)), tuple(sorted(validation)), held_out)
 
 
 def units_of(sources: Sequence[Source], which: Sequence[int], unit: str, seed: int) -> list[list[int]]:

@@ -37,9 +37,9 @@ from autosparse.trainability.cost import Cost, cost, take_turns, threads
 from autosparse.trainability.forms import (
     PRECISIONS,
     ExportSettings,
+    Forward,
     Job,
     Made,
-    Run,
     as_onnx,
     as_safetensors,
     as_semi_structured,
@@ -143,7 +143,7 @@ def export(
 
     Every file is read back, and the outputs of what it holds compared with the masked network's, `max |a − b| / max |b|`
     against `TOLERANCE`, on the CPU, before the file gets its name. Weights that `torch.nn.utils.parametrize` computes are
-    written as plain ones, of the values that the network uses. A form that cannot be made is told in `failures`; the
+    written as plain ones, of the values that the network uses. `failures` says which form cannot be made; the
     others are made all the same.
 
     Args:
@@ -287,7 +287,7 @@ def _timed(group: Sequence[Made], job: Job) -> dict[str, dict[int, Latency]]:
     for size in options.batch_sizes:
         batch = images_like(job.images, size).to(device, dtype)
 
-        def side(run: Run, calls: int, batch: Tensor = batch) -> Callable[[], None]:
+        def side(run: Forward, calls: int, batch: Tensor = batch) -> Callable[[], None]:
             def turn() -> None:
                 for _ in range(calls):
                     run(batch)

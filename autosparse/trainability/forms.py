@@ -38,7 +38,7 @@ TOLERANCE = {"safetensors": 0.0, "onnx": 1e-4, "torch_export": 1e-5, "semi_struc
 PRECISIONS = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-Run = Callable[[Tensor], Tensor]
+Forward = Callable[[Tensor], Tensor]
 
 
 @settings
@@ -80,7 +80,7 @@ class Made:
     stored: int
     size: int
     file: str
-    run: Run | None
+    run: Forward | None
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ def has_onnx() -> bool:
     return all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript"))
 
 
-def _onnx_run(text: bytes, device: torch.device, count: int | None) -> Run | None:
+def _onnx_run(text: bytes, device: torch.device, count: int | None) -> Forward | None:
     """The model in ONNX Runtime, where that is installed and knows the device."""
     try:
         import onnxruntime
@@ -193,7 +193,7 @@ def _onnx_run(text: bytes, device: torch.device, count: int | None) -> Run | Non
     return lambda images: torch.from_numpy(session.run(None, {name: images.cpu().numpy()})[0])
 
 
-def _reference(text: bytes) -> Run:
+def _reference(text: bytes) -> Forward:
     """The model in the evaluator that comes with ONNX: slow, and right."""
     import onnx
     from onnx.reference import ReferenceEvaluator
@@ -300,7 +300,7 @@ def check_outputs(what: str, form: str, expected: Tensor, found: Tensor, why: st
         )
 
 
-def _check_batches(what: str, form: str, job: Job, run: Run) -> None:
+def _check_batches(what: str, form: str, job: Job, run: Forward) -> None:
     """Against the network on one and on three images: the batch size is free."""
     for images in (job.images[:1], job.images):
         expected = outputs_of(job.module, images)
@@ -338,7 +338,7 @@ def in_pytorch(job: Job) -> Made:
     return Made(job.name, "safetensors", _count(module), _bytes(module), "", module)
 
 
-def _made(job: Job, form: str, path: Path, run: Run | None) -> Made:
+def _made(job: Job, form: str, path: Path, run: Forward | None) -> Made:
     return Made(job.name, form, _count(job.module), path.stat().st_size, path.name, run)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,8 @@ def prune(
             batch. Here and in `batches`, a tuple is positional arguments, a dictionary keyword arguments, and anything
             else one argument; so is a list, unless `forward` needs several.
         scope: `"global"`; a rule for layer densities, `"uniform"`, `"erk"`, `"igq"`, `"smart_ratio"` or a function `(layers,
-            density) -> densities` as `"package.module:name"`; or the density of each layer. By default the preset's.
+            density) -> densities` as `"package.module:name"`; `"densities:NAME"`, those of another criterion, such as
+            `"densities:synflow"`; or the density of each layer. By default the preset's.
         granularity: `"unstructured"` (default), a pattern such as `"2:4"` or `"block4x4"`, or `"channel"`. Channels that are
             added up are kept or removed together, and layers that give the outputs stay whole (`report.dense_layers`).
         steps: number of removals, by default the preset's. Steps towards an N:M pattern go through n:m with larger n.
@@ -80,21 +81,11 @@ def prune(
         >>> masks.kept, masks.total
         (80, 160)
     """
-    return _prune(
-        model,
-        sparsity,
-        criterion_for(criterion),
-        batches=batches,
-        n_batches=n_batches,
-        example_input=example_input,
-        scope=scope,
-        granularity=granularity,
-        steps=steps,
-        schedule=schedule,
-        loss=loss,
-        signals=signals,
-        seed=seed,
-        include=include,
-        exclude=exclude,
-        floor=floor,
-    )
+    common: dict[str, Any] = {"example_input": example_input, "loss": loss, "seed": seed, "floor": floor}
+    common |= {"include": include, "exclude": exclude}
+    if isinstance(scope, str) and scope.startswith("densities:"):
+        batches = list(batches) if isinstance(batches, Iterator) else batches  # both criteria take the same ones
+        other = _prune(model, sparsity, criterion_for(scope.removeprefix("densities:")), batches=batches, **common)
+        scope = {layer.name: layer.density for layer in other.layers()}
+    common |= {"scope": scope, "granularity": granularity, "steps": steps, "schedule": schedule, "signals": signals}
+    return _prune(model, sparsity, criterion_for(criterion), batches=batches, n_batches=n_batches, **common)

@@ -1,6 +1,6 @@
 """What AutoSparse costs beside the plain thing, measured side by side in one process.
 
-    python benchmarks/run.py [step loop usual runs stacked record scoring snip synflow scorer latency] [--threads N] [--csv benchmarks/results/NAME.csv]
+    python benchmarks/run.py [step sparsify loop usual runs stacked record scoring snip synflow scorer latency] [--threads N] [--csv benchmarks/results/NAME.csv]
 
 Other work on the machine slows both sides of a comparison, so each round times them one right after the other, in turns
 of order; a ratio is the median over rounds, beside its quartiles. The file is written as figures come, and what it holds is
@@ -194,6 +194,49 @@ def step(ask: Ask) -> Iterator[Row]:
         yield row("step", device, "masked / dense step", times["masked"] / times["dense"], goal="<= 1.03")
         yield row("step", device, "dense / dense step (noise)", times["dense again"] / times["dense"])
         yield row("step", device, "dense step", 1e3 * times["dense"] / steps, "ms")
+
+
+# -- sparsify: a step while masks change, and what an update costs ---------------------------------------------------
+
+
+def changing(ask: Ask) -> Iterator[Row]:
+    """`autosparse.sparsify` beside a dense step: between updates, and one update, in steps. With an update every 100
+    steps the overhead is the first less 1, and a hundredth of the second."""
+    recipe = Recipe(lr=0.01, batch_size=BATCH)
+    for device, method in itertools.product(ask.devices, ("gmp", "set", "rigl", "granet")):
+        if not ask.wants("sparsify", device, method):
+            continue
+        dense, model = resnet20(device), resnet20(device)
+        optimizers = [build_optimizer(m, recipe) for m in (dense, model)]
+        handle = autosparse.sparsify(model, optimizers[1], method, sparsity=0.9, steps=10**6, every=1000)
+        batches = ready_batches(device)
+
+        def run(
+            model: nn.Module,
+            optimizer: torch.optim.Optimizer,
+            at: int | None = None,
+            device: str = device,
+            batches: Iterator[tuple[Tensor, Tensor]] = batches,
+            handle: autosparse.Sparsifier = handle,
+        ) -> None:
+            if at is not None:
+                handle.step = at
+            plain_step(model, optimizer, batches, 1)
+            wait(device)
+
+        # RigL's update takes the place of an optimizer step, so it is compared with all that a step costs
+        due = next(s for s in range(200_000, 300_000) if handle.method.due(s, handle.steps))
+        sides = {
+            "dense": functools.partial(run, dense, optimizers[0]),
+            "between": functools.partial(run, model, optimizers[1], due + 1),
+            "update": functools.partial(run, model, optimizers[1], due - 1),
+        }
+        alternate(5, sides)
+        times = alternate(ask.rounds or 60, sides, clock_of(device))
+        between, update = times["between"] / times["dense"], (times["update"] - times["between"]) / times["dense"]
+        yield row("sparsify", device, f"between updates / dense step, {method}", between, goal="<= 1.03")
+        yield row("sparsify", device, f"one update, in dense steps, {method}", update)
+        yield row("sparsify", device, f"every 100 steps / dense step, {method}", between + update / 100, goal="<= 1.03")
 
 
 # -- loop: `train` against a bare loop on batches in place --------------------------------------------------------------
@@ -869,6 +912,7 @@ def latency(ask: Ask) -> Iterator[Row]:
 
 BENCHMARKS: dict[str, Callable[[Ask], Iterator[Row]]] = {
     "step": step,
+    "sparsify": changing,
     "loop": loop,
     "usual": usual,
     "runs": runs,

@@ -505,6 +505,20 @@ OUT_OF_MEMORY = [
 ]
 
 
+def test_densities_of_one_criterion_and_positions_of_another() -> None:
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    batches = [(torch.randn(16, 8), torch.arange(16) % 4)]
+    synflow = autosparse.prune(model, 0.7, "synflow", batches=batches)
+    for given in (batches, iter(batches)):
+        masks = autosparse.prune(model, 0.7, "snip", batches=given, scope="densities:synflow")
+        assert [layer.kept for layer in masks.layers()] == [layer.kept for layer in synflow.layers()] != [128, 64]
+        assert masks != synflow
+    with pytest.raises(AutoSparseError, match="did you mean 'synflow'"):
+        autosparse.prune(model, 0.7, "snip", batches=batches, scope="densities:synflw")
+
+
 @pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: type(error).__name__)
 def test_out_of_memory_is_one_clear_error_everywhere(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any, **__: Any) -> Any:

@@ -375,6 +375,7 @@ def test_every_network_can_be_prepared(model: ModelSettings, how: str) -> None:
     net = create_model(model, image_size=8)
     example = torch.zeros(2, 3, 8, 8)
     masks = prune(net, 0.5, "erk", example_input=example)
+    masks.signs = {n: torch.rand(m.shape) < 0.5 for n, m in masks.items()}
     done = prepare(net, masks, how, example_input=example)
     assert done.how == how
     assert [layer.name for layer in done.layers] == list(masks)

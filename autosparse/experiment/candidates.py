@@ -135,6 +135,12 @@ class Candidate:
         )
         check_preparation(self.prepare)
         require(
+            self.prepare != "signs" or (self.searches and self.variant is None),
+            f"prepare of {self.criterion}",
+            self.prepare,
+            "only masks of methods that train have signs",
+        )
+        require(
             self.prepare is None or not self.continues,
             f"prepare of {self.criterion}",
             self.prepare,

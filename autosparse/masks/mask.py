@@ -18,6 +18,7 @@ from autosparse.masks.parametrized import Place, parametrized
 from autosparse.masks.random import make_generator
 
 SCHEMA = "autosparse.masks/1"
+_SIGN = "sign of "  # before the names of weights in a file
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,8 @@ class Zeroing:
 class Masks(Mapping[str, Tensor]):
     """One boolean tensor per prunable weight, with the weight's own shape and name; `True` = keep.
 
+    `signs`, if a method that trains gave them: `True` where the trained weight was at least 0, by weight.
+
     Raises:
         AutoSparseError: there are none, a tensor is not boolean, or its layer is not given or has another shape.
     """
@@ -108,6 +111,7 @@ class Masks(Mapping[str, Tensor]):
         tensors: Mapping[str, Tensor],
         layers: Mapping[str, Layer] | None = None,
         report: MaskReport | None = None,
+        signs: Mapping[str, Tensor] | None = None,
     ) -> None:
         if not tensors:
             raise AutoSparseError("masks are empty: give at least one boolean tensor")
@@ -123,6 +127,7 @@ class Masks(Mapping[str, Tensor]):
         self._tensors = dict(tensors)
         self.layer_info = {n: layers[n] for n in tensors} if layers is not None else {}
         self.report = report or MaskReport()
+        self.signs = dict(signs or {})
 
     def __getitem__(self, name: str) -> Tensor:
         return self._tensors[name]
@@ -170,7 +175,8 @@ class Masks(Mapping[str, Tensor]):
 
     def to(self, device: torch.device | str) -> Masks:
         """The same masks on another device."""
-        return Masks({n: t.to(device) for n, t in self._tensors.items()}, self.layer_info or None, self.report)
+        tensors, signs = ({n: t.to(device) for n, t in part.items()} for part in (self._tensors, self.signs))
+        return Masks(tensors, self.layer_info or None, self.report, signs)
 
     def shuffle(self, seed: int = 0) -> Masks:
         """The layer-wise shuffle: the same number kept in each layer, at random positions."""
@@ -247,10 +253,11 @@ class Masks(Mapping[str, Tensor]):
         return optimizer.register_step_post_hook(lambda *_: zero(weights.values()))
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file with the boolean tensors, layers and report. The write is atomic."""
+        """Write a safetensors file with the boolean tensors, signs, layers and report. The write is atomic."""
         from autosparse.files import write_safetensors
 
         tensors = {n: t.clone() for n, t in self._tensors.items()}  # masks may share memory, tensors of a file may not
+        tensors |= {f"{_SIGN}{n}": t.clone() for n, t in self.signs.items()}
         write_safetensors(Path(path), tensors, SCHEMA, **self.texts())
 
     @classmethod
@@ -264,7 +271,10 @@ class Masks(Mapping[str, Tensor]):
 
         tensors, texts = read_safetensors(Path(path), SCHEMA, "masks")
         try:
-            return cls.restore(tensors, texts)
+            signs = {n.removeprefix(_SIGN): t for n, t in tensors.items() if n.startswith(_SIGN)}
+            masks = cls.restore({n: t for n, t in tensors.items() if not n.startswith(_SIGN)}, texts)
+            masks.signs = {n: signs[n] for n in masks if n in signs}
+            return masks
         except (KeyError, TypeError, ValueError) as error:
             raise AutoSparseError(
                 f"masks {path} are damaged: {type(error).__name__} {first_line(error)}; make them again"

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from autosparse.errors import AutoSparseError, of_state, require, settings
 from autosparse.files import read_safetensors, write_json, write_safetensors
 from autosparse.masks.densities import Scope, check_scope
-from autosparse.masks.layers import Layer
+from autosparse.masks.layers import Layer, unwrap
 from autosparse.masks.mask import Masks
 from autosparse.masks.schedule import check_density, densities
 from autosparse.masks.selection import select
@@ -197,15 +197,11 @@ def _remove(
         batches = data.to(device).sample(recipe.batch_size, settings.n_batches, seed)
     signals = measure(model, layers, criterion.signals, batches=batches, seed=seed)
     scores = {n: s.cpu() for n, s in criterion(signals, Context(layers, density, masks=masks, seed=seed)).items()}
-    return select(
-        scores,
-        density,
-        layers=layers,
-        scope=scope or settings.scope,
-        floor=settings.floor,
-        within=masks,
-        seed=seed,
-    )
+    scope = scope or settings.scope
+    chosen = select(scores, density, layers=layers, scope=scope, floor=settings.floor, within=masks, seed=seed)
+    own = dict(unwrap(model).named_parameters())
+    chosen.signs = {n: own[n].detach().cpu() >= 0 for n in chosen}
+    return chosen
 
 
 @settings

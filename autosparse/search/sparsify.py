@@ -381,6 +381,7 @@ def search(
     assert masks is not None
     origin = {**dataclasses.asdict(settings), "density": density, "floor": floor, "seed": seed, "steps": length}
     masks.report = replace(masks.report, origin=origin)
+    masks.signs = {n: weights[n] >= 0 for n in masks}
     done = length if settings.epochs is None else 0
     return SearchResult(masks, length / per_epoch, trained.seconds, weights=weights, steps=done)
 

@@ -13,6 +13,7 @@ from autosparse.masks.mask import Masks
 from autosparse.trainability.orthogonal import eoi, isometry
 from autosparse.trainability.preparation import Preparation
 from autosparse.trainability.repair import rei, repair
+from autosparse.trainability.signs import signs
 
 # Each is called with keywords: model, masks, example_input, seed if it draws, and its own options.
 PREPARATIONS: dict[str, Callable[..., Preparation]] = {
@@ -20,6 +21,7 @@ PREPARATIONS: dict[str, Callable[..., Preparation]] = {
     "repair": repair,
     "eoi": eoi,
     "isometry": isometry,
+    "signs": signs,
 }
 
 
@@ -31,7 +33,7 @@ def prepare(
     Args:
         model: the network before training.
         masks: as `prune` returns them, not yet applied. `None` for the dense network.
-        how: `"rei"`, `"repair"`, `"eoi"` or `"isometry"`.
+        how: `"rei"`, `"repair"`, `"eoi"`, `"isometry"` or `"signs"`.
         example_input: what the model takes, for the trace.
         seed: for preparations that draw random numbers.
         options: of the preparation: `mode` of ReI and RePaIR (`"weights"`, `"gamma"`, `"both"`); `gain` of EOI and

@@ -36,7 +36,7 @@ def signs(model: nn.Module, masks: Masks | None, example_input: Any) -> Preparat
     for name, mask in masks.items():
         weight = own[name]
         positive, kept = masks.signs[name].to(weight.device), mask.to(weight.device)
-        flipped = kept & ((weight < 0) == positive)
+        flipped = kept & (weight != 0) & ((weight < 0) == positive)
         weight.copy_(torch.where(flipped, -weight, weight).masked_fill(~kept, 0))
         note = f"{int(flipped.sum())} of {int(kept.sum())} signs changed"
         rows.append(PreparedLayer(name, None, math.nan, math.nan, note))

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from autosparse.errors import require, settings, suggest
 from autosparse.experiment.candidates import Candidate, expand
+from autosparse.experiment.design import DesignSettings
 from autosparse.experiment.structured import thinnings
 from autosparse.jobs.executor import ExecutorSettings
 from autosparse.masks.schedule import check_sparsity
@@ -75,7 +76,8 @@ class TuneConfig:
     """`autosparse tune`: a scorer whose layer densities are learned from the outcome of short trainings, into `output`.
 
     `scorer`: its file or name; `null` begins at ERK densities, without a network. `tasks` are drawn as for `generate`, by another seed than the scorer's corpus; their data
-    need validation images.
+    need validation images. With `design`, a designed experiment on layer densities is run instead, and `scorer` and `tune` are
+    not used.
     """
 
     output: str = "runs/tune"
@@ -85,6 +87,7 @@ class TuneConfig:
     data: DataSettings = DataSettings("cifar10", image_size=16, limit=5000, validation=0.4)
     recipe: Recipe = Recipe()
     tune: OutcomeSettings = OutcomeSettings()
+    design: DesignSettings | None = None
     device: str = "auto"
     executor: ExecutorSettings = ExecutorSettings()
 

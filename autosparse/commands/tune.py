@@ -1,7 +1,8 @@
-"""Tune: a scorer's layer densities, from the outcome of short trainings."""
+"""Tune: layer densities from the outcome of trainings, by evolution or by a designed experiment."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,10 @@ from typing import Any
 from autosparse.commands.directory import claim_directory
 from autosparse.commands.schemas import TuneConfig
 from autosparse.commands.terminal import Live, bars, quiet_warnings, say, say_failed
+from autosparse.errors import AutoSparseFailure
+from autosparse.experiment.design import DesignSettings, design, fit_rule, run_design
 from autosparse.files import write_json
+from autosparse.jobs.cells import unfinished
 from autosparse.jobs.executor import Job, run_jobs
 from autosparse.jobs.status import journal
 from autosparse.network.signals import SignalSettings
@@ -21,7 +25,9 @@ from data_gen.tasks import sample_tasks
 
 
 def run(config: TuneConfig) -> Path:
-    """Learn a rule of layer densities from outcomes as `config` says, and give the path of the scorer."""
+    """Learn a rule of layer densities from outcomes as `config` says, and give the path of the scorer, or of the design's table."""
+    if config.design is not None:
+        return run_designed(config, config.design)
     given = no_scorer(config.name) if config.scorer is None else load_scorer(config.scorer)
     scorer = starting_point(replace(given, name=config.name), config.tune)
     drawn = sample_tasks(config.tasks, config.recipe, IRPSettings(), SignalSettings())
@@ -65,3 +71,32 @@ def run(config: TuneConfig) -> Path:
         )
     say(f"scorer: {path}")
     return path
+
+
+def run_designed(config: TuneConfig, chosen: DesignSettings) -> Path:
+    """Train what is designed, print what the outcomes say of layer densities, and give the path of the table."""
+    drawn = sample_tasks(config.tasks, config.recipe, IRPSettings(), SignalSettings())
+    cells = design([Task(run.model, run.data, run.recipe, run.seed) for run in drawn], chosen)
+    directory = claim_directory(config)
+    with quiet_warnings(), bars() as shown:
+        live = Live(shown, "design", len(cells), len(cells) - len(unfinished(cells, directory)), counts=True)
+        results = run_design(cells, directory, device=config.device, executor=config.executor, on_event=live.show)
+        live.end(f"design: {len(cells)} trainings")
+    rule = fit_rule(results)
+    write_json(directory / "rule.json", dataclasses.asdict(rule))
+    say(
+        f"{rule.trainings} trainings of {rule.networks} networks; points per standard deviation and unit of log density:"
+    )
+    for name, value in sorted(rule.coefficients.items(), key=lambda item: -abs(item[1])):
+        say(f"  {name:16} {value:+.2f} ± {rule.errors[name]:.2f}")
+    say(
+        f"  curvature        {rule.curvature:+.2f}; on networks left out: rank correlation {rule.correlation:.2f}, "
+        f"slope {rule.slope:.2f}"
+    )
+    failed = [result for result in results if result.get("error")]
+    for result in failed:
+        say_failed(f"{result['model']} {result['source']}: {result['error']}")
+    if failed:
+        raise AutoSparseFailure(f"{len(failed)} of {len(cells)} trainings failed; start again to try them again")
+    say(f"results: {directory / 'design.csv'}")
+    return directory / "design.csv"

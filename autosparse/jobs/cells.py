@@ -60,7 +60,7 @@ def unfinished(cells: Sequence[C], directory: Path) -> list[C]:
 def run_cells(
     cells: Sequence[C],
     directory: Path,
-    data: ImageData,
+    data: ImageData | None,
     write: Callable[[list[Result]], None],
     *,
     device: str = "auto",
@@ -75,6 +75,7 @@ def run_cells(
     start tries it again.
 
     Args:
+        data: loaded data for cells that run inline; `None`: each loads its own.
         write: writes the table of the results that are there; called when they change, and at the end.
         executor: where cells run, and how many at once; the results are the same but for seconds.
         profile: see `run_jobs`.

@@ -1,0 +1,338 @@
+"""A designed experiment on layer densities: drawn around a base, one training each, and a rule fitted to the outcomes.
+
+Each task is a network, a data set, a sparsity and a seed. Its base is the geometric mean of ERK's and SynFlow's layer
+densities; a draw multiplies them by independent log-normal factors and scales them to the exact total. Positions are spread.
+Draws, base and hand-made densities of a task train from the same weights in the same data order, so that differences are
+paired.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+
+from autosparse.errors import AutoSparseError, require, settings
+from autosparse.files import fingerprint
+from autosparse.jobs.cells import Progress, Result, run_cells, write_table
+from autosparse.jobs.executor import INLINE, Event, ExecutorSettings
+from autosparse.masks.densities import DENSITIES, layer_densities
+from autosparse.masks.layers import Layer
+from autosparse.masks.random import make_generator
+from autosparse.masks.schedule import check_sparsity
+from autosparse.network.graph import Graph, trace
+from autosparse.network.signals import measure
+from autosparse.pruning.criteria import POSITIONS
+from autosparse.pruning.prune import prune
+from autosparse.scorers.features import contexts
+from autosparse.scorers.outcome import Task
+from autosparse.training.content import of_start
+from autosparse.training.data import DataSettings, ImageData, shared_data
+from autosparse.training.models import ModelSettings, build_model
+from autosparse.training.recipe import Recipe
+from autosparse.training.threads import threads_for
+from autosparse.training.train import train
+
+COLUMNS = (
+    *("model", "data", "sparsity", "seed", "source", "accuracy", "loss", "validation_loss", "base_accuracy"),
+    *("train_seconds", "recipe", "error"),
+)
+BASE, DENSE = "base", "dense"
+LEAST = 1e-4  # density of a layer that SynFlow empties
+FEATURES = (
+    *("layer_size", "layer_fan_in", "layer_fan_out", "layer_kernel", "layer_stride", "layer_depth", "layer_first"),
+    *("layer_last", "layer_adds", "area", "shortcut", "erk", "igq", "synflow", "snip"),
+)
+
+
+@settings
+class DesignSettings:
+    """What is drawn for each task.
+
+    `draws` layer densities at each of `sparsities`, with log-normal factors of standard deviation `sigma`; besides the base
+    itself and the densities of `rivals`. `positions`: `"spread"` or `"spread_small"`, where weights stay within a layer.
+    """
+
+    draws: int = 24
+    sigma: float = 0.8
+    sparsities: tuple[float, ...] = (0.95,)
+    rivals: tuple[str, ...] = ("erk", "igq", "snip", "synflow")
+    positions: str = "spread"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require(self.draws >= 1, "design.draws", self.draws, "give at least 1")
+        require(0 < self.sigma < math.inf, "design.sigma", self.sigma, "give a positive number")
+        require(len(self.sparsities) > 0, "design.sparsities", list(self.sparsities), "give at least one")
+        for sparsity in self.sparsities:
+            check_sparsity(sparsity)
+        known = [p for p in POSITIONS if p.startswith("spread") and p != "spread_scores"]
+        require(self.positions in known, "design.positions", self.positions, f"known: {', '.join(known)}")
+
+
+@dataclass(frozen=True)
+class DesignCell:
+    """One training: everything that its result depends on. `source`: `"dense"`, `"base"`, a rival, or `"draw 3"`."""
+
+    model: ModelSettings
+    data: DataSettings
+    recipe: Recipe
+    seed: int
+    sparsity: float
+    source: str
+    design: DesignSettings
+    inputs: str = ""
+    folder: ClassVar[str] = "trials"
+
+    def key(self) -> str:
+        """File name: readable, and unique through a hash of the settings and inputs; not of how many draws there are."""
+        values = json.loads(json.dumps(dataclasses.asdict(self)))
+        values["data"].pop("root")
+        values["design"] = {k: values["design"][k] for k in ("sigma", "positions", "seed")}
+        name = self.source.replace(" ", "_").replace(":", "_")
+        return f"{self.model.label()[:60]}_{name}_{self.sparsity:g}_s{self.seed}_{fingerprint(values)[:10]}"
+
+    def row(self) -> dict[str, Any]:
+        """What names the cell in the table."""
+        return {
+            "model": self.model.label(),
+            "data": self.data.label(),
+            "sparsity": self.sparsity,
+            "seed": self.seed,
+            "source": self.source,
+            "recipe": fingerprint(self.recipe)[:8],
+        }
+
+    def shared(self, directory: Path) -> Path | None:
+        """Nothing is shared: base densities take a second or two."""
+        return None
+
+    def run(self, directory: Path, data: ImageData, *, device: str, state: Path, progress: Progress) -> dict[str, Any]:
+        """Train under its layer densities."""
+        model = build_model(self.model, data, self.seed).to(data.device)
+        masks, layers = None, []
+        with threads_for(model, data, self.recipe.batch_size):
+            if self.source != DENSE:
+                known = known_densities(model, data, self.sparsity, self.seed)
+                chosen = self.densities(known)
+                example = data.normalise(data.train.images[:2])
+                how: dict[str, Any] = {"scope": chosen, "example_input": example, "seed": self.seed}
+                masks = prune(model, self.sparsity, self.design.positions, **how)
+                kept = {layer.name: layer.kept for layer in masks.layers()}
+                layers = [{**known.rows[name], "kept": kept[name]} for name in known.rows]
+            trained = train(
+                model,
+                data,
+                self.recipe,
+                masks=masks,
+                seed=self.seed,
+                device=device,
+                checkpoint=state / "training.pt",
+                on_epoch=progress,
+            )
+        last = trained.history[-1]
+        return {
+            **self.row(),
+            "accuracy": trained.accuracy,
+            "loss": trained.loss,
+            "validation_loss": last["validation_loss"],
+            "validation_accuracy": last["accuracy"],
+            "train_seconds": trained.seconds,
+            "layers": layers,
+        }
+
+    def densities(self, known: Known) -> dict[str, float]:
+        """The layer densities of this cell, before they are scaled to the exact total."""
+        if self.source in known.densities:
+            return known.densities[self.source]
+        number = int(self.source.removeprefix("draw "))
+        task = self.model.label(), self.data.label(), self.seed, self.sparsity
+        generator = make_generator(self.design.seed, "layer densities", number, *task)
+        base = known.densities[BASE]
+        noise = torch.randn(len(base), generator=generator).tolist()
+        return {n: min(1.0, d * math.exp(self.design.sigma * e)) for (n, d), e in zip(base.items(), noise, strict=True)}
+
+
+@dataclass(frozen=True)
+class Known:
+    """Layer densities of the base and of hand-made rules, and the features of each layer."""
+
+    densities: Mapping[str, dict[str, float]]
+    rows: Mapping[str, dict[str, Any]]
+
+
+def known_densities(model: torch.nn.Module, data: ImageData, sparsity: float, seed: int) -> Known:
+    """What is known of a network's layers before it trains."""
+    batches = data.sample(128, 1, seed)
+    graph = trace(model, batches[0][0][:2])
+    found: dict[str, dict[str, float]] = {}
+    for name in ("synflow", "snip"):
+        masks = prune(model, sparsity, name, batches=batches, seed=seed)
+        found[name] = {layer.name: layer.density for layer in masks.layers()}
+    layers: Mapping[str, Layer] = masks.layer_info
+    for name in DENSITIES:
+        found[name] = layer_densities(name, layers, 1 - sparsity)
+    found[BASE] = {n: math.sqrt(found["erk"][n] * max(found["synflow"][n], LEAST)) for n in layers}
+    weights = measure(model, layers, ("weight",))
+    own = contexts(layers, weights, ("weight",), graph)
+    areas = output_areas(graph)
+    rows = {}
+    for name, layer in layers.items():
+        constants = own[name].constants
+        rows[name] = {
+            "name": name,
+            "total": layer.numel,
+            **{key: float(constants[key]) for key in FEATURES if key in constants},
+            "area": math.log(areas.get(name, 1)),
+            "shortcut": float(layer.kind == "conv" and math.prod(layer.kernel) == 1 and bool(constants["layer_adds"])),
+            **{key: math.log(max(found[key][name], LEAST)) for key in ("erk", "igq", "synflow", "snip", BASE)},
+        }
+    return Known(found, rows)
+
+
+def output_areas(graph: Graph) -> dict[str, int]:
+    """How many positions each weight serves: the product of the spatial sizes of its layer's output (tokens of a Linear)."""
+    areas = {}
+    for operation in graph.operations:
+        spatial = operation.shape[2:] if operation.kind.startswith("conv") else operation.shape[1:-1]
+        areas.update(dict.fromkeys(operation.weights, max(1, math.prod(spatial))))
+    return areas
+
+
+def design(tasks: Iterable[Task], chosen: DesignSettings) -> list[DesignCell]:
+    """All trainings: of every task the dense one, the base and the rivals first, then draw by draw over all tasks, so that a
+    stop leaves as many draws of each."""
+    places = [(task, sparsity) for task in tasks for sparsity in chosen.sparsities]
+    cells: list[DesignCell] = []
+    for task, sparsity in places:
+        start = of_start(
+            build_model(task.model, shared_data(task.data, "cpu"), task.seed), shared_data(task.data, "cpu")
+        )
+        common = task.model, task.data, task.recipe, task.seed
+        for source in (DENSE, BASE, *chosen.rivals, *(f"draw {i}" for i in range(chosen.draws))):
+            cells.append(DesignCell(*common, 0.0 if source == DENSE else sparsity, source, chosen, start))
+    order = {source: i for i, source in enumerate((DENSE, BASE, *chosen.rivals))}
+    last = len(order)
+
+    def turn(cell: DesignCell) -> int:
+        return order.get(cell.source, last) if cell.source in order else last + int(cell.source.removeprefix("draw "))
+
+    unique = {cell.key(): cell for cell in cells}  # the dense training once for all sparsities
+    return sorted(unique.values(), key=turn)
+
+
+def run_design(
+    cells: Sequence[DesignCell],
+    directory: Path,
+    *,
+    device: str = "auto",
+    executor: ExecutorSettings = INLINE,
+    on_cell: Callable[[int, DesignCell, Result, bool], None] | None = None,
+    on_event: Callable[[Event], None] | None = None,
+) -> list[Result]:
+    """Do the trainings that are not done yet, and keep `directory/design.csv` up to date; see `run_cells`."""
+
+    def write(results: Sequence[Mapping[str, Any]]) -> None:
+        base = {place_of(r): r.get("accuracy") for r in results if r["source"] == BASE}
+        write_table(directory / "design.csv", COLUMNS, [{**r, "base_accuracy": base.get(place_of(r))} for r in results])
+
+    return run_cells(
+        cells, directory, None, write, device=device, executor=executor, on_cell=on_cell, on_event=on_event
+    )
+
+
+def place_of(result: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The task that a result is of."""
+    return result["model"], result["data"], result["sparsity"], result["seed"]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What was fitted: `coefficients` and their standard errors by feature, in points of accuracy per standard deviation of the
+    feature and unit of log density; `curvature`, what a squared unit costs; `correlation`, Spearman's between predicted and
+    measured differences on networks that were left out, and `slope` of measured on predicted; `trainings` it is from."""
+
+    coefficients: Mapping[str, float]
+    errors: Mapping[str, float]
+    curvature: float
+    correlation: float
+    slope: float
+    trainings: int
+    networks: int
+
+
+def fit_rule(results: Sequence[Mapping[str, Any]], ridge: float = 1.0, folds: int = 8) -> Rule:
+    """A rule of layer densities from the outcomes of draws.
+
+    With `r_l = log(d_l/base_l)` of layer l and its standardised features `f_l`, the difference in accuracy to the base is
+    modelled as `Σ_k a_k Σ_l w_l f_lk r_l − c Σ_l w_l r_l²`, with `w_l` the share of layer l among the layers; ridge regression
+    in standardised columns. Standard errors are those of a bootstrap over networks.
+
+    Raises:
+        AutoSparseError: fewer than two networks with draws.
+    """
+    from scipy.stats import spearmanr
+    from sklearn.linear_model import Ridge
+    from sklearn.model_selection import GroupKFold
+
+    columns, targets, owners = _regressors(results)
+    networks = sorted(set(owners))
+    if len(networks) < 2:
+        raise AutoSparseError(f"design: draws of {len(networks)} networks are done; two are needed to fit a rule")
+    scale = columns.std(0) + 1e-12
+    x, y = columns / scale, np.array(targets)
+    group = np.array([networks.index(owner) for owner in owners])
+
+    def fitted(part: np.ndarray) -> np.ndarray:
+        return Ridge(alpha=ridge, fit_intercept=False).fit(x[part], y[part]).coef_
+
+    everything = np.arange(len(y))
+    whole = fitted(everything)
+    predicted = np.zeros(len(y))
+    for train_part, test_part in GroupKFold(min(folds, len(networks))).split(x, y, group):
+        predicted[test_part] = x[test_part] @ fitted(train_part)
+    drawn = np.random.default_rng(0).integers(len(networks), size=(200, len(networks)))  # the seed of a bootstrap
+    samples = [fitted(np.concatenate([everything[group == g] for g in one])) for one in drawn]
+    errors = np.std(samples, axis=0)
+    slope = float(predicted @ y / max(float(predicted @ predicted), 1e-12))
+    names = [*FEATURES]
+    return Rule(
+        coefficients={n: 100 * float(v) for n, v in zip(names, whole / scale, strict=False)},
+        errors={n: 100 * float(v) for n, v in zip(names, errors / scale, strict=False)},
+        curvature=-100 * float(whole[-1] / scale[-1]),
+        correlation=float(spearmanr(predicted, y).statistic),
+        slope=slope,
+        trainings=len(y),
+        networks=len(networks),
+    )
+
+
+def _regressors(results: Sequence[Mapping[str, Any]]) -> tuple[np.ndarray, list[float], list[str]]:
+    """A row for each draw and rival: sums over layers of features times log ratio, the sum of squares, and the difference."""
+    done = [r for r in results if not r.get("error") and r["source"] != DENSE]
+    base = {place_of(r): r for r in done if r["source"] == BASE}
+    layers = [layer for r in base.values() for layer in r["layers"]]
+    if not layers:
+        return np.zeros((0, len(FEATURES) + 1)), [], []
+    table = np.array([[layer[key] for key in FEATURES] for layer in layers])
+    mean, std = table.mean(0), table.std(0) + 1e-12
+    rows, targets, owners = [], [], []
+    for result in done:
+        origin = base.get(place_of(result))
+        if origin is None or result is origin:
+            continue
+        features = (np.array([[layer[key] for key in FEATURES] for layer in result["layers"]]) - mean) / std
+        pairs = zip(result["layers"], origin["layers"], strict=True)
+        ratio = np.array([math.log(max(a["kept"], 0.5) / max(b["kept"], 0.5)) for a, b in pairs])
+        share = 1 / len(ratio)
+        rows.append([*(share * features.T @ ratio), share * float(ratio @ ratio)])
+        targets.append(result["accuracy"] - origin["accuracy"])
+        owners.append(result["model"])
+    return np.array(rows), targets, owners

@@ -1,0 +1,154 @@
+"""The designed experiment on layer densities: what is drawn, exact totals, stops, and a planted rule that is found again."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from autosparse.commands.loading import load_config
+from autosparse.commands.schemas import TuneConfig
+from autosparse.commands.tune import run
+from autosparse.errors import AutoSparseError
+from autosparse.experiment.design import (
+    BASE,
+    DENSE,
+    FEATURES,
+    DesignSettings,
+    design,
+    fit_rule,
+    known_densities,
+    output_areas,
+    place_of,
+    run_design,
+)
+from autosparse.files import read_json
+from autosparse.network.graph import trace
+from autosparse.scorers.outcome import Task
+from autosparse.training.data import DataSettings, ImageData
+from autosparse.training.models import ModelSettings, create_model
+from autosparse.training.recipe import Recipe
+
+DATA = DataSettings("digits", limit=96, limit_test=40, validation=1 / 3)
+TASKS = [Task(ModelSettings("convnet", w), DATA, Recipe(steps=4, batch_size=16, lr=0.05), 0) for w in (4, 6)]
+SMALL = DesignSettings(draws=2, sparsities=(0.8,), rivals=("erk", "synflow"))
+
+
+def test_what_is_trained_and_in_which_order() -> None:
+    cells = design(TASKS, SMALL)
+    assert [c.source for c in cells[::2]] == [DENSE, BASE, "erk", "synflow", "draw 0", "draw 1"]
+    assert [c.model.width for c in cells[:4]] == [4, 6, 4, 6], "all tasks have as many draws when it is stopped"
+    more = design(TASKS, DesignSettings(draws=3, sparsities=(0.8, 0.9), rivals=("erk", "synflow")))
+    keys = {c.key() for c in more}
+    assert {c.key() for c in cells} < keys and len(keys) == 2 + 2 * 2 * 6, "more draws and sparsities keep what is done"
+
+
+def test_base_draws_and_features(digits: ImageData) -> None:
+    model = create_model(ModelSettings("convnet", 4), in_channels=1, image_size=8)
+    known = known_densities(model, digits, 0.8, 0)
+    erk, synflow, base = (known.densities[k] for k in ("erk", "synflow", BASE))
+    assert all(base[n] == pytest.approx(math.sqrt(erk[n] * max(synflow[n], 1e-4))) for n in base)
+    first, *_, last = known.rows.values()
+    assert set(FEATURES) < set(first) and first["layer_first"] == 1 and last["layer_last"] == 1
+    assert first["area"] == pytest.approx(math.log(64)) and last["area"] == 0
+    cells = {c.source: c for c in design(TASKS[:1], SMALL)}
+    draws = [cells[f"draw {i}"].densities(known) for i in (0, 1, 0)]
+    assert draws[0] == draws[2] != draws[1] and all(0 < d <= 1 for d in draws[0].values())
+    spread = [math.log(draws[i][n] / base[n]) for i in (0, 1) for n in base if draws[i][n] < 1]
+    assert 0.2 < float(np.std(spread)) < 2
+
+
+def test_areas_by_hand() -> None:
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(1, 2, 3, stride=2, padding=1), torch.nn.Flatten(), torch.nn.Linear(2 * 16, 3)
+    )
+    assert output_areas(trace(model, torch.zeros(2, 1, 8, 8))) == {"0.weight": 16, "2.weight": 1}
+
+
+def test_a_stop_loses_nothing(tmp_path: Path) -> None:
+    class Stop(BaseException):
+        pass
+
+    seen: list[str] = []
+
+    def stop(count: int, cell: Any, result: Any, known: bool) -> None:
+        seen.append(cell.source)
+        if count == 5:
+            raise Stop
+
+    cells = design(TASKS, SMALL)
+    with pytest.raises(Stop):
+        run_design(cells, tmp_path, device="cpu", on_cell=stop)
+    results = run_design(cells, tmp_path, device="cpu", on_cell=lambda n, c, r, k: seen.append(f"{c.source}{k}"))
+    assert sum(s.endswith("True") for s in seen) == 5 and len(results) == 12
+    for result in results:
+        kept = sum(layer["kept"] for layer in result["layers"])
+        total = sum(layer["total"] for layer in result["layers"])
+        assert kept == round(0.2 * total) or result["source"] == DENSE
+    lines = (tmp_path / "design.csv").read_text().splitlines()
+    assert len(lines) == 13 and lines[0].startswith("model,data,sparsity,seed,source,accuracy")
+
+
+def planted(networks: int = 10, draws: int = 12, noise: float = 0.002) -> list[dict[str, Any]]:
+    """Outcomes in which early layers gain by more density, and everything loses by being far from the base."""
+    rng = np.random.default_rng(0)
+    results: list[dict[str, Any]] = []
+    for network in range(networks):
+        count = int(rng.integers(4, 9))
+        features = rng.normal(size=(count, len(FEATURES)))
+        common = {"model": f"n{network}", "data": "d", "sparsity": 0.9, "seed": 0}
+        for draw in range(-1, draws):
+            ratio = np.zeros(count) if draw < 0 else rng.normal(0, 0.8, count)
+            gain = float(np.mean(0.02 * features[:, FEATURES.index("layer_first")] * ratio - 0.01 * ratio**2))
+            layers = [
+                {"kept": 1000 * math.exp(r), **dict(zip(FEATURES, f, strict=True))}
+                for r, f in zip(ratio, features, strict=True)
+            ]
+            source = BASE if draw < 0 else f"draw {draw}"
+            accuracy = 0.5 + gain + (0 if draw < 0 else float(rng.normal(0, noise)))
+            results.append({**common, "source": source, "accuracy": accuracy, "layers": layers})
+    return results
+
+
+def test_a_planted_rule_is_found() -> None:
+    rule = fit_rule(planted())
+    assert rule.networks == 10 and rule.trainings == 120
+    assert rule.coefficients["layer_first"] == pytest.approx(2.0, abs=0.3)
+    others = [abs(v) for n, v in rule.coefficients.items() if n != "layer_first"]
+    assert max(others) < 0.4 and rule.curvature == pytest.approx(1.0, abs=0.3)
+    assert rule.correlation > 0.8 and rule.slope == pytest.approx(1.0, abs=0.2)
+    assert 0 < rule.errors["layer_first"] < 0.4
+    noise = planted()
+    for index, result in enumerate(noise):
+        result["accuracy"] = 0.5 + 0.01 * math.sin(77 * index)
+    assert abs(fit_rule(noise).correlation) < 0.3, "nothing is found where nothing is"
+    with pytest.raises(AutoSparseError, match="draws of 1 networks are done"):
+        fit_rule([r for r in planted() if r["model"] == "n0"])
+
+
+def test_places_tell_tasks_apart() -> None:
+    one = {"model": "m", "data": "d", "sparsity": 0.9, "seed": 0}
+    assert place_of(one) != place_of({**one, "seed": 1})
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tmp_path / "c.yaml"
+    config.write_text(
+        f"{{output: {tmp_path / 'out'}, data: {{name: digits, limit: 200, validation: 0.2}}, executor: inline, device: cpu, "
+        "tasks: {count: 2, seeds: 1, data: [{}], min_weights: 2000, max_weights: 9000}, "
+        "recipe: {steps: 4, batch_size: 16}, design: {draws: 2, rivals: [erk]}}"
+    )
+    path = run(load_config(TuneConfig, config))
+    out = capsys.readouterr().out
+    assert "6 trainings of 2 networks" in out and "rank correlation" in out and path.name == "design.csv"
+    assert read_json(tmp_path / "out" / "rule.json", "rule")["networks"] == 2
+    for wrong, message in (
+        ("design.draws=0", "design.draws is 0"),
+        ("design.positions=scores", "known: spread, spread_small"),
+    ):
+        with pytest.raises(AutoSparseError, match=message):
+            load_config(TuneConfig, config, [wrong])

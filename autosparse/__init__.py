@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from autosparse.scorers.loading import load_scorer
     from autosparse.search.irp import IRPSettings, irp
     from autosparse.search.method import Method, SearchResult
-    from autosparse.search.sparsify import Sparsifier, sparsify
+    from autosparse.search.sparsify import SparseTraining, Sparsifier, sparsify
     from autosparse.trainability.export import export
     from autosparse.trainability.prepare import prepare
     from autosparse.trainability.shrink import shrink
@@ -49,6 +49,7 @@ _WHERE = {
     "Recipe": "autosparse.training.recipe",
     "ScorerKind": "autosparse.scorers.kinds",
     "SearchResult": "autosparse.search.method",
+    "SparseTraining": "autosparse.search.sparsify",
     "Sparsifier": "autosparse.search.sparsify",
     "diagnose": "autosparse.network.diagnostics",
     "export": "autosparse.trainability.export",
@@ -78,6 +79,7 @@ __all__ = [
     "Recipe",
     "ScorerKind",
     "SearchResult",
+    "SparseTraining",
     "Sparsifier",
     "diagnose",
     "export",

@@ -63,6 +63,7 @@ def test_recipes_for_extending_run(tmp_path, monkeypatch, capsys):
         "snip by depth",
         "mine:short",
         "densities:mine:short",
+        "mine:halfway-continues",
     ]
     assert not any(row.get("error") for row in rows) and all(float(r["sparsity_got"]) == 0.5 for r in rows[1:])
 

@@ -38,6 +38,7 @@ SCHEMAS: dict[str, type] = {
     "corpus": GenerateConfig,
     "scorer": FitConfig,
     "tune": TuneConfig,
+    "design": TuneConfig,
     "benchmark": BenchmarkConfig,
     "check": CheckConfig,
     "diagnose": DiagnoseConfig,

@@ -86,9 +86,9 @@ class SparseTraining:
 class Sparsifier:
     """Changes the masks of a model as its optimizer steps, and holds pruned weights at zero. Made by `sparsify`.
 
-    It follows `optimizer.step()`, so it works with gradient accumulation and gradient scalers (a step that is skipped for
-    infinite gradients is not counted), `torch.compile`, and DDP (every rank makes the same choice, because gradients and
-    seed are the same). Momentum and other state of the optimizer are set to zero for each weight that leaves or returns.
+    It follows `optimizer.step()` by hooks, which `copy.deepcopy(optimizer)` silently drops. It works with gradient
+    accumulation, gradient scalers (a step that is skipped for infinite gradients is not counted), `torch.compile`, and DDP
+    (every rank makes the same choice, because gradients and seed are the same). Momentum and other state of the optimizer are set to zero for each weight that leaves or returns.
     With RigL an update takes the place of an optimizer step: the gradients are set to `None`, so that nothing moves.
     """
 
@@ -213,6 +213,8 @@ class Sparsifier:
     @torch.no_grad()
     def _update(self) -> None:
         step = self.step + 1 if self._skipped else self.step
+        for known in (self._masks, self._removed_in):  # the model may have been moved to another device
+            known.update({n: t.to(self._weights[n].device) for n, t in known.items()})
         now = Update(
             {n: w.detach() for n, w in self._weights.items()},
             {n: w.grad for n, w in self._weights.items()},

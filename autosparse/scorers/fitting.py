@@ -16,11 +16,11 @@ from autosparse.errors import AutoSparseFailure
 from autosparse.files import sha256
 from autosparse.masks.random import make_generator, seeded
 from autosparse.scorers import heads
+from autosparse.scorers.batches import Moments, RowBatch
 from autosparse.scorers.card import Card
 from autosparse.scorers.corpus import hash_of
 from autosparse.scorers.evaluation import evaluate, means
-from autosparse.scorers.mlp import Moments
-from autosparse.scorers.rows import FitSettings, RowBatch, Rows, Source, features_of, open_sources
+from autosparse.scorers.rows import FitSettings, Rows, Source, features_of, open_sources
 from autosparse.scorers.scorer import Scorer
 from autosparse.scorers.splits import Parts, folds, split_records
 from autosparse.training.threads import threads_of_step
@@ -106,12 +106,12 @@ def fit_parts(
     options = kind.options(fit_settings.options, fit_settings.scorer)
 
     def part(which: Sequence[int]) -> Rows:
-        group = kind.records_per_step(fit_settings, len(which))
+        group = kind.records_per_step(fit_settings.records_per_step, len(which))
         return Rows([sources[i] for i in which], kind.columns(features), fit_settings, group)
 
     with seeded(fit_settings.seed, "initialization of a scorer"):
         network = kind.to_fit(features, heads.outputs(fit_settings.head), options)
-        with threads_of_step(sum(p.numel() for p in network.parameters()) * kind.uses(fit_settings)):
+        with threads_of_step(sum(p.numel() for p in network.parameters()) * kind.uses(fit_settings.batch_size)):
             history, kept = _train(
                 network, part(parts.fit), part(parts.validation), fit_settings, torch.device(device), on_epoch
             )

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from autosparse.errors import require, settings, warn
 from autosparse.network.graph import Graph
+from autosparse.scorers.batches import Moments
 from autosparse.scorers.features import View, channel_index, channel_sums, channels, of_weights
 from autosparse.scorers.kinds import ScorerKind
-from autosparse.scorers.mlp import Moments, Outputs, Standard
+from autosparse.scorers.mlp import Outputs, Standard
 
 with warnings.catch_warnings():  # that torch.jit will go is not the user's business
     warnings.simplefilter("ignore", FutureWarning)
@@ -232,8 +233,8 @@ class _GNN(ScorerKind):
     def data(self, view: View) -> NetworkData:
         return network_data(view)
 
-    def records_per_step(self, settings: Any, records: int) -> int:
-        return settings.records_per_step
+    def records_per_step(self, wanted: int, records: int) -> int:
+        return wanted
 
     def standardise(self, network: nn.Module, moments: Moments, data: Sequence[NetworkData]) -> None:
         super().standardise(network, moments, data)

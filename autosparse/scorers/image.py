@@ -125,10 +125,10 @@ class _Image(ScorerKind):
         assert isinstance(network, ImageScorer)
         return network.table(TABLE)
 
-    def rows_per_record(self, settings: Any, records: int) -> int | None:
-        return min(settings.rows_per_record or MOST_ROWS, max(1, MOST_ROWS // records))
+    def rows_per_record(self, wanted: int | None, records: int) -> int | None:
+        return min(wanted or MOST_ROWS, max(1, MOST_ROWS // records))
 
-    def uses(self, settings: Any) -> int:
+    def uses(self, batch_size: int) -> int:
         return 1_000_000  # an image network uses a weight once for each of its points, not once a row
 
 

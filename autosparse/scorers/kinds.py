@@ -12,11 +12,10 @@ from torch import Tensor, nn
 
 from autosparse.errors import AutoSparseError, from_mapping, require, suggest
 from autosparse.plugins import is_outside, load_outside
+from autosparse.scorers.batches import Moments, RowBatch
 
 if TYPE_CHECKING:
     from autosparse.scorers.features import View
-    from autosparse.scorers.mlp import Moments
-    from autosparse.scorers.rows import FitSettings, RowBatch
 
 
 class ScorerKind:
@@ -69,17 +68,17 @@ class ScorerKind:
         """What is known of a whole network, beside the rows of its weights; computed once for each record."""
         return None
 
-    def records_per_step(self, settings: FitSettings, records: int) -> int:
-        """How many records one batch may mix."""
+    def records_per_step(self, wanted: int, records: int) -> int:
+        """How many of the records one batch may mix, `wanted` by the settings."""
         return max(records, 1)
 
-    def rows_per_record(self, settings: FitSettings, records: int) -> int | None:
-        """At most so many weights of each record in an epoch; `None`: all."""
-        return settings.rows_per_record
+    def rows_per_record(self, wanted: int | None, records: int) -> int | None:
+        """At most so many weights of each record in an epoch, `wanted` by the settings; `None`: all."""
+        return wanted
 
-    def uses(self, settings: FitSettings) -> int:
+    def uses(self, batch_size: int) -> int:
         """How often each parameter is used in a step: what decides between one thread and several."""
-        return settings.batch_size
+        return batch_size
 
     def standardise(self, network: nn.Module, moments: Moments, data: Sequence[Any]) -> None:
         """Set mean, standard deviation and range of the inputs: `moments` of the rows, `data` of every record."""

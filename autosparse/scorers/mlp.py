@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from autosparse.errors import require, settings
+from autosparse.scorers.batches import Moments
 from autosparse.scorers.features import View
 from autosparse.scorers.kinds import ScorerKind
 
@@ -43,30 +44,6 @@ class Standard(nn.Module):
 
     def forward(self, rows: Tensor) -> Tensor:
         return (rows.clamp(self.low, self.high) - self.mean) / self.std
-
-
-class Moments:
-    """Mean, standard deviation and range of rows that are seen part by part."""
-
-    def __init__(self, inputs: int) -> None:
-        self.count = 0
-        self.total = torch.zeros(inputs, dtype=torch.float64)
-        self.squares = torch.zeros(inputs, dtype=torch.float64)
-        self.low = torch.full((inputs,), math.inf)
-        self.high = torch.full((inputs,), -math.inf)
-
-    def see(self, rows: Tensor) -> None:
-        if len(rows):
-            self.count += len(rows)
-            self.total += rows.double().sum(0)
-            self.squares += rows.double().square().sum(0)
-            self.low = torch.minimum(self.low, rows.amin(0))
-            self.high = torch.maximum(self.high, rows.amax(0))
-
-    def figures(self) -> dict[str, Tensor]:
-        mean = self.total / max(self.count, 1)
-        std = (self.squares / max(self.count, 1) - mean.square()).clamp(min=1e-6).sqrt()
-        return {"mean": mean, "std": std, "low": self.low, "high": self.high}
 
 
 class MLPScorer(nn.Module):

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import h5py
 import numpy as np
@@ -20,6 +20,7 @@ from autosparse.masks.layers import Layer
 from autosparse.plugins import is_outside
 from autosparse.pruning.criteria import POSITIONS
 from autosparse.scorers import heads
+from autosparse.scorers.batches import RowBatch
 from autosparse.scorers.corpus import tags_of
 from autosparse.scorers.features import (
     DEFAULT,
@@ -163,23 +164,6 @@ def as_signals(record: Record) -> dict[str, dict[str, Tensor]]:
     return {s: {n: torch.from_numpy(a) for n, a in arrays.items()} for s, arrays in record.signals.items()}
 
 
-class RowBatch(NamedTuple):
-    """Rows of several records: features `(n, F)`, survival `(n,)`, which record `(n,)`, and where in it the weight is
-    `(n, 3)`: its layer, its output channel and its input channel, counted over all layers."""
-
-    x: Tensor
-    y: Tensor
-    owner: Tensor
-    place: Tensor
-
-    def pick(self, index: Tensor) -> RowBatch:
-        return RowBatch(*(column[index] for column in self))
-
-    @staticmethod
-    def join(parts: Sequence[RowBatch]) -> RowBatch:
-        return RowBatch(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
-
-
 @dataclass(frozen=True)
 class Rows:
     """Rows of several records in shuffled batches, held in memory when they fit, else streamed block by block.
@@ -193,7 +177,7 @@ class Rows:
     group: int
 
     def share(self, source: Source) -> float:
-        limit = self.settings.kind.rows_per_record(self.settings, len(self.sources))
+        limit = self.settings.kind.rows_per_record(self.settings.rows_per_record, len(self.sources))
         return 1.0 if limit is None else min(1.0, limit / source.total)
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from autosparse.network.running import Batch, Loss
 from autosparse.network.signals import Signals
 from autosparse.pruning.criteria import Criterion, Preset
 from autosparse.pruning.prune import prune as _prune
-from autosparse.scorers.loading import criterion_for
+from autosparse.scorers.loading import criterion_for, is_scorer
 
 
 def prune(
@@ -83,9 +84,9 @@ def prune(
     """
     common: dict[str, Any] = {"example_input": example_input, "loss": loss, "seed": seed, "floor": floor}
     common |= {"include": include, "exclude": exclude}
-    if isinstance(scope, str) and scope.startswith("densities:"):
-        batches = list(batches) if isinstance(batches, Iterator) else batches  # both criteria take the same ones
-        other = _prune(model, sparsity, criterion_for(scope.removeprefix("densities:")), batches=batches, **common)
+    if isinstance(scope, str) and scope.startswith("densities:") and is_scorer(scope.removeprefix("densities:")):
+        first, batches = itertools.tee(batches) if isinstance(batches, Iterator) else (batches, batches)
+        other = _prune(model, sparsity, criterion_for(scope.removeprefix("densities:")), batches=first, **common)
         scope = {layer.name: layer.density for layer in other.layers()}
     common |= {"scope": scope, "granularity": granularity, "steps": steps, "schedule": schedule, "signals": signals}
     return _prune(model, sparsity, criterion_for(criterion), batches=batches, n_batches=n_batches, **common)

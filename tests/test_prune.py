@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -511,10 +512,17 @@ def test_densities_of_one_criterion_and_positions_of_another() -> None:
     model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
     batches = [(torch.randn(16, 8), torch.arange(16) % 4)]
     synflow = autosparse.prune(model, 0.7, "synflow", batches=batches)
-    for given in (batches, iter(batches)):
+    for given in (batches, iter(batches), itertools.cycle(batches)):
         masks = autosparse.prune(model, 0.7, "snip", batches=given, scope="densities:synflow")
         assert [layer.kept for layer in masks.layers()] == [layer.kept for layer in synflow.layers()] != [128, 64]
         assert masks != synflow
+    for preset in ("random_synflow", "spread_synflow"):
+        masks = autosparse.prune(model, 0.7, preset, batches=batches)
+        assert [layer.kept for layer in masks.layers()] == [layer.kept for layer in synflow.layers()]
+    snip = autosparse.prune(model, 0.7, "random_snip", batches=batches)
+    assert snip.report.origin["images"] == 16, "the images that SNIP saw count"
+    with pytest.raises(AutoSparseError, match="criterion 'snip' needs gradients: give batches"):
+        autosparse.prune(model, 0.7, "random_snip", example_input=batches[0][0])
     with pytest.raises(AutoSparseError, match="did you mean 'synflow'"):
         autosparse.prune(model, 0.7, "snip", batches=batches, scope="densities:synflw")
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from numbers import Integral
 from typing import Any, Literal
@@ -56,6 +57,9 @@ def prune(
     density = 1.0 if given else _density(sparsity, pattern)
     rule = preset.criterion
     steps = preset.steps if steps is None else steps
+    how: dict[str, Any] = {"example_input": example_input, "loss": loss, "seed": seed, "floor": floor}
+    how |= {"include": include, "exclude": exclude}
+    scope, spent, batches = _scope(model, sparsity, scope or preset.scope, batches, how)
     check_model(model)
     check_values(model)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
@@ -63,8 +67,7 @@ def prune(
     example = example_input if example_input is not None else (taken[0][0] if taken else None)
     layers, graph, traced = _traced(model, example, rule, include, exclude)
     if isinstance(scope, Mapping) and given:
-        density = sum(scope.get(n, 1.0) * layer.numel for n, layer in layers.items())
-        density /= sum(layer.numel for layer in layers.values())
+        density = _mean_density(scope, layers)
     path = densities(density, steps, schedule or preset.schedule)
     coupled, dense = _coupled(model, layers, path[-1], pattern, graph, traced)
     used = taken[:wanted]
@@ -72,7 +75,6 @@ def prune(
     changing = [name for name in rule.signals if name not in (*FIXED, *known)]
     fixed = measure(model, layers, [n for n in rule.signals if n in FIXED and n not in known], example_input=traced)
     masks: Masks | None = None
-    how: dict[str, Any]
     measured = 0
     for target in path:
         if masks is not None and graph is not None:
@@ -84,7 +86,7 @@ def prune(
         drawn = seed if measured == 1 else derive(seed, "step", measured)
         found = measure(model, layers, changing, batches=used, example_input=traced, masks=masks, loss=loss, seed=drawn)
         scores = rule({**known, **fixed, **found}, Context(layers, target, graph, masks, seed))
-        how = {"scope": scope or preset.scope, "granularity": shape, "floor": floor, "coupled": coupled, "dense": dense}
+        how = {"scope": scope, "granularity": shape, "floor": floor, "coupled": coupled, "dense": dense}
         within = None if preset.revive else masks
         masks = select(scores, target, layers=layers, within=within, seed=seed, **how)
         del found, scores  # so that the next step takes their memory and not new
@@ -93,19 +95,30 @@ def prune(
     origin = {
         "criterion": rule.name,
         "sparsity": None if sparsity is None else float(sparsity),
-        "scope": "given densities" if isinstance(scope, Mapping) else scope or preset.scope,
+        "scope": "given densities" if isinstance(scope, Mapping) else scope,
         "granularity": str(granularity) if granularity is not None else "unstructured",
         "steps": len(path),
         "n_batches": len(used),
-        "images": images_seen(changing, used, example) * measured,
+        "images": images_seen(changing, used, example) * measured + spent,
         "floor": float(floor),
         "seed": seed,
     }
-    notes = masks.report.notes
-    if isinstance(pattern, Channel) and graph is None:
-        notes = (*notes, "no example_input: which channels are coupled is not known")
-    masks.report = replace(masks.report, notes=notes, origin=origin)
+    blind = isinstance(pattern, Channel) and graph is None
+    notes = ("no example_input: which channels are coupled is not known",) if blind else ()
+    masks.report = replace(masks.report, notes=masks.report.notes + notes, origin=origin)
     return describe(model, masks, traced, graph)
+
+
+def _scope(
+    model: nn.Module, sparsity: float | None, scope: Scope, batches: Iterable[Batch] | None, how: Mapping[str, Any]
+) -> tuple[Scope, int, Iterable[Batch] | None]:
+    """The scope with the layer densities of another criterion in place of `"densities:NAME"`, the images that it took, and
+    the batches, which both criteria have from their beginning."""
+    if not isinstance(scope, str) or not scope.startswith("densities:"):
+        return scope, 0, batches
+    first, batches = itertools.tee(batches) if isinstance(batches, Iterator) else (batches, batches)
+    masks = prune(model, sparsity, scope.removeprefix("densities:"), batches=first, **how)
+    return {layer.name: layer.density for layer in masks.layers()}, masks.report.origin["images"], batches
 
 
 def _batches(
@@ -225,6 +238,11 @@ def _preset(criterion: str | Criterion | Preset) -> Preset:
         "give a preset's name, a scorer's name or file, a Preset, or a criterion with name, signals and n_batches",
     )
     return Preset(criterion)
+
+
+def _mean_density(scope: Mapping[str, float], layers: Mapping[str, Layer]) -> float:
+    kept = sum(scope.get(n, 1.0) * layer.numel for n, layer in layers.items())
+    return kept / sum(layer.numel for layer in layers.values())
 
 
 def _density(sparsity: float | None, pattern: Granularity) -> float:

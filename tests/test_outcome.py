@@ -145,7 +145,7 @@ def test_a_trial_needs_validation_images(tmp_path: Path) -> None:
     base = tmp_path / "base.safetensors"
     scorer().save(base)
     task = replace(TASKS[0], data=replace(DATA, validation=0.0))
-    with pytest.raises(AutoSparseError, match=r"data.validation is 0.0: trials are judged on validation images"):
+    with pytest.raises(AutoSparseError, match=r"data.validation is 0.0: trials are compared on validation images"):
         do_trial(Trial(task, str(base), (), 0.8, 0.0, ""), tmp_path / "t.json", device="cpu", progress=lambda row: None)
 
 

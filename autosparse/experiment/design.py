@@ -25,7 +25,7 @@ from autosparse.jobs.cells import Progress, Result, run_cells, write_table
 from autosparse.jobs.executor import INLINE, Event, ExecutorSettings
 from autosparse.masks.densities import DENSITIES, layer_densities
 from autosparse.masks.layers import Layer
-from autosparse.masks.random import make_generator
+from autosparse.masks.random import make_generator, make_numpy_generator
 from autosparse.masks.schedule import check_sparsity
 from autosparse.network.graph import Graph, trace
 from autosparse.network.signals import measure
@@ -298,7 +298,7 @@ def fit_rule(results: Sequence[Mapping[str, Any]], ridge: float = 1.0, folds: in
     predicted = np.zeros(len(y))
     for train_part, test_part in GroupKFold(min(folds, len(networks))).split(x, y, group):
         predicted[test_part] = x[test_part] @ fitted(train_part)
-    drawn = np.random.default_rng(0).integers(len(networks), size=(200, len(networks)))  # the seed of a bootstrap
+    drawn = make_numpy_generator(0, "bootstrap").integers(len(networks), size=(200, len(networks)))
     samples = [fitted(np.concatenate([everything[group == g] for g in one])) for one in drawn]
     errors = np.std(samples, axis=0)
     slope = float(predicted @ y / max(float(predicted @ predicted), 1e-12))

@@ -140,11 +140,11 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     config.write_text(
         f"{{output: {tmp_path / 'out'}, data: {{name: digits, limit: 200, validation: 0.2}}, executor: inline, device: cpu, "
         "tasks: {count: 2, seeds: 1, data: [{}], min_weights: 2000, max_weights: 9000}, "
-        "recipe: {steps: 4, batch_size: 16}, design: {draws: 2, rivals: [erk]}}"
+        "recipe: {steps: 4, batch_size: 16}, design: {draws: 1, rivals: [erk]}}"
     )
     path = run(load_config(TuneConfig, config))
     out = capsys.readouterr().out
-    assert "6 trainings of 2 networks" in out and "rank correlation" in out and path.name == "design.csv"
+    assert "4 trainings of 2 networks" in out and "rank correlation" in out and path.name == "design.csv"
     assert read_json(tmp_path / "out" / "rule.json", "rule")["networks"] == 2
     for wrong, message in (
         ("design.draws=0", "design.draws is 0"),

@@ -59,7 +59,8 @@ def prune(
     steps = preset.steps if steps is None else steps
     how: dict[str, Any] = {"example_input": example_input, "loss": loss, "seed": seed, "floor": floor}
     how |= {"include": include, "exclude": exclude}
-    scope, spent, batches = _scope(model, sparsity, scope or preset.scope, batches, how)
+    asked = 1 - density if sparsity is None else sparsity
+    scope, spent, batches = _scope(model, asked, scope or preset.scope, batches, how)
     check_model(model)
     check_values(model)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
@@ -110,7 +111,7 @@ def prune(
 
 
 def _scope(
-    model: nn.Module, sparsity: float | None, scope: Scope, batches: Iterable[Batch] | None, how: Mapping[str, Any]
+    model: nn.Module, sparsity: float, scope: Scope, batches: Iterable[Batch] | None, how: Mapping[str, Any]
 ) -> tuple[Scope, int, Iterable[Batch] | None]:
     """The scope with the layer densities of another criterion in place of `"densities:NAME"`, the images that it took, and
     the batches, which both criteria have from their beginning."""

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from autosparse.errors import AutoSparseError
-from autosparse.files import sha256
+from autosparse.files import fingerprint, sha256
+
+_KNOWN = {"autosparse", "torch", *sys.stdlib_module_names}  # their code is told by their versions
 
 
 def is_outside(text: str) -> bool:
@@ -57,8 +59,15 @@ def check_trusted(text: str, source: str) -> None:
 
 
 def source_of(text: str) -> str:
-    """SHA-256 of the file that `package.module:name` is defined in, so that results are known by what they came from."""
+    """SHA-256 of the file that `package.module:name` is defined in, so that results are known by what they came from.
+
+    Of an object it is the module named, and the module of its class where that lies elsewhere outside.
+    """
     named = load_outside(text, "name")
-    path = inspect.getsourcefile(named) if hasattr(named, "__code__") else None
-    path = path or importlib.import_module(text.partition(":")[0]).__file__
-    return sha256(Path(path)) if path is not None and Path(path).is_file() else ""
+    direct = hasattr(named, "__code__") or isinstance(named, type)
+    defined = named if direct else type(named)
+    files = set() if direct else {importlib.import_module(text.partition(":")[0]).__file__}
+    if defined.__module__.partition(".")[0] not in _KNOWN:
+        files.add(inspect.getsourcefile(defined))
+    hashes = sorted(sha256(Path(file)) for file in files if file is not None and Path(file).is_file())
+    return hashes[0] if len(hashes) == 1 else fingerprint(hashes) if hashes else ""

@@ -13,7 +13,7 @@ from autosparse.commands.loading import load_config, plain
 from autosparse.commands.schemas import PruneConfig
 from autosparse.errors import AutoSparseError
 from autosparse.experiment.candidates import Candidate, identity
-from autosparse.plugins import is_outside
+from autosparse.plugins import is_outside, source_of
 from autosparse.training.data import load_data
 from autosparse.training.models import create_model
 
@@ -113,3 +113,23 @@ def test_the_settings_of_a_method_are_checked(tmp_path: Path):
     assert (candidate.options.kstarts.k, candidate.options.between) == (3, 0.4)
     path.write_text(yaml.safe_dump(plain(load_config(PruneConfig, path))))
     assert load_config(PruneConfig, path).criterion == candidate
+
+
+def test_an_object_is_known_by_the_code_of_its_class_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package that makes an object of a class in another of its files; a function is known by its own file alone."""
+    package = tmp_path / "made_elsewhere"
+    package.mkdir()
+    (package / "__init__.py").write_text("from made_elsewhere.kinds import Kind, rule\n\nkind = Kind()\n")
+    (package / "kinds.py").write_text("class Kind:\n    pass\n\n\ndef rule():\n    pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    names = ("made_elsewhere:kind", "made_elsewhere:Kind", "made_elsewhere:rule")
+    kind, of_class, rule = map(source_of, names)
+    assert of_class == rule != kind
+    with (package / "__init__.py").open("a") as file:
+        file.write("# changed\n")
+    assert source_of("made_elsewhere:kind") != kind
+    assert source_of("made_elsewhere:Kind") == of_class == source_of("made_elsewhere:rule")
+    kind = source_of("made_elsewhere:kind")
+    with (package / "kinds.py").open("a") as file:
+        file.write("# changed\n")
+    assert source_of("made_elsewhere:kind") != kind and source_of("made_elsewhere:rule") != rule

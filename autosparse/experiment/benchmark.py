@@ -29,7 +29,7 @@ from autosparse.masks.schedule import check_sparsity
 from autosparse.network.graph import trace
 from autosparse.scorers.loading import criterion_for
 from autosparse.search.method import SearchResult, method_for
-from autosparse.training.content import of_start
+from autosparse.training.content import of_settings
 from autosparse.training.data import DataSettings, ImageData
 from autosparse.training.loop import Trained, check_fits, put_back
 from autosparse.training.models import ModelSettings, build_model
@@ -161,7 +161,7 @@ def with_inputs(cells: Sequence[Work], data: ImageData) -> list[Work]:
     for cell in cells:
         key = (cell.model.label(), cell.seed)
         if key not in known:
-            known[key] = of_start(build_model(cell.model, data, cell.seed), data)
+            known[key] = of_settings(cell.model, data, cell.seed)
     return [dataclasses.replace(cell, inputs=known[cell.model.label(), cell.seed]) for cell in cells]
 
 

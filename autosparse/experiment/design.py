@@ -32,9 +32,8 @@ from autosparse.network.signals import measure
 from autosparse.pruning.criteria import POSITIONS
 from autosparse.pruning.prune import prune
 from autosparse.scorers.features import contexts
-from autosparse.scorers.outcome import Task
-from autosparse.training.content import of_start
-from autosparse.training.data import DataSettings, ImageData, shared_data
+from autosparse.scorers.outcome import Task, inputs_of
+from autosparse.training.data import DataSettings, ImageData
 from autosparse.training.models import ModelSettings, build_model
 from autosparse.training.recipe import Recipe
 from autosparse.training.threads import threads_for
@@ -218,9 +217,7 @@ def design(tasks: Iterable[Task], chosen: DesignSettings) -> list[DesignCell]:
     places = [(task, sparsity) for task in tasks for sparsity in chosen.sparsities]
     cells: list[DesignCell] = []
     for task, sparsity in places:
-        start = of_start(
-            build_model(task.model, shared_data(task.data, "cpu"), task.seed), shared_data(task.data, "cpu")
-        )
+        start = inputs_of(task)
         common = task.model, task.data, task.recipe, task.seed
         for source in (DENSE, BASE, *chosen.rivals, *(f"draw {i}" for i in range(chosen.draws))):
             cells.append(DesignCell(*common, 0.0 if source == DENSE else sparsity, source, chosen, start))

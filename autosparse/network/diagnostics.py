@@ -175,7 +175,7 @@ def diagnose(
         exact = None if name in graph.recomputed else weights[name].double()
         sigma, constant = _lipschitz(exact, layer, norms[name], own)
         convolution = seen.convolutions.get(name)
-        norm, size = float(grads[name].norm()), float(weights[name].norm())
+        norm = float(grads[name].norm())
         rows.append(
             LayerDiagnosis(
                 name=name,
@@ -187,15 +187,15 @@ def diagnose(
                 operator_norm=sigma if convolution is None else operator_norm(*convolution, seed=seed),
                 second_moment=seen.squares[name] / seen.counts[name] if name in seen.counts else math.nan,
                 gradient_norm=norm,
-                relative_gradient=_ratio(norm, size),
+                relative_gradient=_ratio(norm, float(weights[name].norm())),
                 hessian_norm=hessians[name][0],
                 hessian_converged=hessians[name][1],
             )
         )
     total = math.hypot(*(row.gradient_norm for row in rows))
     relative = _ratio(total, math.hypot(*(float(w.norm()) for w in weights.values())))
-    jacobian = jacobian_singular_values if samples else lambda *_: torch.empty(0, 0, dtype=torch.float64)
-    spectra = jacobian(model, weights, example, samples, seed)
+    nothing = torch.empty(0, 0, dtype=torch.float64)
+    spectra = jacobian_singular_values(model, weights, example, samples, seed) if samples else nothing
     return Diagnosis(tuple(rows), value, total, relative, spectra)
 
 

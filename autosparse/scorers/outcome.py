@@ -29,7 +29,7 @@ from autosparse.pruning.warmup import WarmupSettings, warmup
 from autosparse.scorers.features import contexts
 from autosparse.scorers.mlp import NoNetwork
 from autosparse.scorers.scorer import DENSITIES, Scorer, read_scorer
-from autosparse.training.content import of_start
+from autosparse.training.content import of_settings
 from autosparse.training.data import DataSettings, shared_data
 from autosparse.training.loop import evaluate, fabric_for
 from autosparse.training.models import ModelSettings, build_model
@@ -132,8 +132,7 @@ class Trial:
 
 def inputs_of(task: Task) -> str:
     """Fingerprint of the images and of the initial network of a task."""
-    data = shared_data(task.data, "cpu")
-    return of_start(build_model(task.model, data, task.seed), data)
+    return of_settings(task.model, shared_data(task.data, "cpu"), task.seed)
 
 
 def no_scorer(name: str) -> Scorer:

@@ -11,6 +11,7 @@ from torch import nn
 from autosparse.files import fingerprint, sha256
 from autosparse.masks.layers import unwrap
 from autosparse.training.data import ImageData
+from autosparse.training.models import ModelSettings, build_model
 
 _OURS = ("torch", "autosparse")  # whose modules are told apart by their settings
 
@@ -31,6 +32,11 @@ def of_network(model: nn.Module, source: bool = True) -> str:
 def of_start(model: nn.Module, data: ImageData) -> str:
     """Fingerprint of what a training begins with: the images and the initial network."""
     return fingerprint(data.content, of_network(model))
+
+
+def of_settings(model: ModelSettings, data: ImageData, seed: int) -> str:
+    """`of_start` of the network that `build_model` makes."""
+    return of_start(build_model(model, data, seed), data)
 
 
 def _source(of: type) -> str | None:

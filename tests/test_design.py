@@ -40,11 +40,13 @@ SMALL = DesignSettings(draws=2, sparsities=(0.8,), rivals=("erk", "synflow"))
 
 def test_what_is_trained_and_in_which_order() -> None:
     cells = design(TASKS, SMALL)
-    assert [c.source for c in cells[::2]] == [DENSE, BASE, "erk", "synflow", "draw 0", "draw 1"]
+    assert [c.source for c in cells[::2]] == [BASE, "erk", "synflow", "draw 0", "draw 1", DENSE]
     assert [c.model.width for c in cells[:4]] == [4, 6, 4, 6], "all tasks have as many draws when it is stopped"
-    more = design(TASKS, DesignSettings(draws=3, sparsities=(0.8, 0.9), rivals=("erk", "synflow")))
+    more = design(TASKS, DesignSettings(draws=3, sparsities=(0.8,), rivals=("erk", "synflow")))
     keys = {c.key() for c in more}
-    assert {c.key() for c in cells} < keys and len(keys) == 2 + 2 * 2 * 6, "more draws and sparsities keep what is done"
+    assert {c.key() for c in cells} < keys and len(keys) == 2 * 7, "more draws keep what is done"
+    turns = design(TASKS, DesignSettings(draws=1, sparsities=(0.8, 0.9), rivals=()))
+    assert [c.sparsity for c in turns] == [0.8, 0.9, 0.8, 0.9, 0.0, 0.0]
 
 
 def test_base_draws_and_features(digits: ImageData) -> None:

@@ -55,8 +55,8 @@ FEATURES = (
 class DesignSettings:
     """What is drawn for each task.
 
-    `draws` layer densities at each of `sparsities`, with log-normal factors of standard deviation `sigma`; besides the base
-    itself and the densities of `rivals`. `positions`: `"spread"` or `"spread_small"`, where weights stay within a layer.
+    `draws` layer densities with log-normal factors of standard deviation `sigma`, besides the base itself and the densities of
+    `rivals`. Tasks take `sparsities` in turn. `positions`: `"spread"` or `"spread_small"`, where weights stay within a layer.
     """
 
     draws: int = 24
@@ -212,23 +212,14 @@ def output_areas(graph: Graph) -> dict[str, int]:
 
 
 def design(tasks: Iterable[Task], chosen: DesignSettings) -> list[DesignCell]:
-    """All trainings: of every task the dense one, the base and the rivals first, then draw by draw over all tasks, so that a
-    stop leaves as many draws of each."""
-    places = [(task, sparsity) for task in tasks for sparsity in chosen.sparsities]
-    cells: list[DesignCell] = []
-    for task, sparsity in places:
-        start = inputs_of(task)
-        common = task.model, task.data, task.recipe, task.seed
-        for source in (DENSE, BASE, *chosen.rivals, *(f"draw {i}" for i in range(chosen.draws))):
-            cells.append(DesignCell(*common, 0.0 if source == DENSE else sparsity, source, chosen, start))
-    order = {source: i for i, source in enumerate((DENSE, BASE, *chosen.rivals))}
-    last = len(order)
-
-    def turn(cell: DesignCell) -> int:
-        return order.get(cell.source, last) if cell.source in order else last + int(cell.source.removeprefix("draw "))
-
-    unique = {cell.key(): cell for cell in cells}  # the dense training once for all sparsities
-    return sorted(unique.values(), key=turn)
+    """All trainings: of every task the base and the rivals first, then draw by draw over all tasks, so that a stop leaves as
+    many draws of each; the dense ones last, which no rule needs."""
+    starts = [(task, inputs_of(task), chosen.sparsities[i % len(chosen.sparsities)]) for i, task in enumerate(tasks)]
+    return [
+        DesignCell(task.model, task.data, task.recipe, task.seed, sparsity, source, chosen, start)
+        for source in (BASE, *chosen.rivals, *(f"draw {i}" for i in range(chosen.draws)), DENSE)
+        for task, start, sparsity in ((task, start, 0.0 if source == DENSE else s) for task, start, s in starts)
+    ]
 
 
 def run_design(

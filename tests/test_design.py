@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from autosparse.commands.loading import load_config
 from autosparse.commands.schemas import TuneConfig
@@ -22,12 +21,10 @@ from autosparse.experiment.design import (
     design,
     fit_rule,
     known_densities,
-    output_areas,
     place_of,
     run_design,
 )
 from autosparse.files import read_json
-from autosparse.network.graph import trace
 from autosparse.scorers.outcome import Task
 from autosparse.training.data import DataSettings, ImageData
 from autosparse.training.models import ModelSettings, create_model
@@ -56,19 +53,12 @@ def test_base_draws_and_features(digits: ImageData) -> None:
     assert all(base[n] == pytest.approx(math.sqrt(erk[n] * max(synflow[n], 1e-4))) for n in base)
     first, *_, last = known.rows.values()
     assert set(FEATURES) < set(first) and first["layer_first"] == 1 and last["layer_last"] == 1
-    assert first["area"] == pytest.approx(math.log(64)) and last["area"] == 0
+    assert first["layer_area"] == pytest.approx(math.log(64)) and last["layer_area"] == 0
     cells = {c.source: c for c in design(TASKS[:1], SMALL)}
     draws = [cells[f"draw {i}"].densities(known) for i in (0, 1, 0)]
     assert draws[0] == draws[2] != draws[1] and all(0 < d <= 1 for d in draws[0].values())
     spread = [math.log(draws[i][n] / base[n]) for i in (0, 1) for n in base if draws[i][n] < 1]
     assert 0.2 < float(np.std(spread)) < 2
-
-
-def test_areas_by_hand() -> None:
-    model = torch.nn.Sequential(
-        torch.nn.Conv2d(1, 2, 3, stride=2, padding=1), torch.nn.Flatten(), torch.nn.Linear(2 * 16, 3)
-    )
-    assert output_areas(trace(model, torch.zeros(2, 1, 8, 8))) == {"0.weight": 16, "2.weight": 1}
 
 
 def test_a_stop_loses_nothing(tmp_path: Path) -> None:

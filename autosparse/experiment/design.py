@@ -27,12 +27,13 @@ from autosparse.masks.densities import DENSITIES, layer_densities
 from autosparse.masks.layers import Layer
 from autosparse.masks.random import make_generator, make_numpy_generator
 from autosparse.masks.schedule import check_sparsity
-from autosparse.network.graph import Graph, trace
+from autosparse.network.graph import trace
 from autosparse.network.signals import measure
 from autosparse.pruning.criteria import POSITIONS
 from autosparse.pruning.prune import prune
 from autosparse.scorers.features import contexts
 from autosparse.scorers.outcome import Task, inputs_of
+from autosparse.scorers.rule import FROM_GRAPH, LEAST, OF_CRITERION, STRUCTURE, structure
 from autosparse.training.data import DataSettings, ImageData
 from autosparse.training.models import ModelSettings, build_model
 from autosparse.training.recipe import Recipe
@@ -44,10 +45,11 @@ COLUMNS = (
     *("train_seconds", "recipe", "error"),
 )
 BASE, DENSE = "base", "dense"
-LEAST = 1e-4  # density of a layer that SynFlow empties
+CRITERIA = ("erk", "igq", "synflow", "snip")
 FEATURES = (
-    *("layer_size", "layer_fan_in", "layer_fan_out", "layer_kernel", "layer_stride", "layer_depth", "layer_first"),
-    *("layer_last", "layer_adds", "area", "shortcut", "erk", "igq", "synflow", "snip"),
+    *(name for name in STRUCTURE if name != "layer_erk"),
+    *FROM_GRAPH,
+    *(OF_CRITERION + name for name in CRITERIA),
 )
 
 
@@ -187,28 +189,18 @@ def known_densities(model: torch.nn.Module, data: ImageData, sparsity: float, se
     found[BASE] = {n: math.sqrt(found["erk"][n] * max(found["synflow"][n], LEAST)) for n in layers}
     weights = measure(model, layers, ("weight",))
     own = contexts(layers, weights, ("weight",), graph)
-    areas = output_areas(graph)
-    rows = {}
-    for name, layer in layers.items():
-        constants = own[name].constants
-        rows[name] = {
+    more = structure(layers, graph)
+    rows = {
+        name: {
             "name": name,
             "total": layer.numel,
-            **{key: float(constants[key]) for key in FEATURES if key in constants},
-            "area": math.log(areas.get(name, 1)),
-            "shortcut": float(layer.kind == "conv" and math.prod(layer.kernel) == 1 and bool(constants["layer_adds"])),
-            **{key: math.log(max(found[key][name], LEAST)) for key in ("erk", "igq", "synflow", "snip", BASE)},
+            **{key: float(own[name].constants[key]) for key in STRUCTURE},
+            **more[name],
+            **{OF_CRITERION + key: math.log(max(found[key][name], LEAST)) for key in (*CRITERIA, BASE)},
         }
+        for name, layer in layers.items()
+    }
     return Known(found, rows)
-
-
-def output_areas(graph: Graph) -> dict[str, int]:
-    """How many positions each weight serves: the product of the spatial sizes of its layer's output (tokens of a Linear)."""
-    areas = {}
-    for operation in graph.operations:
-        spatial = operation.shape[2:] if operation.kind.startswith("conv") else operation.shape[1:-1]
-        areas.update(dict.fromkeys(operation.weights, max(1, math.prod(spatial))))
-    return areas
 
 
 def design(tasks: Iterable[Task], chosen: DesignSettings) -> list[DesignCell]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
@@ -27,13 +27,15 @@ Scores = dict[str, Tensor]  # parameter name -> one float per weight, higher = k
 @dataclass(frozen=True)
 class Context:
     """What a criterion may ask for besides signals: the layers, the traced graph if there is one, the density that the
-    mask will have after this step, the masks of the step before, and a seed."""
+    mask will have after this step, the masks of the step before, a seed, and the layer densities at that density of the
+    other criteria that its attribute `densities_of` names."""
 
     layers: Mapping[str, Layer]
     density: float
     graph: Graph | None = None
     masks: Mapping[str, Tensor] | None = None
     seed: int = 0
+    densities: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
 class Criterion(Protocol):
@@ -79,6 +81,10 @@ class Inverted:
     @property
     def n_batches(self) -> int:
         return self.rule.n_batches
+
+    @property
+    def densities_of(self) -> tuple[str, ...]:
+        return getattr(self.rule, "densities_of", ())
 
     def __call__(self, signals: Signals, context: Context) -> Scores:
         return {name: -score for name, score in self.rule(signals, context).items()}

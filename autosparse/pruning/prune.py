@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from numbers import Integral
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 
 from autosparse.errors import AutoSparseError, require, warn
-from autosparse.masks.densities import Scope
+from autosparse.masks.densities import DENSITIES, Scope, layer_densities
 from autosparse.masks.granularity import NM, Channel, Granularity, parse_granularity
 from autosparse.masks.layers import Layer, check_model, check_real, check_values, prunable_layers, unwrap
 from autosparse.masks.mask import Masks
@@ -57,10 +58,11 @@ def prune(
     density = 1.0 if given else _density(sparsity, pattern)
     rule = preset.criterion
     steps = preset.steps if steps is None else steps
-    how: dict[str, Any] = {"example_input": example_input, "loss": loss, "seed": seed, "floor": floor}
-    how |= {"include": include, "exclude": exclude}
+    others: dict[str, Any] = {"loss": loss, "seed": seed, "include": include, "exclude": exclude}
     asked = 1 - density if sparsity is None else sparsity
-    scope, spent, batches = _scope(model, asked, scope or preset.scope, batches, how)
+    scope, spent, batches = _scope(
+        model, asked, scope or preset.scope, batches, {**others, "floor": floor, "example_input": example_input}
+    )
     check_model(model)
     check_values(model)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
@@ -86,8 +88,12 @@ def prune(
         measured += 1
         drawn = seed if measured == 1 else derive(seed, "step", measured)
         found = measure(model, layers, changing, batches=used, example_input=traced, masks=masks, loss=loss, seed=drawn)
-        scores = rule({**known, **fixed, **found}, Context(layers, target, graph, masks, seed))
-        how = {"scope": scope, "granularity": shape, "floor": floor, "coupled": coupled, "dense": dense}
+        other, images = _densities_of(
+            model, rule, target, layers, {**others, "batches": taken, "example_input": example}
+        )
+        spent += images
+        scores = rule({**known, **fixed, **found}, Context(layers, target, graph, masks, seed, other))
+        how: dict[str, Any] = {"scope": scope, "granularity": shape, "floor": floor, "coupled": coupled, "dense": dense}
         within = None if preset.revive else masks
         masks = select(scores, target, layers=layers, within=within, seed=seed, **how)
         del found, scores  # so that the next step takes their memory and not new
@@ -120,6 +126,23 @@ def _scope(
     first, batches = itertools.tee(batches) if isinstance(batches, Iterator) else (batches, batches)
     masks = prune(model, sparsity, scope.removeprefix("densities:"), batches=first, **how)
     return {layer.name: layer.density for layer in masks.layers()}, masks.report.origin["images"], batches
+
+
+def _densities_of(
+    model: nn.Module, rule: Criterion, density: float, layers: Mapping[str, Layer], how: Mapping[str, Any]
+) -> tuple[dict[str, dict[str, float]], int]:
+    """The layer densities of the other criteria that a criterion asks for, and the images that they took."""
+    found, images = {}, 0
+    for name in getattr(rule, "densities_of", ()):
+        if name in DENSITIES:
+            found[name] = layer_densities(name, layers, density)
+            continue
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what they say is of a mask that nobody gets
+            masks = prune(model, 1 - density, name, **how)
+        found[name] = {layer.name: layer.density for layer in masks.layers()}
+        images += masks.report.origin["images"]
+    return found, images
 
 
 def _batches(

@@ -28,6 +28,7 @@ from autosparse.pruning.criteria import POSITIONS, Context
 from autosparse.pruning.warmup import WarmupSettings, warmup
 from autosparse.scorers.features import contexts
 from autosparse.scorers.mlp import NoNetwork
+from autosparse.scorers.rule import STRUCTURE
 from autosparse.scorers.scorer import DENSITIES, Scorer, read_scorer
 from autosparse.training.content import of_settings
 from autosparse.training.data import DataSettings, shared_data
@@ -36,20 +37,6 @@ from autosparse.training.models import ModelSettings, build_model
 from autosparse.training.recipe import Recipe
 from autosparse.training.threads import threads_for
 from autosparse.training.train import train
-
-# Those of a layer's features that its network's structure and initial weights give.
-STRUCTURE = (
-    "layer_erk",
-    "layer_size",
-    "layer_fan_in",
-    "layer_fan_out",
-    "layer_kernel",
-    "layer_stride",
-    "layer_depth",
-    "layer_first",
-    "layer_last",
-    "layer_adds",
-)
 
 
 @settings

@@ -20,6 +20,7 @@ from autosparse.scorers import heads
 from autosparse.scorers.card import Card, read_card
 from autosparse.scorers.features import VERSION, View, check_features, signals_of
 from autosparse.scorers.kinds import build_network
+from autosparse.scorers.rule import criteria_of, log_densities
 
 SCHEMA = "autosparse.scorer/2"
 DENSITIES = ("scores", "rule")
@@ -31,8 +32,9 @@ class Scorer:
 
     `kind`: `"mlp"` (one weight at a time), `"gnn"` (the whole network), `"image"` (the published form, as a table),
     `"rule"` (no network), or a `ScorerKind` from outside as `"package.module:name"`.
-    `options` are those of its network. `rule`: coefficients of the layers' features (`"layer_depth"`, …), learned from
-    outcomes. `densities`: with `"scores"` the sum `Σ_f rule_f·x_f` is added to all scores of a layer and so moves its
+    `options` are those of its network. `rule`: coefficients of the layers' features, learned from outcomes: those of
+    `scorers.features` (`"layer_depth"`, …), of `scorers.rule` (`"layer_area"`, …), and the logarithm of the densities that a
+    criterion gives (`"densities:snip"`). `densities`: with `"scores"` the sum `Σ_f rule_f·x_f` is added to all scores of a layer and so moves its
     density; with `"rule"` that sum is the layer's log density, up to a constant and at most 0, and the scores order weights
     within layers alone (`{"layer_erk": 1}` is ERK). `positions`: where in
     a layer the weights stay whose number its scores set, see `pruning.criteria.rearranged`. `warmup`: the settings of the
@@ -60,6 +62,11 @@ class Scorer:
     def signals(self) -> tuple[str, ...]:
         return signals_of(self.features)
 
+    @property
+    def densities_of(self) -> tuple[str, ...]:
+        """The criteria whose layer densities it asks for."""
+        return criteria_of(self.rule)
+
     @torch.no_grad()
     def __call__(self, signals: Signals, context: Context) -> Scores:
         for name in self.signals:
@@ -83,10 +90,9 @@ class Scorer:
             scores = {name: -((rank + 0.5) / rank.numel()).log() for name, rank in ranks.items()}
         else:
             scores = rearranged(scores, self.positions, weights, context)
-        for name in scores:
-            constants = view.contexts[name].constants
-            scores[name] = scores[name] + sum(weight * constants[key] for key, weight in self.rule.items())
-        return scores
+        constants = {name: view.contexts[name].constants for name in scores}
+        logs = log_densities(self.rule, constants, context.layers, context.graph, context.densities)
+        return {name: score + logs[name] for name, score in scores.items()}
 
     def content(self) -> str:
         """Fingerprint of all that its scores depend on: not its name, nor its card."""

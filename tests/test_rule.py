@@ -63,7 +63,7 @@ def test_densities_of_another_criterion() -> None:
         if layer.density < 1 and layer.kept > 50
     ]
     assert max(ratios) / min(ratios) < 1.1
-    assert mixed.kept == round(0.1 * mixed.numel) and mixed.report.origin["images"] > 0
+    assert mixed.kept == round(0.1 * mixed.total) and mixed.report.origin["images"] > 0
 
 
 def test_a_rule_is_saved_and_shuffled_like_any_scorer(tmp_path: Path) -> None:

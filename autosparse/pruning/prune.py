@@ -89,7 +89,7 @@ def prune(
         drawn = seed if measured == 1 else derive(seed, "step", measured)
         found = measure(model, layers, changing, batches=used, example_input=traced, masks=masks, loss=loss, seed=drawn)
         other, images = _densities_of(
-            model, rule, target, layers, {**others, "batches": taken, "example_input": example}
+            model, rule, target, layers, {**others, "batches": taken or None, "example_input": example}
         )
         spent += images
         scores = rule({**known, **fixed, **found}, Context(layers, target, graph, masks, seed, other))

@@ -15,7 +15,11 @@ from autosparse.pruning.prune import prune
 from autosparse.training.models import create_model
 
 SIDE, SPARSITY = 32, 0.95
-AT_ONCE = [name for name, preset in PRESETS.items() if not any("@" in s for s in preset.criterion.signals)]
+AT_ONCE = [  # without those that take the layer densities of another, in a hundred steps
+    name
+    for name, preset in PRESETS.items()
+    if not any("@" in s for s in preset.criterion.signals) and not str(preset.scope).startswith("densities:")
+]
 FEW = ["snip", "grasp", "synflow"]
 NETWORKS = {
     "torchvision:mobilenet_v3_large": AT_ONCE,

@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+import autosparse
 from autosparse.commands.loading import load_config
 from autosparse.commands.schemas import TuneConfig
 from autosparse.commands.tune import run
@@ -25,6 +27,7 @@ from autosparse.experiment.design import (
     run_design,
 )
 from autosparse.files import read_json
+from autosparse.scorers.loading import load_scorer
 from autosparse.scorers.outcome import Task
 from autosparse.training.data import DataSettings, ImageData
 from autosparse.training.models import ModelSettings, create_model
@@ -114,10 +117,17 @@ def test_a_planted_rule_is_found() -> None:
     assert max(others) < 0.4 and rule.curvature == pytest.approx(1.0, abs=0.3)
     assert rule.correlation > 0.8 and rule.slope == pytest.approx(1.0, abs=0.2)
     assert 0 < rule.errors["layer_first"] < 0.4
+    step = rule.coefficients["layer_first"] / 2 / rule.curvature / rule.scales["layer_first"]
+    assert rule.densities()["layer_first"] == pytest.approx(step)
+    assert rule.gain == pytest.approx(1.0, abs=0.7), "(2 f)² / 4c with c = 1 and mean f² = 1"
     noise = planted()
     for index, result in enumerate(noise):
-        result["accuracy"] = 0.5 + 0.01 * math.sin(77 * index)
+        result["accuracy"] = 0.5 + 0.01 * math.sin(77 * index) - 0.005 * (result["source"] != BASE)
     assert abs(fit_rule(noise).correlation) < 0.3, "nothing is found where nothing is"
+    for result in noise:
+        result["accuracy"] = 0.5 if result["source"] == BASE else 0.6
+    with pytest.raises(AutoSparseError, match="no best densities"):
+        fit_rule(noise)
     with pytest.raises(AutoSparseError, match="draws of 1 networks are done"):
         fit_rule([r for r in planted() if r["model"] == "n0"])
 
@@ -131,13 +141,19 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     config = tmp_path / "c.yaml"
     config.write_text(
         f"{{output: {tmp_path / 'out'}, data: {{name: digits, limit: 200, validation: 0.2}}, executor: inline, device: cpu, "
-        "tasks: {count: 2, seeds: 1, data: [{}], min_weights: 2000, max_weights: 9000}, "
-        "recipe: {steps: 4, batch_size: 16}, design: {draws: 1, rivals: [erk]}}"
+        "tasks: {count: 2, seeds: 1, data: [{}], min_weights: 2000, max_weights: 9000}, name: mine, "
+        "recipe: {steps: 60, batch_size: 16}, design: {draws: 4, rivals: [erk], sigma: 2.5}}"
     )
     path = run(load_config(TuneConfig, config))
     out = capsys.readouterr().out
-    assert "4 trainings of 2 networks" in out and "rank correlation" in out and path.name == "design.csv"
+    assert "10 trainings of 2 networks" in out and "rank correlation" in out and path.name == "mine.safetensors"
     assert read_json(tmp_path / "out" / "rule.json", "rule")["networks"] == 2
+    scorer = load_scorer(path)
+    assert scorer.densities_of == ("erk", "igq", "synflow", "snip") and scorer.card.outcome["rule"]["networks"] == 2
+    model = create_model(ModelSettings("convnet", 4), in_channels=1, image_size=8)
+    batches = [(torch.randn(32, 1, 8, 8), torch.arange(32) % 10)]
+    masks = autosparse.prune(model, 0.8, scorer, batches=batches)
+    assert masks.kept == round(0.2 * masks.total)
     for wrong, message in (
         ("design.draws=0", "design.draws is 0"),
         ("design.positions=scores", "known: spread, spread_small"),

@@ -12,7 +12,7 @@ from autosparse.commands.directory import claim_directory
 from autosparse.commands.schemas import TuneConfig
 from autosparse.commands.terminal import Live, bars, quiet_warnings, say, say_failed
 from autosparse.errors import AutoSparseFailure
-from autosparse.experiment.design import DesignSettings, design, fit_rule, run_design
+from autosparse.experiment.design import BATCH, DesignSettings, design, fit_rule, run_design
 from autosparse.files import write_json
 from autosparse.jobs.cells import unfinished
 from autosparse.jobs.executor import Job, run_jobs
@@ -25,7 +25,7 @@ from data_gen.tasks import sample_tasks
 
 
 def run(config: TuneConfig) -> Path:
-    """Learn a rule of layer densities from outcomes as `config` says, and give the path of the scorer, or of the design's table."""
+    """Learn a rule of layer densities from outcomes as `config` says, and give the path of the scorer."""
     if config.design is not None:
         return run_designed(config, config.design)
     given = no_scorer(config.name) if config.scorer is None else load_scorer(config.scorer)
@@ -74,7 +74,7 @@ def run(config: TuneConfig) -> Path:
 
 
 def run_designed(config: TuneConfig, chosen: DesignSettings) -> Path:
-    """Train what is designed, print what the outcomes say of layer densities, and give the path of the table."""
+    """Train what is designed, print what the outcomes say of layer densities, and give the path of the scorer."""
     drawn = sample_tasks(config.tasks, config.recipe, IRPSettings(), SignalSettings())
     cells = design([Task(run.model, run.data, run.recipe, run.seed) for run in drawn], chosen)
     directory = claim_directory(config)
@@ -84,6 +84,12 @@ def run_designed(config: TuneConfig, chosen: DesignSettings) -> Path:
         live.end(f"design: {len(cells)} trainings")
     rule = fit_rule(results)
     write_json(directory / "rule.json", dataclasses.asdict(rule))
+    outcome = {"design": dataclasses.asdict(chosen), "rule": dataclasses.asdict(rule)}
+    path = directory / f"{config.name}.safetensors"
+    scorer = replace(
+        no_scorer(config.name), rule=rule.densities(), positions=chosen.positions, n_batches=1, batch_size=BATCH
+    )
+    replace(scorer, card=replace(scorer.card, outcome=outcome)).save(path)
     say(
         f"{rule.trainings} trainings of {rule.networks} networks; points per standard deviation and unit of log density:"
     )
@@ -91,7 +97,7 @@ def run_designed(config: TuneConfig, chosen: DesignSettings) -> Path:
         say(f"  {name:16} {value:+.2f} ± {rule.errors[name]:.2f}")
     say(
         f"  curvature        {rule.curvature:+.2f}; on networks left out: rank correlation {rule.correlation:.2f}, "
-        f"slope {rule.slope:.2f}"
+        f"slope {rule.slope:.2f}; predicted gain over the base: {rule.gain:.2f} points"
     )
     failed = [result for result in results if result.get("error")]
     for result in failed:
@@ -99,4 +105,5 @@ def run_designed(config: TuneConfig, chosen: DesignSettings) -> Path:
     if failed:
         raise AutoSparseFailure(f"{len(failed)} of {len(cells)} trainings failed; start again to try them again")
     say(f"results: {directory / 'design.csv'}")
-    return directory / "design.csv"
+    say(f"scorer: {path}")
+    return path

@@ -45,6 +45,7 @@ COLUMNS = (
     *("train_seconds", "recipe", "error"),
 )
 BASE, DENSE = "base", "dense"
+BATCH = 128  # images of the one batch that criteria are measured on
 CRITERIA = ("erk", "igq", "synflow", "snip")
 FEATURES = (
     *(name for name in STRUCTURE if name != "layer_erk"),
@@ -177,7 +178,7 @@ _known: dict[str, Known] = {}  # a few numbers for each task that this process h
 
 def known_densities(model: torch.nn.Module, data: ImageData, sparsity: float, seed: int) -> Known:
     """What is known of a network's layers before it trains."""
-    batches = data.sample(128, 1, seed)
+    batches = data.sample(BATCH, 1, seed)
     graph = trace(model, batches[0][0][:2])
     found: dict[str, dict[str, float]] = {}
     for name in ("synflow", "snip"):
@@ -242,83 +243,115 @@ def place_of(result: Mapping[str, Any]) -> tuple[Any, ...]:
 @dataclass(frozen=True)
 class Rule:
     """What was fitted: `coefficients` and their standard errors by feature, in points of accuracy per standard deviation of the
-    feature and unit of log density; `curvature`, what a squared unit costs; `correlation`, Spearman's between predicted and
-    measured differences on networks that were left out, and `slope` of measured on predicted; `trainings` it is from."""
+    feature and unit of log density; `scales`, those standard deviations; `curvature`, what a squared unit costs;
+    `correlation`, Spearman's between predicted and measured differences on networks that were left out, and `slope` of
+    measured on predicted; `gain`, points that its best densities are predicted to be above the base, mean over networks;
+    `trainings` it is from."""
 
     coefficients: Mapping[str, float]
     errors: Mapping[str, float]
+    scales: Mapping[str, float]
     curvature: float
     correlation: float
     slope: float
+    gain: float
     trainings: int
     networks: int
+
+    def densities(self) -> dict[str, float]:
+        """The rule that `Scorer.rule` takes: the base, and the step to where the fitted gain is largest."""
+        steps = {n: a / (2 * self.curvature * self.scales[n]) for n, a in self.coefficients.items()}
+        base = {OF_CRITERION + "erk": 0.5, OF_CRITERION + "synflow": 0.5}
+        return {name: base.get(name, 0.0) + step for name, step in steps.items()}
 
 
 def fit_rule(results: Sequence[Mapping[str, Any]], ridge: float = 1.0, folds: int = 8) -> Rule:
     """A rule of layer densities from the outcomes of draws.
 
     With `r_l = log(d_l/base_l)` of layer l and its standardised features `f_l`, the difference in accuracy to the base is
-    modelled as `Σ_k a_k Σ_l w_l f_lk r_l − c Σ_l w_l r_l²`, with `w_l` the share of layer l among the layers; ridge regression
-    in standardised columns. Standard errors are those of a bootstrap over networks.
+    modelled as `Σ_k a_k·mean_l(f_lk·r_l) − c·mean_l(r_l²)`; ridge regression in standardised columns, which is largest
+    at `r_l = Σ_k a_k·f_lk / 2c`. A training counts by `1/(s² + s̄²)`, with s the standard deviation of its task's
+    differences and s̄² the mean over tasks, so that networks near chance do not decide. Standard errors are those of a
+    bootstrap over networks.
 
     Raises:
-        AutoSparseError: fewer than two networks with draws.
+        AutoSparseError: fewer than two networks with draws, or no best densities: the fitted curvature is not positive.
     """
     from scipy.stats import spearmanr
     from sklearn.linear_model import Ridge
     from sklearn.model_selection import GroupKFold
 
-    columns, targets, owners = _regressors(results)
-    networks = sorted(set(owners))
+    table = _regressors(results)
+    networks = sorted(set(table.owners))
     if len(networks) < 2:
         raise AutoSparseError(f"design: draws of {len(networks)} networks are done; two are needed to fit a rule")
-    scale = columns.std(0) + 1e-12
-    x, y = columns / scale, np.array(targets)
-    group = np.array([networks.index(owner) for owner in owners])
+    scale = table.columns.std(0) + 1e-12
+    x, y = table.columns / scale, np.array(table.differences)
+    group = np.array([networks.index(owner) for owner in table.owners])
+    spread = np.array([y[group == g].std() for g in group]) ** 2
+    weight = 1 / (spread + spread.mean() + 1e-12)
+    weight /= weight.mean()
 
     def fitted(part: np.ndarray) -> np.ndarray:
-        return Ridge(alpha=ridge, fit_intercept=False).fit(x[part], y[part]).coef_
+        return Ridge(alpha=ridge, fit_intercept=False).fit(x[part], y[part], weight[part]).coef_
 
     everything = np.arange(len(y))
-    whole = fitted(everything)
+    whole = fitted(everything) / scale
     predicted = np.zeros(len(y))
     for train_part, test_part in GroupKFold(min(folds, len(networks))).split(x, y, group):
         predicted[test_part] = x[test_part] @ fitted(train_part)
     drawn = make_numpy_generator(0, "bootstrap").integers(len(networks), size=(200, len(networks)))
-    samples = [fitted(np.concatenate([everything[group == g] for g in one])) for one in drawn]
+    samples = [fitted(np.concatenate([everything[group == g] for g in one])) / scale for one in drawn]
     errors = np.std(samples, axis=0)
-    slope = float(predicted @ y / max(float(predicted @ predicted), 1e-12))
-    names = [*FEATURES]
+    curvature = -float(whole[-1])
+    if curvature <= 0:
+        raise AutoSparseError(
+            f"design: {len(y)} trainings show no best densities, only that more is better in some direction (curvature "
+            f"{100 * curvature:.2f}); give more draws"
+        )
     return Rule(
-        coefficients={n: 100 * float(v) for n, v in zip(names, whole / scale, strict=False)},
-        errors={n: 100 * float(v) for n, v in zip(names, errors / scale, strict=False)},
-        curvature=-100 * float(whole[-1] / scale[-1]),
+        coefficients={n: 100 * float(v) for n, v in zip(FEATURES, whole, strict=False)},
+        errors={n: 100 * float(v) for n, v in zip(FEATURES, errors, strict=False)},
+        scales=dict(zip(FEATURES, table.scales.tolist(), strict=True)),
+        curvature=100 * curvature,
         correlation=float(spearmanr(predicted, y).statistic),
-        slope=slope,
+        slope=float((weight * predicted) @ y / max(float((weight * predicted) @ predicted), 1e-12)),
+        gain=100 * float(np.mean([((f @ whole[:-1]) ** 2).mean() / (4 * curvature) for f in table.features])),
         trainings=len(y),
         networks=len(networks),
     )
 
 
-def _regressors(results: Sequence[Mapping[str, Any]]) -> tuple[np.ndarray, list[float], list[str]]:
-    """A row for each draw and rival: sums over layers of features times log ratio, the sum of squares, and the difference."""
+@dataclass(frozen=True)
+class _Table:
+    """A row of `columns`, difference in accuracy to the base and network for each draw and rival: means over layers of
+    features times log ratio, and of its square. `scales`: the features' standard deviations; `features`: standardised, of
+    each base."""
+
+    columns: np.ndarray
+    differences: list[float]
+    owners: list[str]
+    scales: np.ndarray
+    features: list[np.ndarray]
+
+
+def _regressors(results: Sequence[Mapping[str, Any]]) -> _Table:
     done = [r for r in results if not r.get("error") and r["source"] != DENSE]
     base = {place_of(r): r for r in done if r["source"] == BASE}
-    layers = [layer for r in base.values() for layer in r["layers"]]
-    if not layers:
-        return np.zeros((0, len(FEATURES) + 1)), [], []
-    table = np.array([[layer[key] for key in FEATURES] for layer in layers])
-    mean, std = table.mean(0), table.std(0) + 1e-12
-    rows, targets, owners = [], [], []
+    if not base:
+        return _Table(np.zeros((0, len(FEATURES) + 1)), [], [], np.ones(len(FEATURES)), [])
+    own = {place: np.array([[layer[key] for key in FEATURES] for layer in r["layers"]]) for place, r in base.items()}
+    every = np.concatenate(list(own.values()))
+    mean, std = every.mean(0), np.where(every.std(0) > 1e-9, every.std(0), 1.0)
+    own = {place: (values - mean) / std for place, values in own.items()}
+    rows, differences, owners = [], [], []
     for result in done:
-        origin = base.get(place_of(result))
-        if origin is None or result is origin:
+        place = place_of(result)
+        if place not in base or result["source"] == BASE:
             continue
-        features = (np.array([[layer[key] for key in FEATURES] for layer in result["layers"]]) - mean) / std
-        pairs = zip(result["layers"], origin["layers"], strict=True)
+        pairs = zip(result["layers"], base[place]["layers"], strict=True)
         ratio = np.array([math.log(max(a["kept"], 0.5) / max(b["kept"], 0.5)) for a, b in pairs])
-        share = 1 / len(ratio)
-        rows.append([*(share * features.T @ ratio), share * float(ratio @ ratio)])
-        targets.append(result["accuracy"] - origin["accuracy"])
+        rows.append([*(own[place].T @ ratio / len(ratio)), ratio @ ratio / len(ratio)])
+        differences.append(result["accuracy"] - base[place]["accuracy"])
         owners.append(result["model"])
-    return np.array(rows), targets, owners
+    return _Table(np.array(rows), differences, owners, std, list(own.values()))

@@ -288,14 +288,17 @@ def test_quickstart_in_small(run: Run) -> None:
         "fit": {"epochs": 1},
         "target": {"name": "mlp", "width": 8},
         "sparsities": [0.5],
+        "rounds": 1,
         "seeds": [0],
     }
     answer = run("quickstart", config)
     assert answer.code == 0 and "report: quick/report.html" in answer.out, answer.err
     with open("quick/benchmark/results.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    names = ["dense", "random", "erk", "magnitude", "snip", "scorer", "densities:scorer"]
-    assert [r["criterion"] for r in rows] == names
+    free = ["dense", "random", "erk", "snip", "densities:snip", "densities:synflow"]
+    assert [r["criterion"] for r in rows] == [*free, "scorer", "densities:scorer", "short search", "ticket"]
+    costs = [round(float(r["mask_cost"]), 2) for r in rows[-2:]]
+    assert costs[0] <= 0.5 and costs[1] == 1 and [float(r["total_cost"]) for r in rows[-1:]] == [2.0]
     refused(run("quickstart", "sparsitie=[0.5]"), "unknown key 'sparsitie': did you mean 'sparsities'?")
 
 

@@ -18,6 +18,9 @@ from autosparse.processes import start_server
 from autosparse.scorers.records import is_complete
 from autosparse.training.data import load_data
 
+FREE = ("random", "erk", "snip", "densities:snip", "densities:synflow")
+SHORT = 0.25  # of a training: the length of the short search
+
 
 def run(config: QuickstartConfig) -> Path:
     """Generate, fit and benchmark on small digits as `config` says, and give the path of the report."""
@@ -55,18 +58,13 @@ def run(config: QuickstartConfig) -> Path:
         tracking=directory,
     )
     say(f"3/3 benchmark: {config.target.label()}, which the scorer never saw, pruned at initialization and trained")
-    criteria = [Candidate(name, floor=config.floor) for name in ("random", "erk", "magnitude", "snip")]
     benchmark.run(
         BenchmarkConfig(
             output=str(directory / "benchmark"),
             models=(config.target,),
             data=config.data,
             recipe=config.recipe,
-            criteria=(
-                *criteria,
-                Candidate(str(scorer), label="scorer", floor=config.floor),
-                Candidate(f"densities:{scorer}", label="densities:scorer", floor=config.floor),
-            ),
+            criteria=_candidates(config, str(scorer)),
             sparsities=config.sparsities,
             seeds=config.seeds,
             executor=config.executor,
@@ -81,6 +79,19 @@ def run(config: QuickstartConfig) -> Path:
     return path
 
 
+def _candidates(config: QuickstartConfig, scorer: str) -> tuple[Candidate, ...]:
+    """From what is free to what costs many trainings: criteria and a shuffle, our scorer and its shuffle, a short search,
+    the ticket of full rounds."""
+    chosen: list[dict[str, Any]] = [{"criterion": name} for name in FREE]
+    chosen += [
+        {"criterion": scorer, "label": "scorer"},
+        {"criterion": f"densities:{scorer}", "label": "densities:scorer"},
+        {"criterion": "gmp", "options": {"epochs": SHORT * config.recipe.epochs, "every": 5}, "label": "short search"},
+        {"criterion": "irp", "options": {"rounds": config.rounds}, "label": "ticket"},
+    ]
+    return tuple(Candidate(**one, floor=config.floor) for one in chosen)
+
+
 def _plan(config: QuickstartConfig, directory: Path, begun: float) -> str:
     """What is left to do and how long it will take: trainings by the timing, the rest by what the start took."""
     loading = time.monotonic() - begun
@@ -89,8 +100,10 @@ def _plan(config: QuickstartConfig, directory: Path, begun: float) -> str:
     cells = len(list((directory / "benchmark" / "cells").glob("*.json")))
     left = max(0, len(config.sources) * len(config.source_seeds) - records)
     counts = [(m, -(-left * (config.irp.rounds + 1) // len(config.sources))) for m in config.sources]
-    masked = 6 * len(config.sparsities)
-    counts.append((config.target, max(0, len(config.seeds) * (1 + masked) - cells)))
+    per_sparsity = len(FREE) + 2 + (1 + SHORT) + (1 + config.rounds)  # with the searches
+    whole = len(config.seeds) * (1 + per_sparsity * len(config.sparsities))
+    share = 1 - cells / (len(config.seeds) * (1 + (len(FREE) + 4) * len(config.sparsities)))
+    counts.append((config.target, max(0, round(whole * share))))
     trainings = sum(count for _, count in counts)
     if not trainings:
         return "everything is trained already"

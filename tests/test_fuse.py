@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,9 +12,13 @@ import torch
 from torch import nn
 
 from autosparse.errors import AutoSparseError
+from autosparse.experiment.structured import FUSED, Thinning, run_thinnings, summary, thinnings
 from autosparse.masks.layers import prunable_layers
-from autosparse.trainability.fuse import fresh, fuse
+from autosparse.trainability.fuse import FuseSettings, fresh, fuse
+from autosparse.trainability.tpp import TPPSettings
+from autosparse.training.data import DataSettings, load_data
 from autosparse.training.models import ModelSettings, create_model
+from autosparse.training.recipe import Recipe
 
 
 def gaussian(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -157,3 +163,29 @@ def test_what_cannot_be_fused() -> None:
     gelu = nn.Sequential(nn.Linear(2, 2), nn.GELU(), nn.Linear(2, 2))
     with pytest.raises(AutoSparseError, match="not GELU"):
         fuse(gelu, [("0", "2")], how="gaussian")
+
+
+def test_the_comparison(tmp_path: Path) -> None:
+    """One dense training, the fused network, and the two beside it; again it does nothing, and a wrong run ends at once."""
+    recipe = Recipe(steps=20, batch_size=32, lr=0.05)
+    data = DataSettings("digits", limit=128, limit_test=64)
+    chosen = FuseSettings((("stages.0.0", "stages.0.0"),), n_batches=2, batch_size=32)
+    how: dict[str, Any] = {"recipe": recipe, "finetune": recipe, "tpp": TPPSettings(), "seeds": (0,), "ratios": (0.5,)}
+
+    def plan(fuse: FuseSettings) -> list[Thinning]:
+        return thinnings(ModelSettings("resnet8", 4), data, methods=tuple(FUSED), fuse=fuse, **how)
+
+    images = load_data(data)
+    results = run_thinnings(plan(chosen), tmp_path, images, device="cpu")
+    dense, *rest = results
+    assert [r["method"] for r in results] == ["dense", *FUSED] and {r["ratio"] for r in rest} == {"–"}
+    assert len({(r["parameters"], r["macs"]) for r in rest}) == 1 and rest[0]["parameters"] != dense["parameters"]
+    assert rest[0]["removed_accuracy"] > rest[2]["removed_accuracy"] + 0.1, "the fused network still knows something"
+    assert 0 < rest[0]["errors"]["stages.0.0 to stages.0.0"] < 1
+    assert [row[1] for row in summary(results).rows] == list(FUSED) and summary(results).rows[0][3] == "–"
+    again: list[Any] = []
+    assert run_thinnings(plan(chosen), tmp_path, images, device="cpu", on_event=again.append) == results and not again
+    for wrong, message in (((), "needs fuse.runs"), ((("features.0", "features.77"),), "no module of this name")):
+        with pytest.raises(AutoSparseError, match=message):
+            run_thinnings(plan(FuseSettings(wrong)), tmp_path / "none", images, device="cpu")
+    assert not (tmp_path / "none" / "networks").exists()

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from autosparse.errors import require, settings, suggest
 from autosparse.experiment.candidates import Candidate, expand
 from autosparse.experiment.design import DesignSettings
-from autosparse.experiment.structured import thinnings
+from autosparse.experiment.structured import Thinning, thinnings
 from autosparse.jobs.executor import ExecutorSettings
 from autosparse.masks.schedule import check_sparsity
 from autosparse.network.diagnostics import DiagnosticSettings
@@ -17,6 +17,7 @@ from autosparse.scorers.outcome import OutcomeSettings
 from autosparse.scorers.rows import FitSettings
 from autosparse.search.irp import IRPSettings
 from autosparse.trainability.forms import ExportSettings
+from autosparse.trainability.fuse import FuseSettings
 from autosparse.trainability.prepare import check_preparation
 from autosparse.trainability.tpp import TPPSettings
 from autosparse.training.data import DataSettings
@@ -269,7 +270,8 @@ class ShrinkConfig:
     `recipe` of the dense training, which methods and ratios share; `tpp` of the steps after it, which every method takes,
     with or without the penalty, with the batches and optimizer of `finetune`; `finetune` of the smaller network. `methods`:
     `l1` removes the filters of the lowest mean |w|, `tpp` pushes them out first; another criterion or scorer (`snip`,
-    `tpp:snip`) chooses others. `ratios` of filters that go: a share, of each convolution whose filters can go alone, or shares
+    `tpp:snip`) chooses others. `fuse` puts one layer in the place of each run of `fuse.runs`, `fuse:fresh` initializes these
+    anew, `fuse:random` keeps only their norms; they have no ratio. `ratios` of filters that go: a share, of each convolution whose filters can go alone, or shares
     by patterns on weight names.
     """
 
@@ -279,6 +281,7 @@ class ShrinkConfig:
     recipe: Recipe = Recipe()
     tpp: TPPSettings = TPPSettings()
     finetune: Recipe = Recipe(epochs=120, lr=0.01)
+    fuse: FuseSettings = FuseSettings()
     methods: tuple[str, ...] = ("tpp", "l1")
     ratios: tuple[float | Mapping[str, float], ...] = (0.5,)
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -287,7 +290,12 @@ class ShrinkConfig:
     tracking: bool = True
 
     def __post_init__(self) -> None:
-        thinnings(self.model, self.data, self.recipe, self.tpp, self.finetune, self.methods, self.ratios, self.seeds)
+        self.networks()
+
+    def networks(self) -> list[Thinning]:
+        """All that is trained."""
+        how = self.recipe, self.tpp, self.finetune
+        return thinnings(self.model, self.data, *how, self.methods, self.ratios, self.seeds, self.fuse)
 
 
 @settings

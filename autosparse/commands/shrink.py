@@ -11,7 +11,7 @@ from autosparse.commands.schemas import ShrinkConfig
 from autosparse.commands.terminal import Live, bars, print_table, say, say_failed
 from autosparse.errors import AutoSparseFailure
 from autosparse.experiment.benchmark import with_inputs
-from autosparse.experiment.structured import run_thinnings, summary, thinnings
+from autosparse.experiment.structured import run_thinnings, summary
 from autosparse.jobs.cells import unfinished
 from autosparse.jobs.executor import Event
 from autosparse.tracking import track
@@ -21,16 +21,7 @@ from autosparse.training.loop import fabric_for
 
 def run(config: ShrinkConfig) -> list[dict[str, Any]]:
     """Make networks physically smaller as `config` says, and give the rows of results."""
-    todo = thinnings(
-        config.model,
-        config.data,
-        config.recipe,
-        config.tpp,
-        config.finetune,
-        config.methods,
-        config.ratios,
-        config.seeds,
-    )
+    todo = config.networks()
     place = fabric_for(config.device).device if config.executor.kind == "inline" else "cpu"
     data = load_data(config.data, place)
     todo = with_inputs(todo, data)

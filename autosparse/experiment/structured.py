@@ -1,10 +1,12 @@
-"""The comparison of ways to make a trained network physically smaller: TPP, and removal at once after equal steps."""
+"""The comparison of ways to make a trained network physically smaller: filters that go, after TPP or at once after equal
+steps, and layers that are fused."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import re
+import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +25,7 @@ from autosparse.jobs.executor import INLINE, Event, ExecutorSettings
 from autosparse.masks.mask import Masks
 from autosparse.network.size import size
 from autosparse.report.text import Table, in_percent, stat
+from autosparse.trainability.fuse import Fused, FuseSettings, fresh, fuse
 from autosparse.trainability.shrink import remove
 from autosparse.trainability.stored import save_weights
 from autosparse.trainability.tpp import Ratio, TPPSettings, filter_densities, push_out
@@ -50,6 +53,11 @@ COLUMNS = (
     "seconds",
     "error",
 )
+FUSED = {  # by method: how the fused layers begin
+    "fuse": "from the layers that they replace",
+    "fuse:fresh": "freshly initialized",
+    "fuse:random": "random, with the norms of the fused",
+}
 _SCHEMA = "autosparse.state/1"  # all parameters and buffers of a network
 
 
@@ -80,6 +88,7 @@ class Thinning:
     ratio: Ratio = 0.0
     tpp: TPPSettings | None = None
     finetune: Recipe | None = None
+    fuse: FuseSettings | None = None
     inputs: str = ""
     folder: ClassVar[str] = "networks"
 
@@ -88,6 +97,8 @@ class Thinning:
         """As it stands in tables; of the dense training nothing."""
         if self.method is None:
             return ""
+        if self.method in FUSED:
+            return "–"
         if isinstance(self.ratio, Mapping):
             return " ".join(f"{pattern}={value:g}" for pattern, value in self.ratio.items())
         return f"{self.ratio:g}"
@@ -100,8 +111,12 @@ class Thinning:
         """File name: readable, and unique through a hash of the settings and inputs."""
         values = json.loads(json.dumps(dataclasses.asdict(self)))
         values["data"].pop("root")
+        if self.fuse is None:
+            del values["fuse"]
         name = "dense"
-        if self.method is not None:
+        if self.method in FUSED:
+            name = self.method
+        elif self.method is not None:
             values["criterion"] = identity(candidate(self.method))
             name = f"{self.method}_{self.ratio_label}"
         digest = fingerprint(values)[:10]
@@ -125,6 +140,8 @@ class Thinning:
         """Train it; its weights (`.safetensors`) and masks (`.masks.safetensors`) are written beside the result."""
         model = build_model(self.model, data, self.seed).to(data.device)
         train_network = _train_dense if self.method is None else _make_smaller
+        if self.method in FUSED:
+            train_network = _make_shallower
         with threads_for(model, data, self.recipe.batch_size):
             return train_network(self, model, directory, data, device, state, progress)
 
@@ -138,8 +155,10 @@ def thinnings(
     methods: Sequence[str],
     ratios: Sequence[Ratio],
     seeds: Sequence[int],
+    fuse: FuseSettings | None = None,
 ) -> list[Thinning]:
-    """All of a comparison, seed by seed, so that a stop leaves whole comparisons; each seed's dense training first.
+    """All of a comparison, seed by seed, so that a stop leaves whole comparisons; each seed's dense training first. The
+    methods `FUSED` have no ratio.
 
     Raises:
         AutoSparseError: an empty axis, an unknown method or one that stands there twice, an unknown scorer file.
@@ -148,14 +167,21 @@ def thinnings(
         require(len(axis) > 0, what, list(axis), "give at least one")
     for method in methods:
         require(list(methods).count(method) == 1, "method", method, "give each once")
-        identity(candidate(method))
+        if method not in FUSED:
+            identity(candidate(method))
+        elif fuse is None or not fuse.runs:
+            raise AutoSparseError(
+                f"method {method} needs fuse.runs: pairs of names, the first and last layer of each run"
+            )
     for ratio in ratios:
         for value in ratio.values() if isinstance(ratio, Mapping) else (ratio,):
             require(0 < value < 1, "ratio", value, "it is the share of filters that go, in (0, 1)")
     found = []
     for seed in seeds:
         found.append(Thinning(model, data, recipe, seed))
-        found += [Thinning(model, data, recipe, seed, m, ratio, tpp, finetune) for ratio in ratios for m in methods]
+        thinned = [m for m in methods if m not in FUSED]
+        found += [Thinning(model, data, recipe, seed, m, ratio, tpp, finetune) for ratio in ratios for m in thinned]
+        found += [Thinning(model, data, recipe, seed, m, 0.0, None, finetune, fuse) for m in methods if m in FUSED]
     return found
 
 
@@ -180,7 +206,9 @@ def run_thinnings(
     for ratio, thinning in {t.ratio_label: t for t in unfinished(todo, directory)}.items():
         model = build_model(thinning.model, data)  # wrong input ends here, before hours are spent
         check_fits(model, data.to("cpu"))
-        if ratio:
+        if thinning.fuse is not None:
+            _fused(thinning.fuse, model, data.to("cpu"), 0, few=True)
+        elif ratio:
             filter_densities(model, data.normalise(data.train.images[:2]).cpu(), thinning.ratio)
     write = partial(write_table, directory / "results.csv", COLUMNS)
     return run_cells(todo, directory, data, write, device=device, executor=executor, on_event=on_event)
@@ -219,11 +247,7 @@ def _make_smaller(
 ) -> dict[str, Any]:
     """Choose filters, push them out, remove them, fine-tune; each stage asks first for what an earlier try left."""
     assert thinning.method is not None and thinning.tpp is not None and thinning.finetune is not None
-    path, origin = result_path(directory, thinning), result_path(directory, thinning.dense())
-    if not origin.exists():
-        raise AutoSparseFailure(f"the dense network of seed {thinning.seed} is missing: see why its training failed")
-    dense = read_json(origin, "result")
-    put_back(model, read_safetensors(origin.with_suffix(".safetensors"), _SCHEMA, "weights")[0])
+    path, dense = result_path(directory, thinning), _trained_dense(thinning, model, directory)
     example = data.normalise(data.train.images[:2])
     chosen = state / "masks.safetensors"
     if not chosen.exists():
@@ -289,6 +313,64 @@ def _make_smaller(
     }
 
 
+def _make_shallower(
+    thinning: Thinning, model: nn.Module, directory: Path, data: ImageData, device: str, state: Path, progress: Progress
+) -> dict[str, Any]:
+    """Fuse layers of the trained network, and train what comes of it."""
+    assert thinning.fuse is not None and thinning.finetune is not None
+    path, dense = result_path(directory, thinning), _trained_dense(thinning, model, directory)
+    example = data.normalise(data.train.images[:2])
+    progress({"stage": "fusing"})
+    clock = time.perf_counter()
+    fused = _fused(thinning.fuse, model, data, thinning.seed)
+    seconds = time.perf_counter() - clock
+    smaller = fused.model
+    if thinning.method != "fuse":
+        smaller = fresh(fused, thinning.seed, equal_norms=thinning.method == "fuse:random")
+    before, after = size(model, example), size(smaller, example)
+    fused_accuracy, _ = evaluate(smaller, data, channels_last=thinning.finetune.channels_last)
+    trained = train(
+        smaller,
+        data,
+        thinning.finetune,
+        seed=thinning.seed,
+        device=device,
+        checkpoint=state / "finetune.pt",
+        on_epoch=_staged("fine-tuning", progress),
+    )
+    save_weights(path.with_suffix(".safetensors"), smaller)
+    return {
+        **thinning.row(),
+        "dense_accuracy": dense["accuracy"],
+        "ramp_accuracy": None,
+        "removed_accuracy": fused_accuracy,
+        "accuracy": trained.accuracy,
+        "parameters_before": before.parameters,
+        "parameters": after.parameters,
+        "macs_before": before.macs,
+        "macs": after.macs,
+        "seconds": seconds + trained.seconds,
+        "errors": dict(fused.errors),
+        "history": trained.history,
+        "arithmetic": trained.arithmetic,
+    }
+
+
+def _fused(chosen: FuseSettings, model: nn.Module, data: ImageData, seed: int, few: bool = False) -> Fused:
+    """The fused network; `few`: from hardly any data, to see whether it can be made."""
+    batches = data.sample(8 if few else chosen.batch_size, 1 if few else chosen.n_batches, seed)
+    return fuse(model, chosen.runs, batches, how=chosen.how, n_batches=len(batches), kernel=chosen.kernel)
+
+
+def _trained_dense(thinning: Thinning, model: nn.Module, directory: Path) -> dict[str, Any]:
+    """The result of the dense training, whose weights are put into `model`."""
+    origin = result_path(directory, thinning.dense())
+    if not origin.exists():
+        raise AutoSparseFailure(f"the dense network of seed {thinning.seed} is missing: see why its training failed")
+    put_back(model, read_safetensors(origin.with_suffix(".safetensors"), _SCHEMA, "weights")[0])
+    return read_json(origin, "result")
+
+
 def _choose(thinning: Thinning, model: nn.Module, data: ImageData, example: Tensor, device: str) -> Masks:
     """The masks of the filters that will go, chosen on the trained dense network."""
     densities = filter_densities(model, example, thinning.ratio)
@@ -328,7 +410,7 @@ def summary(results: Sequence[Mapping[str, Any]]) -> Table:
     for ratio, method in dict.fromkeys((r["ratio"], r["method"]) for r in done):
         group = [r for r in done if (r["ratio"], r["method"]) == (ratio, method)]
         stages = ("dense_accuracy", "ramp_accuracy", "removed_accuracy", "accuracy")
-        accuracies = [in_percent(stat(r[stage] for r in group)) for stage in stages]
+        accuracies = [in_percent(stat(r[stage] for r in group if r[stage] is not None)) for stage in stages]
         shares = [stat(r[key] / r[f"{key}_before"] for r in group)[0] for key in ("parameters", "macs")]
         rows.append([ratio, method, *accuracies, *(f"{100 * s:.1f} %" for s in shares), str(len(group))])
     return Table("accuracy at each stage, %, and what is left of the network", headers, rows)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from autosparse.errors import AutoSparseError, require
+from autosparse.errors import AutoSparseError, require, settings
 from autosparse.masks.layers import unwrap
 from autosparse.masks.random import forked, make_generator
 from autosparse.network.inputs import as_call
@@ -22,6 +22,25 @@ from autosparse.network.running import Batch, take_batches, untouched
 ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.LeakyReLU, nn.ELU, nn.Tanh, nn.Sigmoid, nn.Hardswish, nn.Mish)
 HOW = ("data", "gaussian")
 _ROWS = 1 << 14  # patches of one batch that the fit takes at most
+
+
+@settings
+class FuseSettings:
+    """Which layers are fused, see `fuse`: `runs` of neighbours, by the first and last name of each; `how`; `n_batches` of
+    `batch_size` training images; `kernel`."""
+
+    runs: tuple[tuple[str, str], ...] = ()
+    how: str = "data"
+    n_batches: int = 16
+    batch_size: int = 128
+    kernel: int | None = None
+
+    def __post_init__(self) -> None:
+        require(self.how in HOW, "fuse.how", self.how, f"known: {', '.join(HOW)}")
+        for key in ("n_batches", "batch_size"):
+            require(getattr(self, key) >= 1, f"fuse.{key}", getattr(self, key), "give at least 1")
+        odd = self.kernel is None or (self.kernel >= 1 and self.kernel % 2 == 1)
+        require(odd, "fuse.kernel", self.kernel, "give an odd number")
 
 
 @dataclass(frozen=True)

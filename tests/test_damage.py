@@ -29,6 +29,7 @@ from autosparse.scorers.records import Record, read_record, write_record
 from autosparse.scorers.scorer import Scorer, read_scorer
 from autosparse.trainability.stored import load_network, load_weights, save_network, save_weights
 from autosparse.training import loop
+from autosparse.training.checkpoint import restore_checkpoint, save_checkpoint
 
 
 def linear(seed: int = 0) -> nn.Linear:
@@ -72,12 +73,12 @@ def scorer() -> Scorer:
 
 def checkpoint(path: Path) -> None:
     model = linear(1)
-    loop._save(path, "me", model, torch.optim.SGD(model.parameters(), 0.1), None, loop.Trained(0.5, 0.5, 7))
+    save_checkpoint(path, "me", model, torch.optim.SGD(model.parameters(), 0.1), None, loop.Trained(0.5, 0.5, 7))
 
 
 def resumed(path: Path) -> Any:
     model, found = linear(), loop.Trained(0, 0, 0)
-    loop._restore(path, "me", model, torch.optim.SGD(model.parameters(), 0.1), None, found)
+    restore_checkpoint(path, "me", model, torch.optim.SGD(model.parameters(), 0.1), None, found)
     return found.steps, plain(model.state_dict())
 
 

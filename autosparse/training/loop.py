@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 import logging
 import math
@@ -21,17 +20,17 @@ from torch.nn.parallel import DistributedDataParallel
 from autosparse.errors import (
     AutoSparseError,
     AutoSparseFailure,
-    AutoSparseStateError,
     first_line,
     raise_out_of_memory,
 )
-from autosparse.files import check_seal, fingerprint, replace_file, seal
+from autosparse.files import fingerprint
 from autosparse.masks.layers import unwrap
 from autosparse.masks.mask import Masks, Zeroing
 from autosparse.masks.random import derive, forked, seed_global
 from autosparse.network.onednn import safe_convolutions
 from autosparse.network.restore import restored
 from autosparse.network.running import eval_mode
+from autosparse.training.checkpoint import restore_checkpoint, save_checkpoint
 from autosparse.training.content import of_network
 from autosparse.training.data import ImageData
 from autosparse.training.devices import SUPPORTED, device_names
@@ -40,6 +39,9 @@ from autosparse.training.recipe import PRECISIONS, Recipe, build_optimizer, lear
 
 _CHECK_EVERY = 200  # steps between looks at the loss: a look waits for the device
 _ARCHITECTURES = 256  # torch compiles a class for 8 networks and runs the others uncompiled, without a word
+
+
+OptimizerState = Mapping[str, Mapping[str, Tensor]]  # by parameter name, as in `optimizer.state`
 
 
 class MaskHandle(Protocol):
@@ -65,7 +67,8 @@ class Trained:
 
     `history` has one row per epoch: epoch, step, loss (training), accuracy and validation_loss (validation; NaN where it
     was not looked at), lr. `arithmetic`: TF32, and what else of torch's settings it depends on, as they were. `masks`: those
-    at the end of a training whose masks changed; `mask_state`: what their handle knows then.
+    at the end of a training whose masks changed; `mask_state`: what their handle knows then. `optimizer_state`: that of each
+    parameter by name, of a training that was given one.
     """
 
     accuracy: float = math.nan
@@ -78,6 +81,7 @@ class Trained:
     arithmetic: dict[str, Any] = field(default_factory=dict)
     masks: Masks | None = None
     mask_state: dict[str, Any] | None = None
+    optimizer_state: OptimizerState | None = None
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,7 @@ class Plan:
     checkpoint_every: float = 30.0
     validate: bool = True
     mask_schedule: MaskSchedule | None = None
+    optimizer_state: OptimizerState | None = None
 
 
 def full_state(model: nn.Module) -> dict[str, Tensor]:
@@ -233,11 +238,12 @@ def train(
     device: str = "auto",
     on_epoch: Callable[[dict[str, float]], None] | None = None,
     on_gradient: Callable[[int], None] | None = None,
+    on_batch: Callable[[Tensor, Tensor], None] | None = None,
     rank: int = 0,
     world: int = 1,
 ) -> Trained:
     """`training.train.train` on one device, which is that of `rank` among `world` in a process group."""
-    return _Loop(model, data, plan, device, on_epoch, on_gradient, rank, world).run()
+    return _Loop(model, data, plan, device, on_epoch, on_gradient, on_batch, rank, world).run()
 
 
 class _Loop:
@@ -251,12 +257,14 @@ class _Loop:
         device: str,
         on_epoch: Callable[[dict[str, float]], None] | None,
         on_gradient: Callable[[int], None] | None,
+        on_batch: Callable[[Tensor, Tensor], None] | None,
         rank: int,
         world: int,
     ) -> None:
         recipe, masks = plan.recipe, plan.masks
         self.model, self.plan, self.recipe = model, plan, recipe
-        self.on_epoch, self.on_gradient, self.rank, self.world = on_epoch, on_gradient, rank, world
+        self.on_epoch, self.on_gradient, self.on_batch = on_epoch, on_gradient, on_batch
+        self.rank, self.world = rank, world
         self.fabric = fabric_for(device, recipe.precision)
         self.data = data.to(self.fabric.device)
         model.to(self.fabric.device)
@@ -278,8 +286,10 @@ class _Loop:
         self.handle: MaskHandle | None = None
         if plan.mask_schedule is not None:
             self.handle = plan.mask_schedule.attach(model, stepped, self.stop - plan.start_step, plan.seed)
+        for name, state in (plan.optimizer_state or {}).items():
+            stepped.state[model.get_parameter(name)] = {k: t.clone() for k, t in state.items()}
         if plan.checkpoint is not None and plan.checkpoint.exists():
-            _restore(plan.checkpoint, self.of, model, stepped, self.handle, self.result)
+            restore_checkpoint(plan.checkpoint, self.of, model, stepped, self.handle, self.result)
         # Weights that are not there must not take part in the gradient's norm.
         own = dict(unwrap(model).named_parameters())
         self.pruned = [own.get(n) for n in masks or {}]  # of a parametrized weight the gradient has the mask already
@@ -319,12 +329,15 @@ class _Loop:
                     self.on_epoch(row)
                 due = time.perf_counter() - saved >= plan.checkpoint_every
                 if plan.checkpoint is not None and result.steps < self.stop and due:
-                    _save(plan.checkpoint, self.of, self.model, self.optimizer.optimizer, self.handle, result)
+                    save_checkpoint(plan.checkpoint, self.of, self.model, self.optimizer.optimizer, self.handle, result)
                     saved = time.perf_counter()
             if self.handle is not None:
                 result.masks, result.mask_state = self.handle.masks, self.handle.state_dict()
             for handle in handles:
                 handle.remove()
+            if plan.optimizer_state is not None:
+                known = self.optimizer.optimizer.state
+                result.optimizer_state = {n: dict(known[p]) for n, p in self.model.named_parameters() if p in known}
             result.images_per_second = seen / max(time.perf_counter() - clock, 1e-9)
             self.begin("evaluation")
             result.accuracy, result.loss = self._evaluate("test")
@@ -382,7 +395,10 @@ class _Loop:
             torch.compiler.cudagraph_mark_step_begin()
         seed_global(self.plan.seed, "training step", steps, self.rank, device=self.fabric.device)
         begin("forward")
-        outputs = self.network(_layout(images, recipe.channels_last))
+        images = _layout(images, recipe.channels_last)
+        if self.on_batch is not None:
+            self.on_batch(images, labels)
+        outputs = self.network(images)
         loss = training_loss(outputs, labels, recipe.label_smoothing)
         begin("backward")
         self.fabric.backward(loss)
@@ -449,51 +465,3 @@ def _check_finite(total: Tensor | float, result: Trained, recipe: Recipe) -> Non
             f"training diverged: the loss is not finite by step {result.steps} (lr {recipe.lr}, {recipe.optimizer}); "
             "lower recipe.lr, set recipe.clip_norm or recipe.warmup; what was computed before is kept"
         )
-
-
-def _save(
-    path: Path,
-    of: str,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    handle: MaskHandle | None,
-    result: Trained,
-) -> None:
-    state = {
-        "of": of,
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "masks": None if handle is None else handle.state_dict(),
-        "steps": result.steps,
-        "seconds": result.seconds,
-        "history": result.history,
-    }
-    buffer = io.BytesIO()  # torch's own writer does not say so when the disk is full
-    torch.save(state, buffer)
-    with replace_file(path) as temporary:
-        temporary.write_bytes(buffer.getbuffer())
-        seal(temporary)
-
-
-def _restore(
-    path: Path,
-    of: str,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    handle: MaskHandle | None,
-    result: Trained,
-) -> None:
-    try:
-        content = path.read_bytes()[: check_seal(path, "checkpoint")]
-        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-        if state.get("of") != of:
-            raise ValueError("it is of another training (recipe, seed, masks, steps, initial weights or data differ)")
-        result.steps, result.seconds, result.history = state["steps"], state["seconds"], state["history"]
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        if handle is not None:
-            handle.load_state_dict(state["masks"])
-    except Exception as error:
-        raise AutoSparseStateError(
-            f"checkpoint {path} cannot be resumed: {first_line(error)}; delete it to train from the start"
-        ) from error

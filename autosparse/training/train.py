@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from autosparse.errors import require
 from autosparse.masks.mask import Masks
 from autosparse.training import loop
 from autosparse.training.data import ImageData
 from autosparse.training.devices import device_names
-from autosparse.training.loop import MaskSchedule, Trained
+from autosparse.training.loop import MaskSchedule, OptimizerState, Trained
 from autosparse.training.recipe import Recipe
 
 
@@ -32,6 +33,8 @@ def train(
     validate: bool = True,
     on_epoch: Callable[[dict[str, float]], None] | None = None,
     on_gradient: Callable[[int], None] | None = None,
+    on_batch: Callable[[Tensor, Tensor], None] | None = None,
+    optimizer_state: OptimizerState | None = None,
 ) -> Trained:
     """Train `model` in place, its pruned weights held at zero after every step; test it after the last.
 
@@ -57,6 +60,9 @@ def train(
         on_epoch: called with each new row of the history.
         on_gradient: called before each step of the optimizer with the number of steps done, when the gradients of the
             parameters are there (before clipping). Of several devices only the first is used then.
+        on_batch: called with the images and labels of each step before its forward pass, as `on_gradient` is.
+        optimizer_state: what the optimizer begins with, by parameter name (empty for nothing); the result then has what it
+            ended with, so that a training in parts goes on as it would in one.
 
     Raises:
         AutoSparseError: the model cannot take the images, or the masks are another model's, or the checkpoint another
@@ -67,10 +73,22 @@ def train(
     require(
         masks is None or mask_schedule is None, "masks", "given", "mask_schedule has its own; leave one of them out"
     )
-    plan = loop.Plan(recipe, masks, seed, start_step, stop_step, checkpoint, checkpoint_every, validate, mask_schedule)
+    plan = loop.Plan(
+        recipe,
+        masks,
+        seed,
+        start_step,
+        stop_step,
+        checkpoint,
+        checkpoint_every,
+        validate,
+        mask_schedule,
+        optimizer_state,
+    )
     devices = device_names(device)
-    if len(devices) > 1 and on_gradient is None:
+    if len(devices) > 1 and on_gradient is None and on_batch is None and optimizer_state is None:
         from autosparse.training.ranks import train_on
 
         return train_on(devices, model, data, plan, on_epoch=on_epoch)
-    return loop.train(model, data, plan, device=device, on_epoch=on_epoch, on_gradient=on_gradient)
+    how: dict[str, Any] = {"on_epoch": on_epoch, "on_gradient": on_gradient, "on_batch": on_batch}
+    return loop.train(model, data, plan, device=device, **how)

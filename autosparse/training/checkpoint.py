@@ -1,0 +1,77 @@
+"""The file that a training in flight goes on from."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from autosparse.errors import AutoSparseStateError, first_line
+from autosparse.files import check_seal, replace_file, seal
+
+
+class Stateful(Protocol):
+    """What has a state of its own."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+class Progress(Protocol):
+    """How far a training is."""
+
+    steps: int
+    seconds: float
+    history: list[dict[str, float]]
+
+
+def save_checkpoint(
+    path: Path,
+    of: str,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    handle: Stateful | None,
+    progress: Progress,
+) -> None:
+    state = {
+        "of": of,
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "masks": None if handle is None else handle.state_dict(),
+        "steps": progress.steps,
+        "seconds": progress.seconds,
+        "history": progress.history,
+    }
+    buffer = io.BytesIO()  # torch's own writer does not say so when the disk is full
+    torch.save(state, buffer)
+    with replace_file(path) as temporary:
+        temporary.write_bytes(buffer.getbuffer())
+        seal(temporary)
+
+
+def restore_checkpoint(
+    path: Path,
+    of: str,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    handle: Stateful | None,
+    progress: Progress,
+) -> None:
+    try:
+        content = path.read_bytes()[: check_seal(path, "checkpoint")]
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        if state.get("of") != of:
+            raise ValueError("it is of another training (recipe, seed, masks, steps, initial weights or data differ)")
+        progress.steps, progress.seconds, progress.history = state["steps"], state["seconds"], state["history"]
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        if handle is not None:
+            handle.load_state_dict(state["masks"])
+    except Exception as error:
+        raise AutoSparseStateError(
+            f"checkpoint {path} cannot be resumed: {first_line(error)}; delete it to train from the start"
+        ) from error

@@ -687,18 +687,18 @@ def test_a_parametrized_weight_trains_under_its_mask(digits: ImageData, convnet:
 def test_a_training_in_parts_with_the_optimizers_state_is_the_whole(digits: ImageData, optimizer: str) -> None:
     recipe = Recipe(steps=12, batch_size=16, lr=0.01, optimizer=optimizer)
     whole, parts = (create_model(ModelSettings("convnet", 4), in_channels=1, image_size=8) for _ in range(2))
-    expected = train(whole, digits, recipe, device="cpu")
+    expected = train(whole, digits, recipe)
     assert expected.optimizer_state is None
     state: Any = {}
     for start in (0, 5, 9):
         stop = {0: 5, 5: 9, 9: 12}[start]
-        found = train(parts, digits, recipe, device="cpu", start_step=start, stop_step=stop, optimizer_state=state)
+        found = train(parts, digits, recipe, start_step=start, stop_step=stop, optimizer_state=state)
         state = found.optimizer_state
     assert found.accuracy == expected.accuracy
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), parts.parameters(), strict=True))
     alone = create_model(ModelSettings("convnet", 4), in_channels=1, image_size=8)
     for start, stop in ((0, 5), (5, 12)):
-        train(alone, digits, recipe, device="cpu", start_step=start, stop_step=stop)
+        train(alone, digits, recipe, start_step=start, stop_step=stop)
     assert not all(torch.equal(a, b) for a, b in zip(whole.parameters(), alone.parameters(), strict=True))
 
 
@@ -706,7 +706,5 @@ def test_each_batch_is_told(digits: ImageData) -> None:
     seen: list[tuple[int, ...]] = []
     recipe = Recipe(steps=3, batch_size=16)
     model = create_model(ModelSettings("convnet", 4), in_channels=1, image_size=8)
-    train(
-        model, digits, recipe, device="cpu", on_batch=lambda images, labels: seen.append((*images.shape, len(labels)))
-    )
+    train(model, digits, recipe, on_batch=lambda images, labels: seen.append((*images.shape, len(labels))))
     assert seen == [(16, 1, 8, 8, 16)] * 3

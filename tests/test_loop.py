@@ -706,5 +706,5 @@ def test_each_batch_is_told(digits: ImageData) -> None:
     seen: list[tuple[int, ...]] = []
     recipe = Recipe(steps=3, batch_size=16)
     model = create_model(ModelSettings("convnet", 4), in_channels=1, image_size=8)
-    train(model, digits, recipe, on_batch=lambda images, labels: seen.append((*images.shape, len(labels))))
-    assert seen == [(16, 1, 8, 8, 16)] * 3
+    train(model, digits, recipe, on_batch=lambda step, images, labels: seen.append((step, *images.shape, len(labels))))
+    assert seen == [(step, 16, 1, 8, 8, 16) for step in range(3)]

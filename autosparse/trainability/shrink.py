@@ -103,6 +103,28 @@ def remove(model: nn.Module, masks: Masks, example_input: Any) -> Removal:
     raise AutoSparseFailure(_blame(model, masks, empty, example, "it computes other outputs"))
 
 
+@torch.no_grad()
+def survivors(model: nn.Module, masks: Masks, example_input: Any) -> dict[str, Tensor]:
+    """For each parameter and floating buffer of `remove(…).smaller`, the places of its values in that of `model`.
+
+    Flat int64 indices in the smaller shape: `tensor.flatten()[indices]` carries over whatever belongs to the weights, such
+    as an optimizer's momentum. Takes what `remove` takes.
+    """
+    model = fused(unwrap(model))
+    example = cast_like(model, first_of_batch(example_input, 2))
+    layers = prunable_layers(model, operands=trace(model, example).operands)
+    numbered = private_copy(model).double()  # whose values are their own places
+    for tensor in (*numbered.parameters(), *numbered.buffers()):
+        if tensor.is_floating_point():
+            tensor.copy_(torch.arange(tensor.numel(), dtype=torch.float64).view(tensor.shape))
+    empty = {name: _empty_filters(name, mask, layers.get(name)) for name, mask in masks.items()}
+    surgery = _Surgery(numbered, empty, cast_like(numbered, example))
+    for name in empty:
+        surgery.remove(name)
+    left = [*numbered.named_parameters(), *numbered.named_buffers()]
+    return {name: tensor.detach().round().long() for name, tensor in left if tensor.is_floating_point()}
+
+
 def same_outputs(a: nn.Module, b: nn.Module, example_input: Any, tolerance: float = TOLERANCE) -> bool:
     """Whether two networks compute the same to `tolerance`, see `output_difference`."""
     return output_difference(a, b, example_input) <= tolerance

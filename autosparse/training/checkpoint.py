@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -38,7 +39,6 @@ def save_checkpoint(
     progress: Progress,
 ) -> None:
     state = {
-        "of": of,
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
         "masks": None if handle is None else handle.state_dict(),
@@ -46,11 +46,7 @@ def save_checkpoint(
         "seconds": progress.seconds,
         "history": progress.history,
     }
-    buffer = io.BytesIO()  # torch's own writer does not say so when the disk is full
-    torch.save(state, buffer)
-    with replace_file(path) as temporary:
-        temporary.write_bytes(buffer.getbuffer())
-        seal(temporary)
+    write_state(path, of, state)
 
 
 def restore_checkpoint(
@@ -61,16 +57,36 @@ def restore_checkpoint(
     handle: Stateful | None,
     progress: Progress,
 ) -> None:
-    try:
-        content = path.read_bytes()[: check_seal(path, "checkpoint")]
-        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-        if state.get("of") != of:
-            raise ValueError("it is of another training (recipe, seed, masks, steps, initial weights or data differ)")
+    with reading_state(path, of) as state:
         progress.steps, progress.seconds, progress.history = state["steps"], state["seconds"], state["history"]
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         if handle is not None:
             handle.load_state_dict(state["masks"])
+
+
+def write_state(path: Path, of: str, state: Mapping[str, Any]) -> None:
+    """Write a state whole or not at all; `of`: the fingerprint of what it belongs to."""
+    buffer = io.BytesIO()  # torch's own writer does not say so when the disk is full
+    torch.save({"of": of, **state}, buffer)
+    with replace_file(path) as temporary:
+        temporary.write_bytes(buffer.getbuffer())
+        seal(temporary)
+
+
+@contextmanager
+def reading_state(path: Path, of: str) -> Iterator[dict[str, Any]]:
+    """Read what `write_state` wrote, on the CPU, and put it to use in the block.
+
+    Raises:
+        AutoSparseStateError: the file is damaged or of something else, or the block cannot use what it holds.
+    """
+    try:
+        content = path.read_bytes()[: check_seal(path, "checkpoint")]
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        if state.get("of") != of:
+            raise ValueError("it is of another training (recipe, seed, masks, steps, initial weights or data differ)")
+        yield state
     except Exception as error:
         raise AutoSparseStateError(
             f"checkpoint {path} cannot be resumed: {first_line(error)}; delete it to train from the start"

@@ -238,7 +238,7 @@ def train(
     device: str = "auto",
     on_epoch: Callable[[dict[str, float]], None] | None = None,
     on_gradient: Callable[[int], None] | None = None,
-    on_batch: Callable[[Tensor, Tensor], None] | None = None,
+    on_batch: Callable[[int, Tensor, Tensor], None] | None = None,
     rank: int = 0,
     world: int = 1,
 ) -> Trained:
@@ -257,7 +257,7 @@ class _Loop:
         device: str,
         on_epoch: Callable[[dict[str, float]], None] | None,
         on_gradient: Callable[[int], None] | None,
-        on_batch: Callable[[Tensor, Tensor], None] | None,
+        on_batch: Callable[[int, Tensor, Tensor], None] | None,
         rank: int,
         world: int,
     ) -> None:
@@ -397,7 +397,7 @@ class _Loop:
         begin("forward")
         images = _layout(images, recipe.channels_last)
         if self.on_batch is not None:
-            self.on_batch(images, labels)
+            self.on_batch(steps, images, labels)
         outputs = self.network(images)
         loss = training_loss(outputs, labels, recipe.label_smoothing)
         begin("backward")

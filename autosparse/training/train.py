@@ -33,7 +33,7 @@ def train(
     validate: bool = True,
     on_epoch: Callable[[dict[str, float]], None] | None = None,
     on_gradient: Callable[[int], None] | None = None,
-    on_batch: Callable[[Tensor, Tensor], None] | None = None,
+    on_batch: Callable[[int, Tensor, Tensor], None] | None = None,
     optimizer_state: OptimizerState | None = None,
 ) -> Trained:
     """Train `model` in place, its pruned weights held at zero after every step; test it after the last.
@@ -60,7 +60,7 @@ def train(
         on_epoch: called with each new row of the history.
         on_gradient: called before each step of the optimizer with the number of steps done, when the gradients of the
             parameters are there (before clipping). Of several devices only the first is used then.
-        on_batch: called with the images and labels of each step before its forward pass, as `on_gradient` is.
+        on_batch: called with the steps done, and the images and labels of each step, before its forward pass, as `on_gradient` is.
         optimizer_state: what the optimizer begins with, by parameter name (empty for nothing); the result then has what it
             ended with, so that a training in parts goes on as it would in one.
 

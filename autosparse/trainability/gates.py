@@ -1,0 +1,526 @@
+"""Gates: residual branches and units that leave a network while it trains, and make the rest of the training cheaper."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from autosparse.errors import AutoSparseError, require, settings
+from autosparse.files import fingerprint
+from autosparse.masks.layers import Layer, prunable_layers, unwrap
+from autosparse.masks.mask import Masks
+from autosparse.masks.random import make_generator
+from autosparse.network.coupling import coupled_filters
+from autosparse.network.graph import Graph, trace
+from autosparse.network.lipschitz import pairs
+from autosparse.network.restore import private_copy
+from autosparse.network.running import NORMS
+from autosparse.network.size import size
+from autosparse.trainability.shrink import output_difference, remove, survivors
+from autosparse.training.checkpoint import reading_state, write_state
+from autosparse.training.content import of_network
+from autosparse.training.data import ImageData
+from autosparse.training.loop import OptimizerState, Trained, fabric_for, training_loss
+from autosparse.training.recipe import Recipe, steps_per_epoch
+from autosparse.training.train import train
+
+OF = ("layers", "units")
+_PASSED = ("activation", "reshape", "slice", "mul", "add")  # of one operand, these may follow a branch's last layer
+_SAME = 1e-5
+
+
+@settings
+class GateSettings:
+    """How gates learn to close.
+
+    A gate `ξ ~ B(π)` multiplies each residual branch (`of="layers"`), or each output channel of the layers whose filters
+    can go alone (`of="units"`). The objective is `E_ξ[L(W ⊙ ξ)] + cost·Σπ`, for units `cost·mean over the layer's units`
+    summed over layers, projected gradient descent on π with learning rate `lr`, from `start` on. Gates learn in the share
+    `begin` … `end` of the training; what has reached 0 is removed at the end of the epoch, and at `end` all that is under
+    ½. The gates that are left stay open.
+    """
+
+    of: str = "layers"
+    cost: float = 0.02
+    lr: float = 0.5
+    start: float = 0.9
+    begin: float = 0.1
+    end: float = 0.6
+
+    def __post_init__(self) -> None:
+        require(self.of in OF, "gates.of", self.of, f"known: {', '.join(OF)}")
+        for key in ("cost", "lr"):
+            value = getattr(self, key)
+            require(0 < value < math.inf, f"gates.{key}", value, "give a positive number")
+        require(0 < self.start <= 1, "gates.start", self.start, "it is a probability, above 0")
+        require(0 <= self.begin < self.end <= 1, "gates.begin", self.begin, f"a share in [0, 1), under end {self.end}")
+
+
+@dataclass(frozen=True)
+class Branch:
+    """A residual branch: the modules in it with parameters, and the last of them, whose output goes into the sum; how many
+    channels that has, and by how much its sides are smaller than those of what goes in."""
+
+    name: str
+    last: str
+    modules: tuple[str, ...]
+    channels: int
+    stride: int
+
+
+class Entrance(nn.Module):
+    """Where a branch was entered: lets one channel through, in memory of its own, since what follows may work in place."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.narrow(1 if x.dim() in (2, 4, 5) else -1, 0, 1).clone()
+
+
+class Nothing(nn.Module):
+    """What a branch gave that is gone: zeros of its shape, with so many channels, and sides divided by the stride."""
+
+    def __init__(self, channels: int, stride: int) -> None:
+        super().__init__()
+        self.channels, self.stride = channels, stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() < 4:
+            return x.new_zeros(*x.shape[:-1], self.channels)
+        return x.new_zeros(len(x), self.channels, *(-(-side // self.stride) for side in x.shape[2:]))
+
+
+def branches(model: nn.Module, example_input: Any) -> tuple[Branch, ...]:
+    """The residual branches that can be removed from `model`, in execution order.
+
+    A branch is all that lies between where a sum's two operands part and the sum, on the side with more layers; nothing of
+    it may be used elsewhere. That the network without it computes what it does with the branch at zero is measured on a
+    copy; branches that cannot be taken out so (such as those that reshape into heads) are left out.
+    """
+    model = unwrap(model)
+    graph = trace(model, example_input)
+    found = []
+    for branch in _branches(graph):
+        if _removable(model, branch, example_input):
+            found.append(branch)
+    return tuple(found)
+
+
+def _branches(graph: Graph) -> Iterator[Branch]:
+    operations = graph.operations
+    above: list[frozenset[int]] = []  # each operation with all before it
+    for index, operation in enumerate(operations):
+        above.append(frozenset({index}).union(*(above[i] for i in operation.inputs)))
+    users: dict[int, set[int]] = {}
+    for index, operation in enumerate(operations):
+        for i in operation.inputs:
+            users.setdefault(i, set()).add(index)
+    for index, operation in enumerate(operations):
+        if operation.kind != "add" or len(set(operation.inputs)) != 2:
+            continue
+        a, b = operation.inputs
+        sides = {a: above[a] - above[b], b: above[b] - above[a]}
+        layers = {i: sum(bool(operations[o].weights) for o in own) for i, own in sides.items()}
+        if layers[a] == layers[b]:
+            continue
+        last = max(layers, key=lambda i: layers[i])
+        inside = sides[last]
+        if any(not users.get(o, set()) <= inside | {index} for o in inside):
+            continue
+        end = last
+        while operations[end].kind in _PASSED and not operations[end].parameters and len(operations[end].inputs) == 1:
+            end = operations[end].inputs[0]
+        if end not in inside or not operations[end].parameters:
+            continue
+        modules = dict.fromkeys(p.rpartition(".")[0] for o in sorted(inside) for p in operations[o].parameters)
+        place = operations[end].parameters[0].rpartition(".")[0]
+        into = next(o for o in sorted(inside) if operations[o].parameters)
+        before, after = operations[operations[into].inputs[0]].shape, operations[last].shape
+        images = len(before) == len(after) >= 4
+        stride = -(-before[2] // after[2]) if images else 1
+        yield Branch(next(iter(modules)), place, tuple(modules), after[1] if images else after[-1], stride)
+
+
+def _removable(model: nn.Module, branch: Branch, example: Any) -> bool:
+    shut, gone = private_copy(model), private_copy(model)
+    known = dict(model.named_modules())
+    if any(name not in known or any(known[name].children()) for name in branch.modules):
+        return False  # a parameter of a block, such as a scale
+    try:
+        hook = shut.get_submodule(branch.last).register_forward_hook(lambda m, args, out: out * 0)
+        take_out(gone, branch)
+        difference = output_difference(shut, gone, example)
+        hook.remove()
+    except Exception:  # whatever a module says to inputs of another shape
+        return False
+    return difference <= _SAME
+
+
+def take_out(model: nn.Module, branch: Branch) -> None:
+    """Remove a branch from `model` in place."""
+    for name in branch.modules:
+        parent, _, key = name.rpartition(".")
+        put: nn.Module = Entrance() if name == branch.name else nn.Identity()
+        if name == branch.last:
+            put = Nothing(branch.channels, branch.stride)
+        setattr(model.get_submodule(parent), key, put)
+
+
+def unit_layers(model: nn.Module, example_input: Any) -> dict[str, str]:
+    """The layers whose filters or units can be removed alone, each with the module at whose output its gates stand: the
+    norm that takes its output, or itself."""
+    model = unwrap(model)
+    graph = trace(model, example_input)
+    layers = prunable_layers(model, operands=graph.operands)
+    bound = {*graph.last_layers(), *(n for group in coupled_filters(model, layers, example_input) for n in group)}
+    modules = dict(model.named_modules())
+    norms = pairs(graph, layers, dict(model.named_parameters()))
+    found = {}
+    for name, layer in layers.items():
+        path = name.removesuffix(".weight")
+        plain = isinstance(modules.get(path), (nn.Linear, nn.modules.conv._ConvNd))
+        if not plain or layer.groups > 1 or layer.shape[layer.out_dim] < 2 or name in bound:
+            continue
+        norm = norms[name].norm
+        if norm is not None and not isinstance(modules.get(norm), nn.modules.batchnorm._BatchNorm):
+            continue  # channels that are normalized together cannot go
+        found[name] = path if norm is None else norm
+    return found
+
+
+@dataclass
+class Gates:
+    """The gates of a network while it trains: `pi` by the name of the branch or layer, `()` or `(channels,)`.
+
+    `places`: the module at whose output each stands.
+    """
+
+    settings: GateSettings
+    places: dict[str, str]
+    pi: dict[str, Tensor]
+    seed: int
+    _drawn: dict[str, Tensor] = field(default_factory=dict)
+    _labels: Tensor | None = None
+    _images: Tensor | None = None
+    _logits: Any = None
+    _paused: bool = False
+
+    @staticmethod
+    def of(model: nn.Module, example_input: Any, chosen: GateSettings, seed: int) -> tuple[Gates, dict[str, Branch]]:
+        """Gates of all branches or units that can go.
+
+        Raises:
+            AutoSparseError: there are none.
+        """
+        known: dict[str, Branch] = {}
+        if chosen.of == "layers":
+            known = {branch.name: branch for branch in branches(model, example_input)}
+            places = {name: branch.last for name, branch in known.items()}
+            shapes: dict[str, tuple[int, ...]] = dict.fromkeys(places, ())
+        else:
+            places = unit_layers(model, example_input)
+            own = dict(unwrap(model).named_parameters())
+            layers = prunable_layers(model)
+            shapes = {n: (own[n].shape[layers[n].out_dim],) for n in places}
+        if not places:
+            what = "residual branch" if chosen.of == "layers" else "layer with units"
+            raise AutoSparseError(
+                f"gates.of is {chosen.of!r}: {type(unwrap(model)).__name__} has no {what} that can go"
+            )
+        pi = {name: torch.full(shape, chosen.start) for name, shape in shapes.items()}
+        return Gates(chosen, places, pi, seed), known
+
+    @contextmanager
+    def attached(self, model: nn.Module) -> Iterator[None]:
+        """Within the block, the outputs at the gates are multiplied by what was drawn; in eval mode by π."""
+        hooks = []
+        for name, place in self.places.items():
+
+            def gate(module: nn.Module, args: Any, out: Tensor, name: str = name) -> Tensor:
+                value = self._drawn.get(name, self.pi[name]) if model.training else self.pi[name]
+                return out * _spread(value.to(out), out)
+
+            hooks.append(model.get_submodule(place).register_forward_hook(gate))
+        hooks.append(model.register_forward_hook(self._keep))
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+            self._drawn = {}
+
+    def _keep(self, module: nn.Module, args: Any, out: Any) -> None:
+        if module.training and not self._paused:
+            self._logits = out
+
+    def draw(self, step: int, images: Tensor, labels: Tensor) -> None:
+        """Draw `ξ` for one step."""
+        generator = make_generator(self.seed, "gates", step)
+        self._images, self._labels = images, labels
+        for name, pi in self.pi.items():
+            drawn = (torch.rand(pi.shape, generator=generator) < pi.cpu()).float().to(images.device)
+            self._drawn[name] = drawn.requires_grad_(self.settings.of == "units")
+
+    def learn(self, model: nn.Module, step: int, context: Callable[[], Any]) -> None:
+        """One step on π, after the backward pass of the weights.
+
+        `π ← clip(π − lr·g, 0, 1)`. Of layers: for one branch, drawn at random, `g = L(ξ=1) − L(ξ=0) + cost`, from one more
+        forward pass; times the number of branches, which take turns by chance. Of units: `g = ∂L/∂ξ + cost/C`, the same to
+        first order, from the pass that is there.
+        """
+        rate, cost = self.settings.lr, self.settings.cost
+        if self.settings.of == "units":
+            for name, pi in self.pi.items():
+                gradient = self._drawn[name].grad
+                if gradient is not None:
+                    pi.sub_(rate * (gradient.to(pi) + cost / len(pi))).clamp_(0, 1)
+            return
+        names = list(self.pi)
+        if not names:
+            return
+        chosen = names[int(torch.randint(len(names), (), generator=make_generator(self.seed, "branch", step)))]
+        drawn, loss = self._drawn[chosen], self._loss(self._logits)
+        self._drawn[chosen] = 1 - drawn
+        self._paused = True
+        with torch.no_grad(), context(), _statistics_kept(model):
+            flipped = self._loss(model(self._images))
+        self._paused = False
+        self._drawn[chosen] = drawn
+        gain = (loss - flipped) if drawn > 0.5 else (flipped - loss)  # L(ξ=1) − L(ξ=0)
+        self.pi[chosen].sub_(rate * (gain + cost)).clamp_(0, 1)
+
+    def _loss(self, logits: Any) -> float:
+        assert self._labels is not None
+        return float(training_loss(logits, self._labels).detach())
+
+
+def _spread(value: Tensor, out: Tensor) -> Tensor:
+    """`(C,)` along the channels of an output: dimension 1 of images, the last of vectors and tokens."""
+    return value if value.dim() == 0 or out.dim() < 4 else value.view(-1, *[1] * (out.dim() - 2))
+
+
+@contextmanager
+def _statistics_kept(model: nn.Module) -> Iterator[None]:
+    """A pass in train mode leaves the running statistics as they are."""
+    norms = [m for m in model.modules() if isinstance(m, NORMS) and getattr(m, "track_running_stats", False)]
+    for norm in norms:
+        norm.track_running_stats = False
+    held = [(norm, norm.running_mean, norm.running_var) for norm in norms]
+    try:
+        for norm, _, _ in held:
+            norm.running_mean = norm.running_var = None
+        yield
+    finally:
+        for norm, mean, var in held:
+            norm.running_mean, norm.running_var, norm.track_running_stats = mean, var, True
+
+
+@dataclass
+class Gated:
+    """What a training with gates gave.
+
+    `model` is the smaller network; `history` that of `Trained`, with `macs` (one image), `seconds` (of that epoch) and `open`
+    (gates that are left, for units as a share) in each row; `removed`: branches by name, or how many units of each layer.
+    """
+
+    model: nn.Module
+    accuracy: float = math.nan
+    loss: float = math.nan
+    seconds: float = 0.0
+    history: list[dict[str, float]] = field(default_factory=list)
+    removed: dict[str, int] = field(default_factory=dict)
+    arithmetic: dict[str, Any] = field(default_factory=dict)
+
+
+def train_gated(
+    model: nn.Module,
+    data: ImageData,
+    recipe: Recipe,
+    chosen: GateSettings,
+    *,
+    seed: int = 0,
+    device: str = "auto",
+    checkpoint: Path | None = None,
+    on_epoch: Callable[[dict[str, float]], None] | None = None,
+) -> Gated:
+    """Train a copy of `model` with gates, and give the network that is left; `model` stays as it is.
+
+    After each epoch what has reached `π = 0` is removed physically: a branch with all its modules, units by
+    `trainability.shrink`. The weights that stay keep their optimizer's state, so the training goes on as it was, and is
+    faster from then on.
+
+    Args:
+        checkpoint: file to write after each epoch and to go on from, of which structure left too; the caller deletes it.
+        on_epoch: called with each new row of the history.
+
+    Raises:
+        AutoSparseError: as `train`; no gate can stand in this network; a compiled recipe. AutoSparseStateError: the
+            checkpoint is another training's.
+        AutoSparseFailure: the training diverged.
+
+    Source: layers: concurrent training and layer pruning (2406.04549); units: parsimonious networks (2205.04650), whose
+    flattening hyper-prior leaves a cost linear in π. The schedule, the removal after an epoch, and the first-order
+    gradient of units are derived here.
+    """
+    if recipe.compile:
+        raise AutoSparseError(
+            f"recipe.compile is {recipe.compile}: a network that changes is not compiled; leave it out"
+        )
+    return _Training(unwrap(model), data, recipe, chosen, seed, device, checkpoint, on_epoch).run()
+
+
+class _Training:
+    def __init__(
+        self,
+        model: nn.Module,
+        data: ImageData,
+        recipe: Recipe,
+        chosen: GateSettings,
+        seed: int,
+        device: str,
+        checkpoint: Path | None,
+        on_epoch: Callable[[dict[str, float]], None] | None,
+    ) -> None:
+        self.fabric = fabric_for(device, recipe.precision)
+        self.origin, self.model = model, private_copy(model).to(self.fabric.device)
+        self.data, self.recipe, self.chosen, self.seed, self.device = data, recipe, chosen, seed, device
+        self.checkpoint, self.on_epoch = checkpoint, on_epoch
+        self.example = data.normalise(data.train.images[:2]).to(self.fabric.device)
+        self.per_epoch, self.length = steps_per_epoch(data, recipe.batch_size), recipe.length(data)
+        self.gates, self.known = Gates.of(self.model, self.example, chosen, seed)
+        self.whole = {n: len(pi) for n, pi in self.gates.pi.items() if pi.dim()}
+        self.left = {
+            n: torch.arange(count) for n, count in self.whole.items()
+        }  # of units: which of the first network's
+        self.out: list[str] = []  # branches that are gone
+        self.optimizer: OptimizerState = {}
+        self.step, self.result = 0, Gated(self.model)
+        self.of = fingerprint(data.content, of_network(model, source=False), recipe, chosen, seed)
+        if checkpoint is not None and checkpoint.exists():
+            self._restore(checkpoint)
+
+    def run(self) -> Gated:
+        result, trained = self.result, Trained()
+        first, last = (round(share * self.length) for share in (self.chosen.begin, self.chosen.end))
+        while self.step < self.length:
+            clock = time.perf_counter()
+            stop = min(self.step - self.step % self.per_epoch + self.per_epoch, self.length)
+            macs, learning = size(self.model, self.example).macs, self.step < last
+            how: dict[str, Any] = {"start_step": self.step, "stop_step": stop, "optimizer_state": self.optimizer}
+            if learning:
+                how |= {"on_batch": self.gates.draw, "on_gradient": lambda step: self._on_gradient(step, first, last)}
+            seen = self.data if stop == self.length else self.data.without("test")
+            rows: list[dict[str, float]] = []
+            with self.gates.attached(self.model) if learning else nullcontext():
+                trained = train(
+                    self.model, seen, self.recipe, seed=self.seed, device=self.device, on_epoch=rows.append, **how
+                )
+            self.step, self.optimizer = stop, trained.optimizer_state or {}
+            self._remove(final=stop >= last)
+            row = {**rows[-1], "macs": float(macs), "seconds": time.perf_counter() - clock, "open": self._open()}
+            result.history.append(row)
+            result.seconds += row["seconds"]
+            result.arithmetic = trained.arithmetic
+            if self.checkpoint is not None and self.step < self.length:
+                self._save(self.checkpoint)
+            if self.on_epoch is not None:
+                self.on_epoch(row)
+        result.model, result.accuracy, result.loss = self.model, trained.accuracy, trained.loss
+        result.removed = dict.fromkeys(self.out, 1)
+        result.removed |= {n: c - len(self.left[n]) for n, c in self.whole.items() if len(self.left[n]) < c}
+        return result
+
+    def _on_gradient(self, step: int, first: int, last: int) -> None:
+        if first <= step < last:
+            self.gates.learn(self.model, step, self.fabric.autocast)
+
+    def _open(self) -> float:
+        if self.chosen.of == "layers":
+            return float(len(self.known) - len(self.out))
+        return sum(map(len, self.left.values())) / sum(self.whole.values())
+
+    def _remove(self, final: bool) -> None:
+        """Take out what has closed; `final`: what is more closed than open too."""
+        limit = 0.5 if final else 0.0
+        if self.chosen.of == "layers":
+            for name in [n for n, pi in self.gates.pi.items() if pi <= limit]:
+                take_out(self.model, self.known[name])
+                self.out.append(name)
+                del self.gates.pi[name], self.gates.places[name]
+            own = dict(self.model.named_parameters())
+            self.optimizer = {n: state for n, state in self.optimizer.items() if n in own}
+        else:
+            self._remove_units(limit)
+
+    def _remove_units(self, limit: float) -> None:
+        closed = {n: pi <= limit for n, pi in self.gates.pi.items()}
+        for name, shut in closed.items():
+            if shut.all():
+                shut[self.gates.pi[name].argmax()] = False  # a layer keeps at least one
+        if not any(shut.any() for shut in closed.values()):
+            return
+        layers = prunable_layers(self.model)
+        masks = _masks({n: ~shut for n, shut in closed.items()}, layers)
+        before = {n: p.shape for n, p in self.model.named_parameters()}
+        places = survivors(self.model, masks, self.example)
+        self.model = remove(self.model, masks, self.example).smaller.to(self.fabric.device)
+        moved = {}
+        for name, state in self.optimizer.items():
+            index = places[name].to(self.fabric.device)
+            moved[name] = {k: t.flatten()[index] if t.shape == before[name] else t for k, t in state.items()}
+        self.optimizer = moved
+        own = dict(self.model.named_parameters())
+        for name, shut in closed.items():
+            if own[name].shape[layers[name].out_dim] == int((~shut).sum()):  # what could not go stays, at π = 0
+                self.left[name], self.gates.pi[name] = self.left[name][~shut], self.gates.pi[name][~shut]
+
+    def _save(self, path: Path) -> None:
+        state = {
+            "step": self.step,
+            "out": self.out,
+            "left": self.left,
+            "pi": self.gates.pi,
+            "model": self.model.state_dict(),
+            "optimizer": {n: dict(values) for n, values in self.optimizer.items()},
+            "history": self.result.history,
+            "seconds": self.result.seconds,
+        }
+        write_state(path, self.of, state)
+
+    def _restore(self, path: Path) -> None:
+        """Make the network as small as it was, then put its weights in."""
+        with reading_state(path, self.of) as state:
+            for name in state["out"]:
+                take_out(self.model, self.known[name])
+                del self.gates.places[name]
+            self.out, self.left = list(state["out"]), dict(state["left"])
+            kept = {n: torch.isin(torch.arange(c), self.left[n]) for n, c in self.whole.items()}
+            if any(not k.all() for k in kept.values()):
+                masks = _masks(kept, prunable_layers(self.model))
+                self.model = remove(self.model, masks, self.example).smaller.to(self.fabric.device)
+            self.model.load_state_dict(state["model"])
+            self.gates.pi = dict(state["pi"])
+            device = self.fabric.device
+            self.optimizer = {n: {k: t.to(device) for k, t in v.items()} for n, v in state["optimizer"].items()}
+            self.step, self.result.history, self.result.seconds = state["step"], state["history"], state["seconds"]
+
+
+def _masks(kept: Mapping[str, Tensor], layers: Mapping[str, Layer]) -> Masks:
+    """Masks that keep whole filters."""
+    tensors = {}
+    for name, keep in kept.items():
+        shape = [1] * len(layers[name].shape)
+        shape[layers[name].out_dim] = -1
+        tensors[name] = keep.cpu().view(shape).expand(layers[name].shape).clone()
+    return Masks(tensors, {n: layers[n] for n in tensors})
+
+
+def total_macs(history: Sequence[Mapping[str, float]]) -> float:
+    """Mean over the epochs of the multiply-adds of one image, relative to the first: the cost of the training."""
+    return sum(row["macs"] for row in history) / len(history) / history[0]["macs"]

@@ -1,0 +1,235 @@
+"""Gates: where they stand, their gradient by enumeration, what leaves and what stays, and stops in between."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from autosparse.errors import AutoSparseError, AutoSparseStateError
+from autosparse.masks.layers import prunable_layers
+from autosparse.masks.mask import Masks
+from autosparse.trainability.gates import Gates, GateSettings, branches, take_out, train_gated, unit_layers
+from autosparse.trainability.shrink import output_difference, remove, survivors
+from autosparse.training.data import DataSettings, ImageData, load_data
+from autosparse.training.models import ModelSettings, create_model
+from autosparse.training.recipe import Recipe
+
+RECIPE = Recipe(steps=60, batch_size=32, lr=0.05)
+
+
+class Sum(nn.Module):
+    def __init__(self, branch: nn.Module, keep: float = 1.0) -> None:
+        super().__init__()
+        self.branch, self.keep = branch, keep
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.keep * x + self.branch(x)
+
+
+class Noisy(nn.Linear):
+    """Adds noise alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 0 * super().forward(x) + 3 * torch.randn_like(x)
+
+
+def two_branches() -> nn.Sequential:
+    torch.manual_seed(0)
+    inner = [nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)) for _ in range(2)]
+    return nn.Sequential(Sum(inner[0]), nn.ReLU(), Sum(inner[1]), nn.Linear(4, 3))
+
+
+@pytest.mark.parametrize(("name", "count"), [("resnet20", 9), ("resnet50", 16), ("vgg11", 0)])
+def test_branches_of_networks(name: str, count: int) -> None:
+    model, example = create_model(ModelSettings(name, 4), image_size=16), torch.randn(2, 3, 16, 16)
+    found = branches(model, example)
+    assert len(found) == count
+    for branch in found:
+        assert branch.last.endswith("bn3" if name == "resnet50" else "bn2")
+        assert not any("shortcut" in module for module in branch.modules)
+    whole = sum(p.numel() for p in model.parameters())
+    for branch in found:
+        take_out(model, branch)
+    assert model(example).shape == (2, 10)
+    assert sum(p.numel() for p in model.parameters()) < 0.2 * whole or not found
+
+
+@pytest.mark.parametrize("cell", ["basic", "preact", "bottleneck", "inverted", "resmlp", "attention"])
+def test_branches_of_cells(cell: str) -> None:
+    options = {"cell": cell, "blocks": (2,), **({"norm": "layer", "stem_stride": 4} if cell == "attention" else {})}
+    model = create_model(ModelSettings("cellnet", 8, options), image_size=16)
+    assert len(branches(model, torch.randn(2, 3, 16, 16))) == 1 if cell == "resmlp" else 2
+
+
+@pytest.mark.parametrize("name", ["torchvision:resnet18", "torchvision:mobilenet_v2"])
+def test_branches_of_public_networks(name: str) -> None:
+    model = create_model(name, image_size=32)
+    assert len(branches(model, torch.randn(2, 3, 32, 32))) == (8 if "resnet" in name else 10)
+
+
+def test_the_gradient_of_layers_is_that_of_enumeration() -> None:
+    """∂/∂π_b E[L] = E[L(ξ_b=1) − L(ξ_b=0)] over the other gate; the estimate of each step is of one branch."""
+    model, x, labels = two_branches(), torch.randn(16, 4), torch.arange(16) % 3
+    chosen = GateSettings(cost=0.1, lr=1e-6, start=0.7)
+    gates, known = Gates.of(model, x[:2], chosen, seed=3)
+    names = list(known)
+    assert names == ["0.branch.0", "2.branch.0"]
+
+    def loss(first: float, second: float) -> float:
+        gates._drawn = {names[0]: torch.tensor(first), names[1]: torch.tensor(second)}
+        return float(functional.cross_entropy(model(x), labels).detach())
+
+    sums, counts = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0)
+    with gates.attached(model.train()):
+        table = {pair: loss(*pair) for pair in itertools.product((0.0, 1.0), repeat=2)}
+        for step in range(600):
+            gates.draw(step, x, labels)
+            model(x)
+            before = {n: pi.clone() for n, pi in gates.pi.items()}
+            gates.pi = {n: pi.double() for n, pi in gates.pi.items()}
+            gates.learn(model, step, contextlib.nullcontext)
+            for name in names:
+                if (moved := float(before[name].double() - gates.pi[name])) != 0:
+                    sums[name], counts[name] = sums[name] + moved / 1e-6, counts[name] + 1
+            gates.pi = before
+    wanted = {
+        names[0]: sum(p * (table[1.0, b] - table[0.0, b]) for b, p in ((1.0, 0.7), (0.0, 0.3))) + 0.1,
+        names[1]: sum(p * (table[a, 1.0] - table[a, 0.0]) for a, p in ((1.0, 0.7), (0.0, 0.3))) + 0.1,
+    }
+    assert sum(counts.values()) == 600 and min(counts.values()) > 200
+    for name in names:
+        assert sums[name] / counts[name] == pytest.approx(wanted[name], abs=0.03)
+
+
+def test_the_gradient_of_units_is_the_losss() -> None:
+    """`g = ∂L/∂ξ + cost/C`, by finite differences on a network of two units."""
+    torch.manual_seed(0)
+    model, x, labels = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2)), torch.randn(8, 3), torch.arange(8) % 2
+    gates, _ = Gates.of(model, x[:2], GateSettings("units", cost=0.2, lr=0.01, start=0.5), seed=0)
+    assert list(gates.pi) == ["0.weight"] and gates.pi["0.weight"].tolist() == [0.5, 0.5]
+    with gates.attached(model.train()):
+        gates.draw(0, x, labels)
+        functional.cross_entropy(model(x), labels).backward()
+        gates.learn(model, 0, contextlib.nullcontext)
+        drawn = gates._drawn["0.weight"].detach().clone()
+        for unit in range(2):
+            losses = []
+            for sign in (1, -1):
+                moved = drawn.clone()
+                moved[unit] += sign * 1e-2
+                gates._drawn["0.weight"] = moved
+                losses.append(float(functional.cross_entropy(model(x), labels).detach()))
+            slope = (losses[0] - losses[1]) / 2e-2
+            assert float(gates.pi["0.weight"][unit]) == pytest.approx(0.5 - 0.01 * (slope + 0.1), abs=1e-5)
+
+
+def test_noise_leaves_and_the_signal_stays() -> None:
+    torch.manual_seed(0)
+    signal = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+    model = nn.Sequential(nn.Flatten(), Sum(signal, keep=0.0), Sum(Noisy(64, 64)), nn.Linear(64, 10))
+    seen: list[dict[str, float]] = []
+    chosen = GateSettings(cost=0.05, lr=0.5, end=0.9)
+    digits = load_data(DataSettings("digits", limit=400), "cpu")
+    recipe = Recipe(steps=160, batch_size=32, lr=0.05)
+    found = train_gated(model, digits, recipe, chosen, device="cpu", on_epoch=seen.append)
+    assert found.removed == {"2.branch": 1} and found.accuracy > 0.8
+    assert len(prunable_layers(found.model)) == 3 and len(prunable_layers(model)) == 4
+    assert seen == found.history and seen[0]["open"] == 2 and seen[-1]["open"] == 1
+    assert seen[-1]["macs"] < seen[0]["macs"] and seen[-1]["step"] == 160
+
+
+def test_units_leave_and_the_network_computes_the_same(digits: ImageData) -> None:
+    model = create_model(ModelSettings("convnet", 8), in_channels=1, image_size=8)
+    places = unit_layers(model, digits.normalise(digits.train.images[:2]))
+    assert places == {
+        "features.0.weight": "features.1",
+        "features.4.weight": "features.5",
+        "features.8.weight": "features.9",
+    }
+    chosen = GateSettings("units", cost=2.0, lr=0.5)
+    found = train_gated(model, digits, RECIPE, chosen, device="cpu")
+    assert found.removed and all(0 < n < 16 for n in found.removed.values())
+    assert found.history[-1]["open"] < 1 and found.history[-1]["macs"] < found.history[0]["macs"]
+    assert 0 <= found.accuracy <= 1 and sum(p.numel() for p in found.model.parameters()) < sum(
+        p.numel() for p in model.parameters()
+    )
+    costless = train_gated(model, digits, RECIPE, GateSettings("units", cost=1e-9, lr=1e-9), device="cpu")
+    assert not costless.removed
+
+
+def test_the_places_of_what_survives() -> None:
+    """Carried over by `survivors`, the weights are those of the smaller network; batch statistics too."""
+    model, example = create_model(ModelSettings("resnet8", 4), image_size=16), torch.randn(2, 3, 16, 16)
+    keep = torch.tensor([True, False, True, True])
+    name = "stages.0.0.conv1.weight"
+    layers = prunable_layers(model)
+    masks = Masks({name: keep.view(4, 1, 1, 1).expand(layers[name].shape).clone()}, {name: layers[name]})
+    places, smaller = survivors(model, masks, example), remove(model, masks, example).smaller
+    for n, tensor in smaller.named_parameters():
+        assert torch.equal(tensor, model.get_parameter(n).flatten()[places[n]]), n
+    assert places["stages.0.0.bn1.running_var"].tolist() == [0, 2, 3]
+    assert places["stages.0.0.conv2.weight"].shape == (4, 3, 3, 3)
+
+
+@pytest.mark.parametrize("of", ["layers", "units"])
+def test_a_stop_after_something_left_changes_nothing(of: str, digits: ImageData, tmp_path: Path) -> None:
+    model = create_model(ModelSettings("resnet8", 4), in_channels=1, image_size=8)
+    chosen = GateSettings(of, cost=1.0 if of == "layers" else 3.0, lr=0.5, end=0.8)
+    how: dict[str, Any] = {"seed": 1, "device": "cpu"}
+    whole = train_gated(model, digits, RECIPE, chosen, **how)
+    assert whole.removed
+
+    class Stop(BaseException):
+        pass
+
+    stops = 0
+    for _ in range(20):
+        epochs: list[float] = []
+
+        def stop(row: dict[str, float], epochs: list[float] = epochs) -> None:
+            epochs.append(row["epoch"])
+            raise Stop
+
+        try:
+            parts = train_gated(model, digits, RECIPE, chosen, checkpoint=tmp_path / "g.pt", on_epoch=stop, **how)
+            break
+        except Stop:
+            stops += 1
+    else:
+        parts = None
+    assert parts is None and stops == 20, "the last epoch stops too"
+    parts = train_gated(model, digits, RECIPE, chosen, checkpoint=tmp_path / "g.pt", **how)
+    assert parts.removed == whole.removed and parts.accuracy == whole.accuracy
+    assert all(torch.equal(a, b) for a, b in zip(parts.model.parameters(), whole.model.parameters(), strict=True))
+    timeless = [[{k: v for k, v in row.items() if k != "seconds"} for row in g.history] for g in (parts, whole)]
+    assert str(timeless[0]) == str(timeless[1])
+    with pytest.raises(AutoSparseStateError, match="another training"):
+        train_gated(model, digits, RECIPE, GateSettings(of), checkpoint=tmp_path / "g.pt", **how)
+
+
+def test_what_it_refuses(digits: ImageData) -> None:
+    vgg = create_model(ModelSettings("convnet", 4), in_channels=1, image_size=8)
+    with pytest.raises(AutoSparseError, match="ConvNet has no residual branch that can go"):
+        train_gated(vgg, digits, RECIPE, GateSettings(), device="cpu")
+    with pytest.raises(AutoSparseError, match="a network that changes is not compiled"):
+        train_gated(vgg, digits, Recipe(steps=2, compile=True), GateSettings("units"), device="cpu")
+    for values, message in (({"of": "heads"}, "known: layers, units"), ({"begin": 0.9}, "under end 0.6")):
+        with pytest.raises(AutoSparseError, match=message):
+            GateSettings(**values)
+
+
+def test_the_network_without_a_branch_is_that_with_it_at_zero() -> None:
+    model, example = create_model(ModelSettings("resnet8", 4), image_size=16), torch.randn(2, 3, 16, 16)
+    branch = branches(model, example)[1]
+    shut, gone = (create_model(ModelSettings("resnet8", 4), image_size=16) for _ in range(2))
+    nn.init.zeros_(shut.get_parameter(f"{branch.last}.weight"))
+    nn.init.zeros_(shut.get_parameter(f"{branch.last}.bias"))
+    take_out(gone, branch)
+    assert output_difference(shut, gone, example) < 1e-6

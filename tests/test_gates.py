@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from autosparse.errors import AutoSparseError, AutoSparseStateError
+from autosparse.experiment.structured import GATED, run_thinnings, thinnings
 from autosparse.masks.layers import prunable_layers
 from autosparse.masks.mask import Masks
-from autosparse.trainability.gates import Gates, GateSettings, branches, take_out, train_gated, unit_layers
+from autosparse.trainability.gated import total_macs, train_gated
+from autosparse.trainability.gates import Gates, GateSettings, branches, take_out, unit_layers
 from autosparse.trainability.shrink import output_difference, remove, survivors
+from autosparse.trainability.tpp import TPPSettings
 from autosparse.training.data import DataSettings, ImageData, load_data
 from autosparse.training.models import ModelSettings, create_model
 from autosparse.training.recipe import Recipe
@@ -143,6 +147,12 @@ def test_noise_leaves_and_the_signal_stays() -> None:
     assert len(prunable_layers(found.model)) == 3 and len(prunable_layers(model)) == 4
     assert seen == found.history and seen[0]["open"] == 2 and seen[-1]["open"] == 1
     assert seen[-1]["macs"] < seen[0]["macs"] and seen[-1]["step"] == 160
+    assert total_macs(seen) == sum(row["macs"] for row in seen) / len(seen) / seen[0]["macs"] < 1
+    drawn = [
+        train_gated(model, digits, recipe, replace(chosen, shuffled=True), seed=seed, device="cpu").removed
+        for seed in range(4)
+    ]
+    assert any("1.branch.0" in removed for removed in drawn), "shuffled gates take out the signal as well"
 
 
 def test_units_leave_and_the_network_computes_the_same(digits: ImageData) -> None:
@@ -233,3 +243,33 @@ def test_the_network_without_a_branch_is_that_with_it_at_zero() -> None:
     nn.init.zeros_(shut.get_parameter(f"{branch.last}.bias"))
     take_out(gone, branch)
     assert output_difference(shut, gone, example) < 1e-6
+
+
+def test_the_comparison(tmp_path: Path, digits: ImageData) -> None:
+    """Branches and units beside TPP, each with its shuffle; what it says of sizes is so, and again it does nothing."""
+    recipe, data = (
+        Recipe(steps=30, batch_size=32, lr=0.05),
+        DataSettings("digits", limit=96, limit_test=40, validation=1 / 3),
+    )
+    methods = (*GATED, "tpp")
+    todo = thinnings(
+        ModelSettings("resnet8", 4),
+        data,
+        recipe,
+        TPPSettings(ramp=3, stabilise=1, delta=1, tau=3),
+        recipe,
+        methods,
+        (0.5,),
+        (0,),
+        gates=GateSettings(cost=1.0, lr=0.5),
+    )
+    results = run_thinnings(todo, tmp_path, digits, device="cpu")
+    dense, *rest = results
+    assert [r["method"] for r in rest] == ["tpp", *GATED]
+    for result in rest[1:]:
+        assert result["removed"] and result["macs"] < result["macs_before"] == dense["macs"]
+        assert result["seconds"] == result["total_seconds"] and len(result["history"]) == 30
+    assert rest[0]["total_seconds"] == pytest.approx(dense["seconds"] + rest[0]["seconds"])
+    assert sum(rest[1]["removed"].values()) == sum(rest[3]["removed"].values()), "as many branches go at random"
+    again: list[Any] = []
+    assert run_thinnings(todo, tmp_path, digits, device="cpu", on_event=again.append) == results and not again

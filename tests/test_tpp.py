@@ -236,7 +236,7 @@ def plan(
 
 
 def without_seconds(results: Any) -> list[dict[str, Any]]:
-    return [{k: v for k, v in result.items() if k != "seconds"} for result in results]
+    return [{k: v for k, v in result.items() if k not in ("seconds", "total_seconds")} for result in results]
 
 
 def test_the_comparison(tmp_path: Path, digits: ImageData) -> None:

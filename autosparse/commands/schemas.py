@@ -18,6 +18,7 @@ from autosparse.scorers.rows import FitSettings
 from autosparse.search.irp import IRPSettings
 from autosparse.trainability.forms import ExportSettings
 from autosparse.trainability.fuse import FuseSettings
+from autosparse.trainability.gates import GateSettings
 from autosparse.trainability.prepare import check_preparation
 from autosparse.trainability.tpp import TPPSettings
 from autosparse.training.data import DataSettings
@@ -271,7 +272,9 @@ class ShrinkConfig:
     with or without the penalty, with the batches and optimizer of `finetune`; `finetune` of the smaller network. `methods`:
     `l1` removes the filters of the lowest mean |w|, `tpp` pushes them out first; another criterion or scorer (`snip`,
     `tpp:snip`) chooses others. `fuse` puts one layer in the place of each run of `fuse.runs`, `fuse:fresh` initializes these
-    anew, `fuse:random` keeps only their norms; they have no ratio. `ratios` of filters that go: a share, of each convolution whose filters can go alone, or shares
+    anew, `fuse:random` keeps only their norms. `layers` and `units` train from the initialization with the gates of `gates`
+    on residual branches or on filters, which leave in the training of `recipe`; `layers:shuffled` and `units:shuffled` let as
+    many go at random. These have no ratio. `ratios` of filters that go: a share, of each convolution whose filters can go alone, or shares
     by patterns on weight names.
     """
 
@@ -282,6 +285,7 @@ class ShrinkConfig:
     tpp: TPPSettings = TPPSettings()
     finetune: Recipe = Recipe(epochs=120, lr=0.01)
     fuse: FuseSettings = FuseSettings()
+    gates: GateSettings = GateSettings()
     methods: tuple[str, ...] = ("tpp", "l1")
     ratios: tuple[float | Mapping[str, float], ...] = (0.5,)
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -295,7 +299,7 @@ class ShrinkConfig:
     def networks(self) -> list[Thinning]:
         """All that is trained."""
         how = self.recipe, self.tpp, self.finetune
-        return thinnings(self.model, self.data, *how, self.methods, self.ratios, self.seeds, self.fuse)
+        return thinnings(self.model, self.data, *how, self.methods, self.ratios, self.seeds, self.fuse, self.gates)
 
 
 @settings

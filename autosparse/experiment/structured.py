@@ -1,5 +1,8 @@
-"""The comparison of ways to make a trained network physically smaller: filters that go, after TPP or at once after equal
-steps, and layers that are fused."""
+"""The comparison of ways to make a network physically smaller: filters that go, after TPP or at once after equal steps,
+layers that are fused, and branches and units that leave in training.
+
+`seconds` of a result are those after the dense training, `total_seconds` those of all that its method takes.
+"""
 
 from __future__ import annotations
 
@@ -26,6 +29,8 @@ from autosparse.masks.mask import Masks
 from autosparse.network.size import size
 from autosparse.report.text import Table, in_percent, stat
 from autosparse.trainability.fuse import Fused, FuseSettings, fresh, fuse
+from autosparse.trainability.gated import train_gated
+from autosparse.trainability.gates import Gates, GateSettings
 from autosparse.trainability.shrink import remove
 from autosparse.trainability.stored import save_weights
 from autosparse.trainability.tpp import Ratio, TPPSettings, filter_densities, push_out
@@ -51,6 +56,7 @@ COLUMNS = (
     "macs_before",
     "macs",
     "seconds",
+    "total_seconds",
     "error",
 )
 FUSED = {  # by method: how the fused layers begin
@@ -58,6 +64,13 @@ FUSED = {  # by method: how the fused layers begin
     "fuse:fresh": "freshly initialized",
     "fuse:random": "random, with the norms of the fused",
 }
+GATED = {  # by method: what gates close, and whether at random
+    "layers": ("layers", False),
+    "units": ("units", False),
+    "layers:shuffled": ("layers", True),
+    "units:shuffled": ("units", True),
+}
+NO_RATIO = (*FUSED, *GATED)
 _SCHEMA = "autosparse.state/1"  # all parameters and buffers of a network
 
 
@@ -89,6 +102,7 @@ class Thinning:
     tpp: TPPSettings | None = None
     finetune: Recipe | None = None
     fuse: FuseSettings | None = None
+    gates: GateSettings | None = None
     inputs: str = ""
     folder: ClassVar[str] = "networks"
 
@@ -97,7 +111,7 @@ class Thinning:
         """As it stands in tables; of the dense training nothing."""
         if self.method is None:
             return ""
-        if self.method in FUSED:
+        if self.method in NO_RATIO:
             return "–"
         if isinstance(self.ratio, Mapping):
             return " ".join(f"{pattern}={value:g}" for pattern, value in self.ratio.items())
@@ -111,10 +125,11 @@ class Thinning:
         """File name: readable, and unique through a hash of the settings and inputs."""
         values = json.loads(json.dumps(dataclasses.asdict(self)))
         values["data"].pop("root")
-        if self.fuse is None:
-            del values["fuse"]
+        for part in ("fuse", "gates"):
+            if values[part] is None:
+                del values[part]
         name = "dense"
-        if self.method in FUSED:
+        if self.method in NO_RATIO:
             name = self.method
         elif self.method is not None:
             values["criterion"] = identity(candidate(self.method))
@@ -142,6 +157,8 @@ class Thinning:
         train_network = _train_dense if self.method is None else _make_smaller
         if self.method in FUSED:
             train_network = _make_shallower
+        elif self.method in GATED:
+            train_network = _close_gates
         with threads_for(model, data, self.recipe.batch_size):
             return train_network(self, model, directory, data, device, state, progress)
 
@@ -156,9 +173,10 @@ def thinnings(
     ratios: Sequence[Ratio],
     seeds: Sequence[int],
     fuse: FuseSettings | None = None,
+    gates: GateSettings | None = None,
 ) -> list[Thinning]:
     """All of a comparison, seed by seed, so that a stop leaves whole comparisons; each seed's dense training first. The
-    methods `FUSED` have no ratio.
+    methods `FUSED` and `GATED` have no ratio.
 
     Raises:
         AutoSparseError: an empty axis, an unknown method or one that stands there twice, an unknown scorer file.
@@ -167,9 +185,9 @@ def thinnings(
         require(len(axis) > 0, what, list(axis), "give at least one")
     for method in methods:
         require(list(methods).count(method) == 1, "method", method, "give each once")
-        if method not in FUSED:
+        if method not in NO_RATIO:
             identity(candidate(method))
-        elif fuse is None or not fuse.runs:
+        elif method in FUSED and (fuse is None or not fuse.runs):
             raise AutoSparseError(
                 f"method {method} needs fuse.runs: pairs of names, the first and last layer of each run"
             )
@@ -179,9 +197,13 @@ def thinnings(
     found = []
     for seed in seeds:
         found.append(Thinning(model, data, recipe, seed))
-        thinned = [m for m in methods if m not in FUSED]
+        thinned = [m for m in methods if m not in NO_RATIO]
         found += [Thinning(model, data, recipe, seed, m, ratio, tpp, finetune) for ratio in ratios for m in thinned]
         found += [Thinning(model, data, recipe, seed, m, 0.0, None, finetune, fuse) for m in methods if m in FUSED]
+        for method in (m for m in methods if m in GATED):
+            of, shuffled = GATED[method]
+            own = dataclasses.replace(gates or GateSettings(), of=of, shuffled=shuffled)
+            found.append(Thinning(model, data, recipe, seed, method, 0.0, None, finetune, gates=own))
     return found
 
 
@@ -208,6 +230,8 @@ def run_thinnings(
         check_fits(model, data.to("cpu"))
         if thinning.fuse is not None:
             _fused(thinning.fuse, model, data.to("cpu"), 0, few=True)
+        elif thinning.gates is not None:
+            Gates.of(model, data.normalise(data.train.images[:2]).cpu(), thinning.gates, 0)
         elif ratio:
             filter_densities(model, data.normalise(data.train.images[:2]).cpu(), thinning.ratio)
     write = partial(write_table, directory / "results.csv", COLUMNS)
@@ -237,6 +261,7 @@ def _train_dense(
         "macs_before": before.macs,
         "macs": before.macs,
         "seconds": trained.seconds,
+        "total_seconds": trained.seconds,
         "history": trained.history,
         "arithmetic": trained.arithmetic,
     }
@@ -306,6 +331,7 @@ def _make_smaller(
         "macs_before": before.macs,
         "macs": after.macs,
         "seconds": float(figures["seconds"]) + trained.seconds,
+        "total_seconds": dense["seconds"] + float(figures["seconds"]) + trained.seconds,
         "filters": {name: len(filters) for name, filters in removal.removed.items()},
         "stays": dict(removal.stays),
         "history": trained.history,
@@ -350,8 +376,56 @@ def _make_shallower(
         "macs_before": before.macs,
         "macs": after.macs,
         "seconds": seconds + trained.seconds,
+        "total_seconds": dense["seconds"] + seconds + trained.seconds,
         "errors": dict(fused.errors),
         "history": trained.history,
+        "arithmetic": trained.arithmetic,
+    }
+
+
+def _close_gates(
+    thinning: Thinning, model: nn.Module, directory: Path, data: ImageData, device: str, state: Path, progress: Progress
+) -> dict[str, Any]:
+    """Train from the initialization with gates, and fine-tune what is left, as the other methods do."""
+    assert thinning.gates is not None and thinning.finetune is not None
+    path = result_path(directory, thinning)
+    dense = read_json(result_path(directory, thinning.dense()), "result")
+    example = data.normalise(data.train.images[:2])
+    before = size(model, example)
+    how: dict[str, Any] = {"seed": thinning.seed, "device": device}
+    gated = train_gated(
+        model,
+        data,
+        thinning.recipe,
+        thinning.gates,
+        checkpoint=state / "gated.pt",
+        on_epoch=_staged("closing gates", progress),
+        **how,
+    )
+    smaller, after = gated.model, size(gated.model, example)
+    trained = train(
+        smaller,
+        data,
+        thinning.finetune,
+        checkpoint=state / "finetune.pt",
+        on_epoch=_staged("fine-tuning", progress),
+        **how,
+    )
+    save_weights(path.with_suffix(".safetensors"), smaller)
+    return {
+        **thinning.row(),
+        "dense_accuracy": dense["accuracy"],
+        "ramp_accuracy": None,
+        "removed_accuracy": gated.accuracy,
+        "accuracy": trained.accuracy,
+        "parameters_before": before.parameters,
+        "parameters": after.parameters,
+        "macs_before": before.macs,
+        "macs": after.macs,
+        "seconds": gated.seconds + trained.seconds,
+        "total_seconds": gated.seconds + trained.seconds,
+        "removed": gated.removed,
+        "history": [*gated.history, *trained.history],
         "arithmetic": trained.arithmetic,
     }
 
@@ -403,6 +477,7 @@ def summary(results: Sequence[Mapping[str, Any]]) -> Table:
         "fine-tuned",
         "parameters",
         "MACs",
+        "seconds in all",
         "seeds",
     ]
     rows = []
@@ -412,5 +487,6 @@ def summary(results: Sequence[Mapping[str, Any]]) -> Table:
         stages = ("dense_accuracy", "ramp_accuracy", "removed_accuracy", "accuracy")
         accuracies = [in_percent(stat(r[stage] for r in group if r[stage] is not None)) for stage in stages]
         shares = [stat(r[key] / r[f"{key}_before"] for r in group)[0] for key in ("parameters", "macs")]
-        rows.append([ratio, method, *accuracies, *(f"{100 * s:.1f} %" for s in shares), str(len(group))])
+        seconds = f"{stat(r['total_seconds'] for r in group).mean:.0f}"
+        rows.append([ratio, method, *accuracies, *(f"{100 * s:.1f} %" for s in shares), seconds, str(len(group))])
     return Table("accuracy at each stage, %, and what is left of the network", headers, rows)

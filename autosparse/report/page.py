@@ -304,8 +304,18 @@ def smaller(results: Results, figure: Callable[..., Figure]) -> dict[str, Any]:
     for (model, data, ratio, method), own in done.groupby(["model", "data", "ratio", "method"], sort=False):
         accuracies = [in_percent(stat(own[column])) for column in stages.values()]
         left = [f"{100 * (own[k] / own[f'{k}_before']).mean():.1f} %" for k in ("parameters", "macs")]
-        lines.append([f"{model}, {data}", ratio, method, *accuracies, *left, str(len(own))])
-    headers = ["network", "ratio", "method", *stages, "parameters left", "multiply-adds left", "seeds"]
+        seconds = f"{own.total_seconds.mean():.0f}"
+        lines.append([f"{model}, {data}", ratio, method, *accuracies, *left, seconds, str(len(own))])
+    headers = [
+        "network",
+        "ratio",
+        "method",
+        *stages,
+        "parameters left",
+        "multiply-adds left",
+        "seconds in all",
+        "seeds",
+    ]
     look = figures.looks(done.method)
     drawn = figure("accuracy-size", lambda: figures.plot_smaller(done, look), "size") if lines else None
     return {"table": Table("", headers, lines), "figure": drawn}

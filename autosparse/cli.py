@@ -176,9 +176,10 @@ def diagnose(config: Config, overrides: Overrides = None) -> None:
 
 @app.command(epilog="Example: autosparse shrink configs/shrink/resnet20-cpu.yaml methods=[tpp,l1,snip] ratios=[0.7]")
 def shrink(config: Config, overrides: Overrides = None) -> None:
-    """Make trained networks physically smaller: TPP (filters are pushed out before they go) beside removal at once.
+    """Make networks physically smaller: filters, units, residual branches or whole layers go, by the methods of the config.
 
-    Trains densely, chooses filters, trains on with or without the penalty, removes the filters, fine-tunes what is left.
+    tpp pushes filters out before they go, l1 removes them at once; layers and units let branches and filters leave while
+    the network trains; fuse puts one layer in the place of several. What is left is fine-tuned.
     Stopped, it goes on from its last checkpoint.
     """
     from autosparse.commands import shrink

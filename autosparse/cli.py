@@ -179,7 +179,8 @@ def shrink(config: Config, overrides: Overrides = None) -> None:
     """Make networks physically smaller: filters, units, residual branches or whole layers go, by the methods of the config.
 
     tpp pushes filters out before they go, l1 removes them at once; layers and units let branches and filters leave while
-    the network trains; fuse puts one layer in the place of several. What is left is fine-tuned.
+    the network trains; fuse puts one layer in the place of several; stamp chooses filters for another data set than that
+    of the dense training. What is left is fine-tuned.
     Stopped, it goes on from its last checkpoint.
     """
     from autosparse.commands import shrink

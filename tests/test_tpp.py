@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from autosparse import AutoSparseError, Masks, prune
-from autosparse.experiment import structured
+from autosparse.experiment import making, structured
 from autosparse.experiment.benchmark import with_inputs
 from autosparse.experiment.structured import candidate, run_thinnings, summary, thinnings
 from autosparse.jobs.cells import result_path
@@ -306,16 +306,16 @@ def test_one_that_fails_is_recorded_and_tried_again(
     tmp_path: Path, digits: ImageData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     todo = plan(methods=("tpp",))
-    real = structured.push_out
+    real = making.push_out
 
     def fail(*arguments: Any, **keywords: Any) -> Any:
         raise AutoSparseError("model is 'x': choose another")
 
-    monkeypatch.setattr(structured, "push_out", fail)
+    monkeypatch.setattr(making, "push_out", fail)
     results = run_thinnings(todo, tmp_path, digits, device="cpu")
     assert results[1]["error"] == "model is 'x': choose another" and summary(results).rows == []
     assert "choose another" in (tmp_path / "results.csv").read_text()
-    monkeypatch.setattr(structured, "push_out", real)
+    monkeypatch.setattr(making, "push_out", real)
     assert run_thinnings(todo, tmp_path, digits, device="cpu")[1]["accuracy"] >= 0
 
 

@@ -15,6 +15,7 @@ from autosparse.network.signals import SignalSettings
 from autosparse.report.checks import CHECKS
 from autosparse.scorers.outcome import OutcomeSettings
 from autosparse.scorers.rows import FitSettings
+from autosparse.scorers.task import StampSettings
 from autosparse.search.irp import IRPSettings
 from autosparse.trainability.forms import ExportSettings
 from autosparse.trainability.fuse import FuseSettings
@@ -274,7 +275,9 @@ class ShrinkConfig:
     `tpp:snip`) chooses others. `fuse` puts one layer in the place of each run of `fuse.runs`, `fuse:fresh` initializes these
     anew, `fuse:random` keeps only their norms. `layers` and `units` train from the initialization with the gates of `gates`
     on residual branches or on filters, which leave in the training of `recipe`; `layers:shuffled` and `units:shuffled` let as
-    many go at random. These have no ratio. `ratios` of filters that go: a share, of each convolution whose filters can go alone, or shares
+    many go at random. These have no ratio. With `reference`, the dense network is trained on those data, and its last layer
+    begins anew on `data`; then `stamp` chooses the filters for the task by a few images of it, see `scorers.task`, at the
+    multiply-adds of `l1`, and `stamp:other` by images of the reference. `ratios` of filters that go: a share, of each convolution whose filters can go alone, or shares
     by patterns on weight names.
     """
 
@@ -286,6 +289,8 @@ class ShrinkConfig:
     finetune: Recipe = Recipe(epochs=120, lr=0.01)
     fuse: FuseSettings = FuseSettings()
     gates: GateSettings = GateSettings()
+    stamp: StampSettings = StampSettings()
+    reference: DataSettings | None = None
     methods: tuple[str, ...] = ("tpp", "l1")
     ratios: tuple[float | Mapping[str, float], ...] = (0.5,)
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -298,8 +303,20 @@ class ShrinkConfig:
 
     def networks(self) -> list[Thinning]:
         """All that is trained."""
-        how = self.recipe, self.tpp, self.finetune
-        return thinnings(self.model, self.data, *how, self.methods, self.ratios, self.seeds, self.fuse, self.gates)
+        return thinnings(
+            self.model,
+            self.data,
+            self.recipe,
+            self.tpp,
+            self.finetune,
+            self.methods,
+            self.ratios,
+            self.seeds,
+            fuse=self.fuse,
+            gates=self.gates,
+            stamp=self.stamp,
+            reference=self.reference,
+        )
 
 
 @settings

@@ -188,7 +188,7 @@ class _Training:
         if not any(shut.any() for shut in closed.values()):
             return
         layers = prunable_layers(self.model)
-        masks = _masks({n: ~shut for n, shut in closed.items()}, layers)
+        masks = whole_filters({n: ~shut for n, shut in closed.items()}, layers)
         before = {n: p.shape for n, p in self.model.named_parameters()}
         places = survivors(self.model, masks, self.example)
         self.model = remove(self.model, masks, self.example).smaller.to(self.fabric.device)
@@ -224,7 +224,7 @@ class _Training:
             self.out, self.left = list(state["out"]), dict(state["left"])
             kept = {n: torch.isin(torch.arange(c), self.left[n]) for n, c in self.whole.items()}
             if any(not k.all() for k in kept.values()):
-                masks = _masks(kept, prunable_layers(self.model))
+                masks = whole_filters(kept, prunable_layers(self.model))
                 self.model = remove(self.model, masks, self.example).smaller.to(self.fabric.device)
             self.model.load_state_dict(state["model"])
             self.gates.pi = dict(state["pi"])
@@ -233,7 +233,7 @@ class _Training:
             self.step, self.result.history, self.result.seconds = state["step"], state["history"], state["seconds"]
 
 
-def _masks(kept: Mapping[str, Tensor], layers: Mapping[str, Layer]) -> Masks:
+def whole_filters(kept: Mapping[str, Tensor], layers: Mapping[str, Layer]) -> Masks:
     """Masks that keep whole filters."""
     tensors = {}
     for name, keep in kept.items():

@@ -25,6 +25,7 @@ from autosparse.training.loop import training_loss
 OF = ("layers", "units")
 _PASSED = ("activation", "reshape", "slice", "mul", "add")  # of one operand, these may follow a branch's last layer
 _SAME = 1e-5
+SHUT = 1e-3  # what a closed gate of a unit lets through while it learns: at 0 a ReLU behind it would hide the gradient
 
 
 @settings
@@ -257,7 +258,8 @@ class Gates:
         self._images, self._labels = images, labels
         for name, pi in self.pi.items():
             drawn = (torch.rand(pi.shape, generator=generator) < pi.cpu()).float().to(images.device)
-            self._drawn[name] = drawn.requires_grad_(self.settings.of == "units")
+            units = self.settings.of == "units"
+            self._drawn[name] = drawn.clamp(min=SHUT).requires_grad_() if units else drawn
 
     def learn(self, model: nn.Module, step: int, context: Callable[[], Any]) -> None:
         """One step on π, after the backward pass of the weights.

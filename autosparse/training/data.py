@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from torch import Tensor
 from autosparse.errors import AutoSparseError, require, settings
 from autosparse.files import fingerprint
 from autosparse.masks.random import derive, make_generator
-from autosparse.training.readers import read, stratified
+from autosparse.training.readers import Raw, read, stratified
 
 AUGMENTATIONS = ("none", "crop", "crop+flip")
 
@@ -26,7 +26,7 @@ class DataSettings:
 
     `name`: one of `autosparse list data`, `imagefolder:PATH` (PATH/train/CLASS/…, PATH/test/CLASS/…) or `hdf5:PATH`
     (train/images, train/labels, test/images, test/labels; uint8, NHWC); `autosparse.training.readers` states how image
-    files become RGB of 8 bits, and which are refused. `root`: where torchvision keeps and puts its
+    files become RGB of 8 bits, and which are refused. `classes`: only the images of these, numbered anew in this order. `root`: where torchvision keeps and puts its
     data sets. `image_size`: shrink (or grow) the images to this side. `limit`, `limit_test`: subsets of so many training
     and test images, the same share of every class. `validation`: share of the training images held out, class by class. `augment`:
     `"none"`, `"crop"` (pad by an eighth, random crop), `"crop+flip"`; `None` is what the data set takes (crop+flip for
@@ -40,9 +40,12 @@ class DataSettings:
     limit_test: int | None = None
     validation: float = 0.1
     augment: str | None = None
+    classes: tuple[int, ...] | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
+        one = self.classes is None or (len(self.classes) > 0 and len(set(self.classes)) == len(self.classes))
+        require(one, "data.classes", self.classes, "give each class once, and at least one")
         require(self.image_size is None or self.image_size >= 1, "data.image_size", self.image_size, "give pixels, ≥ 1")
         for key in ("limit", "limit_test"):
             value = getattr(self, key)
@@ -58,7 +61,8 @@ class DataSettings:
     def label(self) -> str:
         """Short text, fit for a file name: `digits`, `cifar10-16px`."""
         name = Path(self.name.split(":", 1)[1]).stem if ":" in self.name else self.name
-        return name if self.image_size is None else f"{name}-{self.image_size}px"
+        name = name if self.image_size is None else f"{name}-{self.image_size}px"
+        return name if self.classes is None else f"{name}-c{'_'.join(map(str, self.classes))}"
 
 
 @dataclass(frozen=True)
@@ -203,6 +207,8 @@ def load_data(data: DataSettings | str, device: torch.device | str = "cpu") -> I
     """
     chosen = DataSettings(data) if isinstance(data, str) else data
     raw, augment = read(chosen.name, Path(chosen.root), chosen.image_size)
+    if chosen.classes is not None:
+        raw = _of_classes(raw, chosen.classes)
     train_images, train_labels = _subset(raw.train_images, raw.train_labels, chosen.limit, chosen.seed, "data.limit")
     test_images, test_labels = _subset(
         raw.test_images, raw.test_labels, chosen.limit_test, chosen.seed, "data.limit_test"
@@ -238,6 +244,21 @@ def _moments(images: Tensor) -> tuple[Tensor, Tensor]:
     mean = share @ value
     std = (share @ value.square() - mean.square()).clamp(min=0).sqrt()
     return mean.float(), std.clamp(min=1 / 255).float()
+
+
+def _of_classes(raw: Raw, classes: Sequence[int]) -> Raw:
+    """The images of these classes, with labels 0, 1, … in this order."""
+    known = sorted({*raw.train_labels.tolist()})
+    for wanted in classes:
+        require(wanted in known, "data.classes", wanted, f"the data set has the classes {known[0]} … {known[-1]}")
+    number = np.full(known[-1] + 1, -1)
+    number[list(classes)] = np.arange(len(classes))
+    parts: dict[str, np.ndarray] = {}
+    for split in ("train", "test"):
+        images, labels = getattr(raw, f"{split}_images"), getattr(raw, f"{split}_labels")
+        chosen = np.isin(labels, classes)
+        parts |= {f"{split}_images": images[chosen], f"{split}_labels": number[labels[chosen]].astype(labels.dtype)}
+    return replace(raw, **parts)
 
 
 def _subset(

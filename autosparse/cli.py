@@ -209,7 +209,10 @@ def report(directory: Annotated[Path, typer.Argument(help="A directory with resu
 @app.command(name="list", epilog="Example: autosparse list models")
 def list_(
     what: Annotated[
-        str, typer.Argument(help="models, data, criteria, preparations, scorers, signals or features; default: all.")
+        str,
+        typer.Argument(
+            help="models, data, criteria, preparations, removals, scorers, signals or features; default: all."
+        ),
     ] = "all",
 ) -> None:
     """Names that configs and `prune` understand."""

@@ -134,7 +134,15 @@ def test_every_example_names_a_config_that_exists() -> None:
 def test_lists(run: Run) -> None:
     everything = run("list")
     assert everything.code == 0
-    for name in ("resnet20", "digits", "snip", "gradient", "log_saliency", "preparations: rei, repair"):
+    for name in (
+        "resnet20",
+        "digits",
+        "snip",
+        "gradient",
+        "log_saliency",
+        "preparations: rei, repair",
+        "stamp: filters for a task",
+    ):
         assert name in everything.out
     assert run("list", "models").out.startswith("models: ") and "snip" not in run("list", "models").out
     refused(run("list", "model"), "list 'model': did you mean 'models'?")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from autosparse.errors import AutoSparseError, suggest
+from autosparse.experiment.structured import METHODS as REMOVALS
 from autosparse.network.signals import SIGNALS, WARMUP_SIGNALS
 from autosparse.pruning.criteria import EARLY, PRESETS
 from autosparse.report.checks import CHECKS
@@ -30,6 +31,7 @@ def run(what: str = "all") -> None:
             *(f"{v}:ANY_OF_THESE" for v in CHECKS),
         ],
         "preparations": [*PREPARATIONS],
+        "removals": [f"{name}: {what}" for name, what in REMOVALS.items()],
         "scorers": [f"{name}: {read_scorer(path).card.summary}" for name, path in bundled().items()],
         "signals": [*SIGNALS, *(f"{name}@EPOCHS" for name in WARMUP_SIGNALS)],
         "features": [
@@ -41,5 +43,5 @@ def run(what: str = "all") -> None:
         raise AutoSparseError(f"list {what!r}: {suggest(what, names)}")
     for key, values in names.items():
         if what in ("all", key):
-            lines = key in ("features", "scorers")
+            lines = key in ("features", "scorers", "removals")
             print(f"{key}:" + ("\n  " if lines else " ") + ("\n  " if lines else ", ").join(values))

@@ -70,6 +70,17 @@ STAMP = {  # by method: what the task encoder sees
 _SCHEMA = "autosparse.state/1"  # all parameters and buffers of a network
 
 
+METHODS = {  # what each does, for a list
+    "l1": "filters of the lowest mean |w| go",
+    "tpp": "the same filters are pushed out before they go",
+    "CRITERION, tpp:CRITERION": "filters of the lowest scores go, at once or pushed out",
+    "layers": "residual branches leave in training; layers:shuffled, as many at random",
+    "units": "filters leave in training; units:shuffled, as many at random",
+    "fuse": "one layer in the place of several; fuse:fresh and fuse:random, beside random layers",
+    "stamp": "filters for a task, by a few of its images; stamp:other, by images of another",
+}
+
+
 def candidate(method: str) -> Candidate:
     """How a method chooses its filters: `"tpp"` and `"l1"` by mean |w|, `"tpp:ANY"` and `"ANY"` by that criterion.
 

@@ -141,6 +141,12 @@ def test_fresh_layers_of_the_same_shape() -> None:
         assert torch.equal(drawn[1].weight, old[1].weight if equal else torch.ones(4))
         rest = [n for n, p in new.named_parameters() if not n.startswith(name)]
         assert all(torch.equal(new.get_parameter(n), fused.model.get_parameter(n)) for n in rest)
+    scratch = fresh(fused, seed=1, whole=True)
+    weights = [n for n in prunable_layers(scratch) if scratch.get_parameter(n).numel() > 200]
+    for n in weights:
+        drawn = scratch.get_parameter(n).detach()
+        assert not torch.equal(drawn, fused.model.get_parameter(n))
+        assert float(drawn.std()) == pytest.approx(math.sqrt(2 / drawn[0].numel()), rel=0.2), n
     one = fresh(fused, seed=1).get_submodule(name)[0].weight
     assert float(one.detach().std()) == pytest.approx(math.sqrt(2 / one[0].numel()), rel=0.15)
 

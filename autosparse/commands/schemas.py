@@ -273,7 +273,7 @@ class ShrinkConfig:
     with or without the penalty, with the batches and optimizer of `finetune`; `finetune` of the smaller network. `methods`:
     `l1` removes the filters of the lowest mean |w|, `tpp` pushes them out first; another criterion or scorer (`snip`,
     `tpp:snip`) chooses others. `fuse` puts one layer in the place of each run of `fuse.runs`, `fuse:fresh` initializes these
-    anew, `fuse:random` keeps only their norms. `layers` and `units` train from the initialization with the gates of `gates`
+    anew, `fuse:random` keeps only their norms, `fuse:scratch` initializes the whole network. `layers` and `units` train from the initialization with the gates of `gates`
     on residual branches or on filters, which leave in the training of `recipe`; `layers:shuffled` and `units:shuffled` let as
     many go at random. These have no ratio. With `reference`, the dense network is trained on those data, and its last layer
     begins anew on `data`; then `stamp` chooses the filters for the task by a few images of it, see `scorers.task`, at the

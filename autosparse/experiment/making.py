@@ -157,7 +157,8 @@ def make_shallower(
     seconds = time.perf_counter() - clock
     smaller = fused.model
     if thinning.method != "fuse":
-        smaller = fresh(fused, thinning.seed, equal_norms=thinning.method == "fuse:random")
+        how = {"equal_norms": thinning.method == "fuse:random", "whole": thinning.method == "fuse:scratch"}
+        smaller = fresh(fused, thinning.seed, **how)
     before, after = size(model, example), size(smaller, example)
     fused_accuracy, _ = evaluate(smaller, data, channels_last=thinning.finetune.channels_last)
     trained = train(

@@ -54,6 +54,7 @@ COLUMNS = (
 FUSED = {  # by method: how the fused layers begin
     "fuse": "from the layers that they replace",
     "fuse:fresh": "freshly initialized",
+    "fuse:scratch": "freshly initialized, with the whole network",
     "fuse:random": "random, with the norms of the fused",
 }
 GATED = {  # by method: what gates close, and whether at random
@@ -76,7 +77,7 @@ METHODS = {  # what each does, for a list
     "CRITERION, tpp:CRITERION": "filters of the lowest scores go, at once or pushed out",
     "layers": "residual branches leave in training; layers:shuffled, as many at random",
     "units": "filters leave in training; units:shuffled, as many at random",
-    "fuse": "one layer in the place of several; fuse:fresh and fuse:random, beside random layers",
+    "fuse": "one layer in the place of several; fuse:fresh, fuse:random and fuse:scratch, beside random ones",
     "stamp": "filters for a task, by a few of its images; stamp:other, by images of another",
 }
 

@@ -117,15 +117,15 @@ def fuse(
     return Fused(found, errors, names)
 
 
-def fresh(fused: Fused, seed: int = 0, equal_norms: bool = False) -> nn.Module:
+def fresh(fused: Fused, seed: int = 0, equal_norms: bool = False, whole: bool = False) -> nn.Module:
     """A copy of the fused network whose new layers are random: He-initialized, or with the norms of the fused ones.
 
     Their BatchNorms start as usual. With `equal_norms` each filter has the norm of the fused filter in its place, and the
-    BatchNorm stays: then only the directions are lost.
+    BatchNorm stays: then only the directions are lost. With `whole`, all layers of the network are random.
     """
     model = private_copy(fused.model)
     generator = make_generator(seed, "fresh layers")
-    for name in fused.layers:
+    for name in ("",) if whole else fused.layers:
         for module in model.get_submodule(name).modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 drawn = torch.randn(module.weight.shape, generator=generator).to(module.weight)

@@ -112,9 +112,9 @@ def planted(networks: int = 10, draws: int = 12, noise: float = 0.002) -> list[d
 def test_a_planted_rule_is_found() -> None:
     rule = fit_rule(planted())
     assert rule.networks == 10 and rule.trainings == 120
-    assert rule.coefficients["layer_first"] == pytest.approx(2.0, abs=0.3)
+    assert rule.coefficients["layer_first"] == pytest.approx(2.0, abs=0.4)
     others = [abs(v) for n, v in rule.coefficients.items() if n != "layer_first"]
-    assert max(others) < 0.4 and rule.curvature == pytest.approx(1.0, abs=0.3)
+    assert max(others) < 0.4 and rule.curvature == pytest.approx(1.0, abs=0.4)
     assert rule.correlation > 0.8 and rule.slope == pytest.approx(1.0, abs=0.2)
     assert 0 < rule.errors["layer_first"] < 0.4
     step = rule.coefficients["layer_first"] / 2 / rule.curvature / rule.scales["layer_first"]

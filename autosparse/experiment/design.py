@@ -245,7 +245,7 @@ class Rule:
     """What was fitted: `coefficients` and their standard errors by feature, in points of accuracy per standard deviation of the
     feature and unit of log density; `scales`, those standard deviations; `curvature`, what a squared unit costs;
     `correlation`, Spearman's between predicted and measured differences on networks that were left out, and `slope` of
-    measured on predicted; `gain`, points that its best densities are predicted to be above the base, mean over networks;
+    measured on predicted; `ridge`, the penalty; `gain`, points that its best densities are predicted to be above the base, mean over networks;
     `trainings` it is from."""
 
     coefficients: Mapping[str, float]
@@ -254,6 +254,7 @@ class Rule:
     curvature: float
     correlation: float
     slope: float
+    ridge: float
     gain: float
     trainings: int
     networks: int
@@ -265,12 +266,14 @@ class Rule:
         return {name: base.get(name, 0.0) + step for name, step in steps.items()}
 
 
-def fit_rule(results: Sequence[Mapping[str, Any]], ridge: float = 1.0, folds: int = 8) -> Rule:
+def fit_rule(
+    results: Sequence[Mapping[str, Any]], ridges: Sequence[float] = (1.0, 3.0, 10.0, 30.0, 100.0), folds: int = 10
+) -> Rule:
     """A rule of layer densities from the outcomes of draws.
 
     With `r_l = log(d_l/base_l)` of layer l and its standardised features `f_l`, the difference in accuracy to the base is
     modelled as `Σ_k a_k·mean_l(f_lk·r_l) − c·mean_l(r_l²)`; ridge regression in standardised columns, which is largest
-    at `r_l = Σ_k a_k·f_lk / 2c`. A training counts by `1/(s² + s̄²)`, with s the standard deviation of its task's
+    at `r_l = Σ_k a_k·f_lk / 2c`. The penalty is the one of `ridges` that predicts networks left out best. A training counts by `1/(s² + s̄²)`, with s the standard deviation of its task's
     differences and s̄² the mean over tasks, so that networks near chance do not decide. Standard errors are those of a
     bootstrap over networks.
 
@@ -292,16 +295,21 @@ def fit_rule(results: Sequence[Mapping[str, Any]], ridge: float = 1.0, folds: in
     weight = 1 / (spread + spread.mean() + 1e-12)
     weight /= weight.mean()
 
-    def fitted(part: np.ndarray) -> np.ndarray:
+    def fitted(part: np.ndarray, ridge: float) -> np.ndarray:
         return Ridge(alpha=ridge, fit_intercept=False).fit(x[part], y[part], weight[part]).coef_
 
+    def left_out(ridge: float) -> np.ndarray:
+        found = np.zeros(len(y))
+        for train_part, test_part in GroupKFold(min(folds, len(networks))).split(x, y, group):
+            found[test_part] = x[test_part] @ fitted(train_part, ridge)
+        return found
+
     everything = np.arange(len(y))
-    whole = fitted(everything) / scale
-    predicted = np.zeros(len(y))
-    for train_part, test_part in GroupKFold(min(folds, len(networks))).split(x, y, group):
-        predicted[test_part] = x[test_part] @ fitted(train_part)
+    predictions = {ridge: left_out(ridge) for ridge in ridges}
+    ridge = min(ridges, key=lambda r: float(weight @ (y - predictions[r]) ** 2))
+    predicted, whole = predictions[ridge], fitted(everything, ridge) / scale
     drawn = make_numpy_generator(0, "bootstrap").integers(len(networks), size=(200, len(networks)))
-    samples = [fitted(np.concatenate([everything[group == g] for g in one])) / scale for one in drawn]
+    samples = [fitted(np.concatenate([everything[group == g] for g in one]), ridge) / scale for one in drawn]
     errors = np.std(samples, axis=0)
     curvature = -float(whole[-1])
     if curvature <= 0:
@@ -316,6 +324,7 @@ def fit_rule(results: Sequence[Mapping[str, Any]], ridge: float = 1.0, folds: in
         curvature=100 * curvature,
         correlation=float(spearmanr(predicted, y).statistic),
         slope=float((weight * predicted) @ y / max(float((weight * predicted) @ predicted), 1e-12)),
+        ridge=ridge,
         gain=100 * float(np.mean([((f @ whole[:-1]) ** 2).mean() / (4 * curvature) for f in table.features])),
         trainings=len(y),
         networks=len(networks),

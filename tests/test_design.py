@@ -128,6 +128,8 @@ def test_a_planted_rule_is_found() -> None:
         result["accuracy"] = 0.5 if result["source"] == BASE else 0.6
     with pytest.raises(AutoSparseError, match="no best densities"):
         fit_rule(noise)
+    untrained = [{**r, "model": f"dead {r['model']}", "accuracy": 0.1} for r in planted()]
+    assert fit_rule([*planted(), *untrained]) == rule
     with pytest.raises(AutoSparseError, match="draws of 1 networks are done"):
         fit_rule([r for r in planted() if r["model"] == "n0"])
 

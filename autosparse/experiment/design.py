@@ -346,6 +346,10 @@ class _Table:
 
 def _regressors(results: Sequence[Mapping[str, Any]]) -> _Table:
     done = [r for r in results if not r.get("error") and r["source"] != DENSE]
+    seen: dict[tuple[Any, ...], set[float]] = {}
+    for result in done:
+        seen.setdefault(place_of(result), set()).add(result["accuracy"])
+    done = [r for r in done if len(seen[place_of(r)]) > 1]  # networks that are at chance whatever is kept tell nothing
     base = {place_of(r): r for r in done if r["source"] == BASE}
     if not base:
         return _Table(np.zeros((0, len(FEATURES) + 1)), [], [], np.ones(len(FEATURES)), [])

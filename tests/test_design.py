@@ -118,7 +118,9 @@ def test_a_planted_rule_is_found() -> None:
     assert rule.correlation > 0.8 and rule.slope == pytest.approx(1.0, abs=0.2)
     assert 0 < rule.errors["layer_first"] < 0.4
     step = rule.coefficients["layer_first"] / 2 / rule.curvature / rule.scales["layer_first"]
-    assert rule.densities()["layer_first"] == pytest.approx(step)
+    assert rule.densities(100.0)["layer_first"] == pytest.approx(step)
+    length = math.sqrt(rule.gain / rule.curvature)
+    assert length > 0.5 and rule.densities(0.5)["layer_first"] == pytest.approx(step * 0.5 / length), "a trust region"
     assert rule.gain == pytest.approx(1.0, abs=0.7), "(2 f)² / 4c with c = 1 and mean f² = 1"
     noise = planted()
     for index, result in enumerate(noise):

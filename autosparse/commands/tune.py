@@ -87,7 +87,11 @@ def run_designed(config: TuneConfig, chosen: DesignSettings) -> Path:
     outcome = {"design": dataclasses.asdict(chosen), "rule": dataclasses.asdict(rule)}
     path = directory / f"{config.name}.safetensors"
     scorer = replace(
-        no_scorer(config.name), rule=rule.densities(), positions=chosen.positions, n_batches=1, batch_size=BATCH
+        no_scorer(config.name),
+        rule=rule.densities(chosen.sigma),
+        positions=chosen.positions,
+        n_batches=1,
+        batch_size=BATCH,
     )
     replace(scorer, card=replace(scorer.card, outcome=outcome)).save(path)
     say(

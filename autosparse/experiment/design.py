@@ -259,9 +259,12 @@ class Rule:
     trainings: int
     networks: int
 
-    def densities(self) -> dict[str, float]:
-        """The rule that `Scorer.rule` takes: the base, and the step to where the fitted gain is largest."""
-        steps = {n: a / (2 * self.curvature * self.scales[n]) for n, a in self.coefficients.items()}
+    def densities(self, sigma: float) -> dict[str, float]:
+        """The rule that `Scorer.rule` takes: the base, and the step to where the fitted gain is largest, or as far towards
+        it as draws of `sigma` went: in root mean square over layers, since the fit knows nothing beyond."""
+        length = math.sqrt(max(self.gain, 0.0) / self.curvature)  # the gain is that of r, curvature·mean(r²)
+        share = min(1.0, sigma / max(length, 1e-12))
+        steps = {n: share * a / (2 * self.curvature * self.scales[n]) for n, a in self.coefficients.items()}
         base = {OF_CRITERION + "erk": 0.5, OF_CRITERION + "synflow": 0.5}
         return {name: base.get(name, 0.0) + step for name, step in steps.items()}
 

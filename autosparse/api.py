@@ -22,7 +22,7 @@ from autosparse.scorers.loading import criterion_for, is_scorer
 def prune(
     model: nn.Module,
     sparsity: float | None = None,
-    criterion: str | Path | Criterion | Preset = "snip",
+    criterion: str | Path | Criterion | Preset | None = None,
     *,
     batches: Iterable[Batch] | None = None,
     n_batches: int | None = None,
@@ -48,7 +48,8 @@ def prune(
         model: any module; its prunable weights are those of convolutions, linear layers and attention projections.
         sparsity: fraction of the prunable weights to remove, in [0, 1). `None` where an N:M pattern or `scope` set it.
         criterion: name of a preset (`autosparse list criteria`), the name, file or `models:/` URI of a scorer, your own
-            `package.module:name`, or a `Criterion` or `Preset` itself.
+            `package.module:name`, or a `Criterion` or `Preset` itself. By default `"igq"`, which needs neither data nor an
+            input and was the best mask without training in our comparisons; with another granularity `"magnitude"`.
         batches: iterable of `(inputs, targets)`. The first `n_batches` are taken once and used in every step.
         n_batches: number of batches; by default what the criterion needs, fewer if there are fewer.
         example_input: what the model takes, for tracing and for criteria without data; by default the inputs of the first
@@ -89,4 +90,5 @@ def prune(
         other = _prune(model, sparsity, criterion_for(scope.removeprefix("densities:")), batches=first, **common)
         scope = {layer.name: layer.density for layer in other.layers()}
     common |= {"scope": scope, "granularity": granularity, "steps": steps, "schedule": schedule, "signals": signals}
-    return _prune(model, sparsity, criterion_for(criterion), batches=batches, n_batches=n_batches, **common)
+    chosen = None if criterion is None else criterion_for(criterion)
+    return _prune(model, sparsity, chosen, batches=batches, n_batches=n_batches, **common)

@@ -575,3 +575,16 @@ def test_a_network_runs_as_often_whatever_the_steps(criterion: str) -> None:
     once, runs = runs, 0
     prune(model, 0.5, criterion, example_input=torch.zeros(1, 8), steps=20)
     assert runs == once <= 3
+
+
+def test_without_a_criterion_it_takes_igq_and_magnitude_for_patterns() -> None:
+    import autosparse
+    from autosparse.training.models import create_model
+
+    model = create_model("resnet8", image_size=16)
+    assert autosparse.prune(model, 0.9) == autosparse.prune(model, 0.9, "igq")
+    example = torch.zeros(1, 3, 16, 16)
+    for pattern, sparsity in (("2:4", None), ("channel", 0.5), ("block2x2", 0.5)):
+        how = {"granularity": pattern, "example_input": example}
+        assert autosparse.prune(model, sparsity, **how) == autosparse.prune(model, sparsity, "magnitude", **how)
+    assert autosparse.prune(model, 0.9, granularity="unstructured") == autosparse.prune(model, 0.9, "igq")

@@ -34,7 +34,7 @@ from autosparse.pruning.criteria import Context, Criterion, HandMade, Preset, pr
 def prune(
     model: nn.Module,
     sparsity: float | None = None,
-    criterion: str | Criterion | Preset = "snip",
+    criterion: str | Criterion | Preset | None = None,
     *,
     batches: Iterable[Batch] | None = None,
     n_batches: int | None = None,
@@ -52,8 +52,8 @@ def prune(
 ) -> Masks:
     """`autosparse.prune`, which takes the names of scorers too and has the arguments explained."""
     model, seed = fused(unwrap(model)), int(seed)
-    preset = _preset(criterion)
     pattern = parse_granularity(granularity)
+    preset = _preset(default_criterion(pattern) if criterion is None else criterion)
     given = sparsity is None and isinstance(scope, Mapping)  # then the layer densities say it
     density = 1.0 if given else _density(sparsity, pattern)
     rule = preset.criterion
@@ -114,6 +114,12 @@ def prune(
     notes = ("no example_input: which channels are coupled is not known",) if blind else ()
     masks.report = replace(masks.report, notes=masks.report.notes + notes, origin=origin)
     return describe(model, masks, traced, graph)
+
+
+def default_criterion(pattern: Granularity) -> str:
+    """IGQ's layer densities where single weights go, the best mask without training in `docs/results.md`; magnitude for blocks,
+    channels and N:M, where positions at random would be whole groups at random."""
+    return "igq" if pattern is None else "magnitude"
 
 
 def _scope(

@@ -214,7 +214,7 @@ def test_a_path_is_a_scorers_file(tmp_path: Path) -> None:
         autosparse.prune(mlp(), 0.5, tmp_path / "missing.safetensors", batches=BATCHES)
 
 
-@pytest.mark.parametrize("criterion", [None, 3, lambda signals, context: signals])
+@pytest.mark.parametrize("criterion", [3, lambda signals, context: signals])
 def test_what_is_no_criterion_is_named(criterion: Any) -> None:
     with pytest.raises(AutoSparseError, match=r"criterion is .*: give a preset's name"):
         autosparse.prune(mlp(), 0.5, criterion, batches=BATCHES)

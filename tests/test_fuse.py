@@ -125,6 +125,15 @@ def test_networks_of_the_factory() -> None:
     assert (16, 16, 5, 5) in names
     assert isinstance(shallow.model.get_submodule(shallow.layers[0])[-1], nn.ReLU)
     shallow.model(batches[0][0]).sum().backward()
+    preact = create_model(ModelSettings("cellnet", 4, {"cell": "preact", "blocks": (2,)}), image_size=16)
+    block = next(n for n, m in preact.named_modules() if n.startswith("body.") and hasattr(m, "shortcut"))
+    plain = fuse(preact, [(block, block)], batches)
+    (name,) = plain.layers
+    assert not any(isinstance(m, nn.ReLU) for m in plain.model.get_submodule(name).modules()), "its sum may be negative"
+    public = create_model("torchvision:resnet18", image_size=32)
+    images = pairs(gaussian(16, 3, 32, 32))
+    found = fuse(public, [("layer2.0", "layer2.0")], images, kernel=3)
+    assert found.model.get_submodule(found.layers[0])[0].stride == (2, 2), "the shortcut's stride is not counted"
 
 
 def test_fresh_layers_of_the_same_shape() -> None:

@@ -17,7 +17,7 @@ from autosparse.errors import AutoSparseError, AutoSparseStateError
 from autosparse.experiment.structured import GATED, run_thinnings, thinnings
 from autosparse.masks.layers import prunable_layers
 from autosparse.masks.mask import Masks
-from autosparse.trainability.gated import total_macs, train_gated
+from autosparse.trainability.gated import train_gated
 from autosparse.trainability.gates import Gates, GateSettings, branches, take_out, unit_layers
 from autosparse.trainability.shrink import output_difference, remove, survivors
 from autosparse.trainability.tpp import TPPSettings
@@ -147,7 +147,6 @@ def test_noise_leaves_and_the_signal_stays() -> None:
     assert len(prunable_layers(found.model)) == 3 and len(prunable_layers(model)) == 4
     assert seen == found.history and seen[0]["open"] == 2 and seen[-1]["open"] == 1
     assert seen[-1]["macs"] < seen[0]["macs"] and seen[-1]["step"] == 160
-    assert total_macs(seen) == sum(row["macs"] for row in seen) / len(seen) / seen[0]["macs"] < 1
     drawn = [
         train_gated(model, digits, recipe, replace(chosen, shuffled=True), seed=seed, device="cpu").removed
         for seed in range(4)

@@ -15,7 +15,6 @@ from autosparse.masks.layers import prunable_layers
 from autosparse.network.graph import trace
 from autosparse.pruning.criteria import Context
 from autosparse.scorers.outcome import no_scorer
-from autosparse.scorers.rule import output_areas, projections
 from autosparse.scorers.scorer import Scorer
 from autosparse.training.models import create_model
 
@@ -32,7 +31,7 @@ def test_areas_by_hand() -> None:
     model = torch.nn.Sequential(
         torch.nn.Conv2d(1, 2, 3, stride=2, padding=1), torch.nn.Flatten(), torch.nn.Linear(2 * 16, 3)
     )
-    assert output_areas(trace(model, torch.zeros(2, 1, 8, 8))) == {"0.weight": 16, "2.weight": 1}
+    assert trace(model, torch.zeros(2, 1, 8, 8)).areas() == {"0.weight": 16, "2.weight": 1}
 
 
 @pytest.mark.parametrize("name", ["resnet8", "resnet50", "torchvision:mobilenet_v2"])
@@ -40,7 +39,7 @@ def test_projection_shortcuts(name: str) -> None:
     """Not the last 1×1 convolution of a bottleneck, nor that of an inverted residual."""
     model = create_model(name, image_size=32)
     graph = trace(model, torch.zeros(2, 3, 32, 32))
-    found = projections(prunable_layers(model), graph)
+    found = graph.projections(prunable_layers(model))
     named = {n for n in prunable_layers(model) if "shortcut" in n or "downsample" in n}
     assert found == named and bool(found) == (name != "torchvision:mobilenet_v2")
 

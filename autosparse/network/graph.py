@@ -97,6 +97,27 @@ class Graph:
                 found.setdefault(name, math.prod(op.stride) ** (1 / max(len(op.stride), 1)))
         return found
 
+    def areas(self) -> dict[str, int]:
+        """How many positions each layer's weights serve: the product of the spatial sizes of its output, the tokens of a
+        product; at its first use."""
+        found: dict[str, int] = {}
+        for op in self.operations:
+            spatial = op.shape[2:] if op.kind.startswith("conv") else op.shape[1:-1]
+            for name in op.weights:
+                found.setdefault(name, max(1, math.prod(spatial)))
+        return found
+
+    def projections(self, layers: Mapping[str, Layer]) -> set[str]:
+        """Projection shortcuts: 1×1 convolutions whose output goes into a sum, and whose input goes into other layers too."""
+        links = self.links()
+        adding = {a for (a, _), kinds in links.items() if "add" in kinds}
+        follow: dict[str, set[str]] = {}  # by layer: those that take its output
+        for a, b in links:
+            follow.setdefault(a, set()).add(b)
+        branching = {b for after in follow.values() if len(after) > 1 for b in after}
+        pointwise = {n for n, layer in layers.items() if layer.kind == "conv" and math.prod(layer.kernel) == 1}
+        return adding & branching & pointwise
+
     def last_layers(self) -> tuple[str, ...]:
         """Layers whose output reaches an output of the model with no other layer between: classifiers, as a rule."""
         return tuple({name: None for op, before in self._preceded() if op.kind == "output" for name in before})

@@ -51,7 +51,8 @@ def log_densities(
     Raises:
         AutoSparseError: a feature that is not known of these layers.
     """
-    features = {name: {**own, **structure(layers, graph)[name]} for name, own in constants.items()}
+    more = structure(layers, graph) if set(rule) & set(FROM_GRAPH) else {name: {} for name in constants}
+    features = {name: {**own, **more[name]} for name, own in constants.items()}
     for criterion, by_layer in given.items():
         for name in features:
             features[name][OF_CRITERION + criterion] = math.log(max(by_layer[name], LEAST))
@@ -67,35 +68,8 @@ def structure(layers: Mapping[str, Layer], graph: Graph | None) -> dict[str, dic
     """The features `FROM_GRAPH` of each layer; none without a graph."""
     if graph is None:
         return {name: {} for name in layers}
-    areas, shortcuts = output_areas(graph), projections(layers, graph)
+    areas, shortcuts = graph.areas(), graph.projections(layers)
     return {
         name: {"layer_area": math.log(areas.get(name, 1)), "layer_shortcut": float(name in shortcuts)}
         for name in layers
-    }
-
-
-def output_areas(graph: Graph) -> dict[str, int]:
-    """How many positions each weight serves: the product of the spatial sizes of its layer's output (tokens of a Linear)."""
-    areas: dict[str, int] = {}
-    for operation in graph.operations:
-        spatial = operation.shape[2:] if operation.kind.startswith("conv") else operation.shape[1:-1]
-        for name in operation.weights:
-            areas.setdefault(name, max(1, math.prod(spatial)))
-    return areas
-
-
-def projections(layers: Mapping[str, Layer], graph: Graph) -> set[str]:
-    """Projection shortcuts: 1×1 convolutions whose output goes into a sum, and whose input goes into other layers too."""
-    links = graph.links()
-    adding = {a for (a, _), kinds in links.items() if "add" in kinds}
-    fed: dict[str, set[str]] = {}  # by layer: the layers before it
-    for a, b in links:
-        fed.setdefault(b, set()).add(a)
-    return {
-        name
-        for name, layer in layers.items()
-        if name in adding
-        and layer.kind == "conv"
-        and math.prod(layer.kernel) == 1
-        and any(name != other and fed[name] & before for other, before in fed.items() if name in fed)
     }

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,12 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from autosparse.errors import AutoSparseError, AutoSparseFailure, require, settings
+from autosparse.masks.layers import prunable_layers
 from autosparse.masks.random import forked, make_generator, seed_global
+from autosparse.network.gating import SHUT, Places, channels_last, multiplied
 from autosparse.network.running import eval_mode
 from autosparse.training.data import ImageData
-
-SHUT = 1e-3  # what is left of a removed channel while the encoder learns: at 0 a ReLU behind it would hide the gradient
-Places = Mapping[str, str]  # layer -> the module at whose output its channels are gated
 
 
 @settings
@@ -114,7 +112,8 @@ def activations(model: nn.Module, places: Places, images: Tensor) -> Tensor:
 
     def hook(name: str) -> Callable[..., None]:
         def keep(module: nn.Module, args: Any, out: Tensor) -> None:
-            found[name] = out.flatten(2).mean(2) if out.dim() > 2 else out
+            inner = range(1, out.dim() - 1) if channels_last(module) else range(2, out.dim())
+            found[name] = out.mean([*inner]) if len(inner) else out
 
         return keep
 
@@ -126,23 +125,6 @@ def activations(model: nn.Module, places: Places, images: Tensor) -> Tensor:
         for one in hooks:
             one.remove()
     return torch.cat([found[name].float() for name in places], 1)
-
-
-@contextmanager
-def _multiplied(model: nn.Module, places: Places, values: Mapping[str, Tensor]) -> Iterator[None]:
-    def hook(name: str) -> Callable[..., Tensor]:
-        def multiply(module: nn.Module, args: Any, out: Tensor) -> Tensor:
-            value = values[name]
-            return out * (value.view(-1, *[1] * (out.dim() - 2)) if out.dim() > 2 else value)
-
-        return multiply
-
-    hooks = [model.get_submodule(place).register_forward_hook(hook(name)) for name, place in places.items()]
-    try:
-        yield
-    finally:
-        for one in hooks:
-            one.remove()
 
 
 def learn_encoder(
@@ -176,16 +158,17 @@ def learn_encoder(
     if not places:
         raise AutoSparseError(f"{type(model).__name__} has no layer whose channels can go")
     device = next(model.parameters()).device
-    own = dict(model.named_parameters())
+    layers = prunable_layers(model)
+    own = {n: model.get_parameter(n).detach().movedim(layers[n].out_dim, 0).flatten(1) for n in places}
     generator = make_generator(seed, "tasks")
     with forked([device]):
         seed_global(seed, "task encoder", device=device)
-        encoder = TaskEncoder({name: own[name].shape[0] for name in places}, chosen.hidden).to(device)
+        encoder = TaskEncoder({name: len(filters) for name, filters in own.items()}, chosen.hidden).to(device)
     order = torch.randperm(len(data.train), generator=generator)[:512].to(data.device)
     reference = activations(model, places, data.normalise(data.train.images[order]))
     encoder.mean.copy_(reference.mean(0))
     encoder.std.copy_(reference.std(0).clamp(min=1e-6))
-    norms = torch.cat([own[name].detach().flatten(1).norm(dim=1).clamp(min=1e-12).log() for name in places])
+    norms = torch.cat([filters.norm(dim=1).clamp(min=1e-12).log() for filters in own.values()])
     encoder.norms.copy_(norms - norms.mean())
     optimizer = torch.optim.Adam(encoder.parameters(), lr=chosen.lr)
     labels = data.train.labels.cpu()
@@ -206,7 +189,7 @@ def learn_encoder(
             hard = (soft > 0.5).float().clamp(min=SHUT) + soft - soft.detach()
             index = tested.to(data.device)
             wanted = (data.train.labels[index][:, None] == classes.to(data.device)).float().argmax(1)
-            with eval_mode(model), _multiplied(model, places, encoder.split(hard)), torch.enable_grad():
+            with eval_mode(model), multiplied(model, places, encoder.split(hard).__getitem__), torch.enable_grad():
                 outputs = model(data.normalise(data.train.images[index]))[:, classes.to(device)]
             loss = functional.cross_entropy(outputs, wanted)
             over = torch.sigmoid(logits).mean() - chosen.keep

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,11 +12,13 @@ from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from autosparse.errors import AutoSparseError, require, settings
-from autosparse.masks.layers import unwrap
-from autosparse.masks.random import forked, make_generator
+from autosparse.masks.layers import prunable_layers, unwrap
+from autosparse.masks.random import forked, make_generator, seed_global
+from autosparse.network.graph import trace
 from autosparse.network.inputs import as_call
 from autosparse.network.restore import private_copy
-from autosparse.network.running import Batch, take_batches, untouched
+from autosparse.network.running import NORMS, Batch, take_batches, untouched
+from autosparse.training.models import initialize
 
 ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.LeakyReLU, nn.ELU, nn.Tanh, nn.Sigmoid, nn.Hardswish, nn.Mish)
 HOW = ("data", "gaussian")
@@ -75,7 +76,7 @@ def fuse(
     BatchNorm between, otherwise those of `x ~ N(0, I)`. It takes no data. Convolutions become one of the composed kernel
     size, stride and padding; where the inner ones are padded, it is exact inside of the image alone. The new layer has a
     BatchNorm if the run has one, set so that it changes nothing in eval mode. An activation at the end of the run stays.
-    A run may hold residual blocks, whose last ReLU stays too, with data only.
+    A run may hold residual blocks, with data only; where what they give is never negative, a ReLU follows the new layer.
 
     Runs are fused in order, each to give what the deep network gives, from what the network fused so far gives.
 
@@ -100,16 +101,18 @@ def fuse(
         raise AutoSparseError("fuse with how='data' fits to data: give batches, or how='gaussian'")
     found = private_copy(model)
     errors: dict[str, float | None] = {}
+    shortcuts: set[str] = set()
+    if taken:
+        graph = trace(model, taken[0][0])
+        shortcuts = graph.projections(prunable_layers(model, operands=graph.operands))
     places = []
     for first, last in runs:
-        run = _Run.of(model, first, last, kernel)
+        run = _Run.of(model, first, last, kernel, shortcuts)
         if how == "gaussian":
             require(kernel is None, "kernel", kernel, "the closed form has the composed size; leave it out")
-            weight, offset = _gaussian(run)
-            mean = scale = None
+            layer = _layer(run, *_gaussian(run)).to(device)
         else:
-            weight, offset, mean, scale = _fitted(run, model, found, taken, ridge)
-        layer = _layer(run, weight, offset, mean, scale).to(device)
+            layer = _layer(run, *_fitted(run, model, found, taken, ridge)).to(device)
         _replace(found, run, layer)
         places.append(run)
         errors[f"{first} to {last}"] = _error(run, model, found, taken) if taken else None
@@ -124,23 +127,28 @@ def fresh(fused: Fused, seed: int = 0, equal_norms: bool = False, whole: bool = 
     BatchNorm stays: then only the directions are lost. With `whole`, all layers of the network are random.
     """
     model = private_copy(fused.model)
-    generator = make_generator(seed, "fresh layers")
-    for name in ("",) if whole else fused.layers:
-        for module in model.get_submodule(name).modules():
-            if isinstance(module, (nn.Conv2d, nn.Linear)):
-                drawn = torch.randn(module.weight.shape, generator=generator).to(module.weight)
-                with torch.no_grad():
-                    if equal_norms:
-                        old, new = (w.flatten(1).norm(dim=1) for w in (module.weight, drawn))
-                        drawn *= (old / new).view(-1, *[1] * (drawn.dim() - 1))
-                    else:
-                        drawn *= math.sqrt(2 / module.weight[0].numel())
-                        if module.bias is not None:
-                            module.bias.zero_()
-                    module.weight.copy_(drawn)
-            elif isinstance(module, _BatchNorm) and not equal_norms:
-                module.reset_parameters()
+    with forked([next(model.parameters()).device]):
+        seed_global(seed, "fresh layers", device=next(model.parameters()).device)
+        for name in ("",) if whole else fused.layers:
+            part = model.get_submodule(name)
+            before = {n: p.detach().clone() for n, p in part.named_parameters()}
+            initialize(part)
+            for path, module in part.named_modules():
+                if isinstance(module, NORMS) and not equal_norms:
+                    module.reset_parameters()
+                elif isinstance(module, (nn.Conv2d, nn.Linear)) and equal_norms:
+                    _give_back(module, before, path)
     return model
+
+
+@torch.no_grad()
+def _give_back(module: nn.Conv2d | nn.Linear, before: Mapping[str, Tensor], path: str) -> None:
+    """The norm of each filter, and the bias, as they were."""
+    prefix = f"{path}." if path else ""
+    old, new = (w.flatten(1).norm(dim=1) for w in (before[f"{prefix}weight"], module.weight))
+    module.weight.mul_((old / new).view(-1, *[1] * (module.weight.dim() - 1)))
+    if module.bias is not None:
+        module.bias.copy_(before[f"{prefix}bias"])
 
 
 @dataclass(frozen=True)
@@ -167,7 +175,7 @@ class _Run:
         return f"{self.parent}.{self.keys[len(self.parts) - 1]}".lstrip(".")
 
     @staticmethod
-    def of(model: nn.Module, first: str, last: str, kernel: int | None) -> _Run:
+    def of(model: nn.Module, first: str, last: str, kernel: int | None, shortcuts: Collection[str]) -> _Run:
         what = f"run {first} to {last}"
         parent, _, begin = first.rpartition(".")
         other, _, end = last.rpartition(".")
@@ -192,7 +200,8 @@ class _Run:
         if len(convolutions) < len(layers):
             raise AutoSparseError(f"{what} mixes Linear and Conv2d layers: fuse those of one kind")
         size, stride, padding = 1, 1, 0
-        for module in convolutions if chain else _main_branch(parts):
+        aside = {id(modules[name.removesuffix(".weight")]) for name in shortcuts}
+        for module in (m for m in convolutions if id(m) not in aside):
             if isinstance(module.padding, str):
                 raise AutoSparseError(f"{what} has padding {module.padding!r}: give the convolutions a number")
             size += (module.kernel_size[0] - 1) * module.dilation[0] * stride
@@ -202,16 +211,6 @@ class _Run:
             padding += (kernel - size) // 2
             size = kernel
         return _Run(parent, tuple(inside), tuple(parts), after, chain, norm, size, stride, max(padding, 0))
-
-
-def _main_branch(parts: Sequence[nn.Module]) -> list[nn.Conv2d]:
-    """Convolutions of blocks in order, without those of their shortcuts."""
-    return [
-        module
-        for part in parts
-        for name, module in part.named_modules()
-        if isinstance(module, nn.Conv2d) and not name.startswith(("shortcut", "downsample"))
-    ]
 
 
 def _recorded(model: nn.Module, inputs: Any, before: str | None, after: str | None) -> dict[str, Tensor]:
@@ -260,12 +259,14 @@ def _pairs(run: _Run, deep: nn.Module, fused: nn.Module, batch: Batch) -> tuple[
 
 def _fitted(
     run: _Run, deep: nn.Module, fused: nn.Module, batches: Sequence[Batch], ridge: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`A`, `c`, and mean and standard deviation of `A·x`, by least squares over all batches."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, bool]:
+    """`A`, `c`, mean and standard deviation of `A·x`, by least squares over all batches; whether y is never negative."""
     count, sx, sy, xx, xy = 0, *[torch.zeros(())] * 4
+    positive = True
     for batch in batches:
         x, y = _pairs(run, deep, fused, batch)
         count += len(x)
+        positive &= bool((y >= 0).all())
         sx, sy, xx, xy = sx.to(x) + x.sum(0), sy.to(x) + y.sum(0), xx.to(x) + x.T @ x, xy.to(x) + x.T @ y
     mx, my = sx / count, sy / count
     cov, cross = xx / count - torch.outer(mx, mx), xy / count - torch.outer(mx, my)
@@ -273,7 +274,7 @@ def _fitted(
     weight = torch.linalg.solve(cov, cross).T
     offset = my - weight @ mx
     variance = ((weight @ cov) * weight).sum(1)
-    return weight, offset, weight @ mx, variance.clamp(min=1e-12).sqrt()
+    return weight, offset, weight @ mx, variance.clamp(min=1e-12).sqrt(), positive
 
 
 def _gaussian(run: _Run) -> tuple[Tensor, Tensor]:
@@ -345,8 +346,15 @@ def _composed(first: Tensor, second: Tensor, stride: int) -> Tensor:
     return functional.conv2d(padded, first.flip(2, 3).transpose(0, 1))
 
 
-def _layer(run: _Run, weight: Tensor, offset: Tensor, mean: Tensor | None, scale: Tensor | None) -> nn.Module:
-    """The new layer, with its BatchNorm if the run has one, and the ReLU that ended a residual block."""
+def _layer(
+    run: _Run,
+    weight: Tensor,
+    offset: Tensor,
+    mean: Tensor | None = None,
+    scale: Tensor | None = None,
+    positive: bool = False,
+) -> nn.Module:
+    """The new layer, with its BatchNorm if the run has one, and a ReLU where residual blocks ended with one."""
     bias = not run.norm
     layer: nn.Module
     if run.kernel == 0:
@@ -371,7 +379,7 @@ def _layer(run: _Run, weight: Tensor, offset: Tensor, mean: Tensor | None, scale
             norm.weight.copy_((scale**2 + norm.eps).sqrt())
             norm.bias.copy_(offset + mean)
             parts.append(norm)
-    if run.after is None and not run.chain:
+    if positive and run.after is None and not run.chain:
         parts.append(nn.ReLU())
     return nn.Sequential(*parts)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +25,7 @@ from autosparse.trainability.shrink import remove, survivors
 from autosparse.training.checkpoint import reading_state, write_state
 from autosparse.training.content import of_network
 from autosparse.training.data import ImageData
-from autosparse.training.loop import OptimizerState, Trained, fabric_for
+from autosparse.training.loop import OptimizerState, Trained, evaluate, fabric_for
 from autosparse.training.recipe import Recipe, steps_per_epoch
 from autosparse.training.train import train
 
@@ -97,16 +97,14 @@ class _Training:
         on_epoch: Callable[[dict[str, float]], None] | None,
     ) -> None:
         self.fabric = fabric_for(device, recipe.precision)
-        self.origin, self.model = model, private_copy(model).to(self.fabric.device)
+        self.model = private_copy(model).to(self.fabric.device)
         self.data, self.recipe, self.chosen, self.seed, self.device = data, recipe, chosen, seed, device
         self.checkpoint, self.on_epoch = checkpoint, on_epoch
         self.example = data.normalise(data.train.images[:2]).to(self.fabric.device)
         self.per_epoch, self.length = steps_per_epoch(data, recipe.batch_size), recipe.length(data)
         self.gates, self.known = Gates.of(self.model, self.example, chosen, seed)
         self.whole = {n: len(pi) for n, pi in self.gates.pi.items() if pi.dim()}
-        self.left = {
-            n: torch.arange(count) for n, count in self.whole.items()
-        }  # of units: which of the first network's
+        self.left = {n: torch.arange(c) for n, c in self.whole.items()}  # of units: which of the first network's
         self.out: list[str] = []  # branches that are gone
         self.optimizer: OptimizerState = {}
         self.step, self.result = 0, Gated(self.model)
@@ -131,7 +129,8 @@ class _Training:
                     self.model, seen, self.recipe, seed=self.seed, device=self.device, on_epoch=rows.append, **how
                 )
             self.step, self.optimizer = stop, trained.optimizer_state or {}
-            self._remove(final=stop >= last)
+            if learning:
+                self._remove(final=stop >= last)
             row = {**rows[-1], "macs": float(macs), "seconds": time.perf_counter() - clock, "open": self._open()}
             result.history.append(row)
             result.seconds += row["seconds"]
@@ -141,6 +140,9 @@ class _Training:
             if self.on_epoch is not None:
                 self.on_epoch(row)
         result.model, result.accuracy, result.loss = self.model, trained.accuracy, trained.loss
+        if last > self.length - self.per_epoch:  # gates were still learning in the last epoch
+            with self.fabric.autocast():
+                result.accuracy, result.loss = evaluate(self.model, self.data, "test", self.recipe.channels_last)
         result.removed = dict.fromkeys(self.out, 1)
         result.removed |= {n: c - len(self.left[n]) for n, c in self.whole.items() if len(self.left[n]) < c}
         return result
@@ -190,17 +192,19 @@ class _Training:
         layers = prunable_layers(self.model)
         masks = whole_filters({n: ~shut for n, shut in closed.items()}, layers)
         before = {n: p.shape for n, p in self.model.named_parameters()}
-        places = survivors(self.model, masks, self.example)
-        self.model = remove(self.model, masks, self.example).smaller.to(self.fabric.device)
+        places, removal = survivors(self.model, masks, self.example), remove(self.model, masks, self.example)
+        self.model = removal.smaller.to(self.fabric.device)
         moved = {}
         for name, state in self.optimizer.items():
             index = places[name].to(self.fabric.device)
             moved[name] = {k: t.flatten()[index] if t.shape == before[name] else t for k, t in state.items()}
         self.optimizer = moved
-        own = dict(self.model.named_parameters())
         for name, shut in closed.items():
-            if own[name].shape[layers[name].out_dim] == int((~shut).sum()):  # what could not go stays, at π = 0
-                self.left[name], self.gates.pi[name] = self.left[name][~shut], self.gates.pi[name][~shut]
+            keep = torch.ones(len(shut), dtype=torch.bool)
+            keep[list(removal.removed.get(name, ()))] = False
+            self.left[name], self.gates.pi[name] = self.left[name][keep], self.gates.pi[name][keep]
+            if bool((shut & keep).any()):  # what cannot go stays, and is open from now on
+                del self.gates.pi[name], self.gates.places[name]
 
     def _save(self, path: Path) -> None:
         state = {
@@ -220,7 +224,6 @@ class _Training:
         with reading_state(path, self.of) as state:
             for name in state["out"]:
                 take_out(self.model, self.known[name])
-                del self.gates.places[name]
             self.out, self.left = list(state["out"]), dict(state["left"])
             kept = {n: torch.isin(torch.arange(c), self.left[n]) for n, c in self.whole.items()}
             if any(not k.all() for k in kept.values()):
@@ -228,6 +231,7 @@ class _Training:
                 self.model = remove(self.model, masks, self.example).smaller.to(self.fabric.device)
             self.model.load_state_dict(state["model"])
             self.gates.pi = dict(state["pi"])
+            self.gates.places = {n: place for n, place in self.gates.places.items() if n in self.gates.pi}
             device = self.fabric.device
             self.optimizer = {n: {k: t.to(device) for k, t in v.items()} for n, v in state["optimizer"].items()}
             self.step, self.result.history, self.result.seconds = state["step"], state["history"], state["seconds"]
@@ -241,8 +245,3 @@ def whole_filters(kept: Mapping[str, Tensor], layers: Mapping[str, Layer]) -> Ma
         shape[layers[name].out_dim] = -1
         tensors[name] = keep.cpu().view(shape).expand(layers[name].shape).clone()
     return Masks(tensors, {n: layers[n] for n in tensors})
-
-
-def total_macs(history: Sequence[Mapping[str, float]]) -> float:
-    """Mean over the epochs of the multiply-adds of one image, relative to the first: the cost of the training."""
-    return sum(row["macs"] for row in history) / len(history) / history[0]["macs"]

@@ -10,22 +10,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.modules.conv import _ConvNd
 
 from autosparse.errors import AutoSparseError, require, settings
 from autosparse.masks.layers import prunable_layers, unwrap
 from autosparse.masks.random import make_generator
 from autosparse.network.coupling import coupled_filters
+from autosparse.network.gating import SHUT, multiplied
 from autosparse.network.graph import Graph, trace
 from autosparse.network.lipschitz import pairs
 from autosparse.network.restore import private_copy
-from autosparse.network.running import NORMS
 from autosparse.trainability.shrink import output_difference
 from autosparse.training.loop import training_loss
 
 OF = ("layers", "units")
 _PASSED = ("activation", "reshape", "slice", "mul", "add")  # of one operand, these may follow a branch's last layer
 _SAME = 1e-5
-SHUT = 1e-3  # what a closed gate of a unit lets through while it learns: at 0 a ReLU behind it would hide the gradient
 
 
 @settings
@@ -177,11 +178,11 @@ def unit_layers(model: nn.Module, example_input: Any) -> dict[str, str]:
     found = {}
     for name, layer in layers.items():
         path = name.removesuffix(".weight")
-        plain = isinstance(modules.get(path), (nn.Linear, nn.modules.conv._ConvNd))
+        plain = isinstance(modules.get(path), (nn.Linear, _ConvNd))
         if not plain or layer.groups > 1 or layer.shape[layer.out_dim] < 2 or name in bound:
             continue
         norm = norms[name].norm
-        if norm is not None and not isinstance(modules.get(norm), nn.modules.batchnorm._BatchNorm):
+        if norm is not None and not isinstance(modules.get(norm), _BatchNorm):
             continue  # channels that are normalized together cannot go
         found[name] = path if norm is None else norm
     return found
@@ -232,20 +233,16 @@ class Gates:
     @contextmanager
     def attached(self, model: nn.Module) -> Iterator[None]:
         """Within the block, the outputs at the gates are multiplied by what was drawn; in eval mode by π."""
-        hooks = []
-        for name, place in self.places.items():
 
-            def gate(module: nn.Module, args: Any, out: Tensor, name: str = name) -> Tensor:
-                value = self._drawn.get(name, self.pi[name]) if model.training else self.pi[name]
-                return out * _spread(value.to(out), out)
+        def factor(name: str) -> Tensor:
+            return self._drawn.get(name, self.pi[name]) if model.training else self.pi[name]
 
-            hooks.append(model.get_submodule(place).register_forward_hook(gate))
-        hooks.append(model.register_forward_hook(self._keep))
+        hook = model.register_forward_hook(self._keep)
         try:
-            yield
+            with multiplied(model, self.places, factor):
+                yield
         finally:
-            for hook in hooks:
-                hook.remove()
+            hook.remove()
             self._drawn = {}
 
     def _keep(self, module: nn.Module, args: Any, out: Any) -> None:
@@ -265,7 +262,7 @@ class Gates:
         """One step on π, after the backward pass of the weights.
 
         `π ← clip(π − lr·g, 0, 1)`. Of layers: for one branch, drawn at random, `g = L(ξ=1) − L(ξ=0) + cost`, from one more
-        forward pass; times the number of branches, which take turns by chance. Of units: `g = ∂L/∂ξ + cost/C`, the same to
+        forward pass; the branches take turns by chance. Of units: `g = ∂L/∂ξ + cost/C`, the same to
         first order, from the pass that is there.
         """
         rate, cost = self.settings.lr, self.settings.cost
@@ -294,22 +291,15 @@ class Gates:
         return float(training_loss(logits, self._labels).detach())
 
 
-def _spread(value: Tensor, out: Tensor) -> Tensor:
-    """`(C,)` along the channels of an output: dimension 1 of images, the last of vectors and tokens."""
-    return value if value.dim() == 0 or out.dim() < 4 else value.view(-1, *[1] * (out.dim() - 2))
-
-
 @contextmanager
 def _statistics_kept(model: nn.Module) -> Iterator[None]:
     """A pass in train mode leaves the running statistics as they are."""
-    norms = [m for m in model.modules() if isinstance(m, NORMS) and getattr(m, "track_running_stats", False)]
-    for norm in norms:
-        norm.track_running_stats = False
+    norms = [m for m in model.modules() if isinstance(m, _NormBase) and m.track_running_stats]
     held = [(norm, norm.running_mean, norm.running_var) for norm in norms]
     try:
-        for norm, _, _ in held:
-            norm.running_mean = norm.running_var = None
+        for norm in norms:
+            norm.track_running_stats, norm.running_mean, norm.running_var = False, None, None
         yield
     finally:
         for norm, mean, var in held:
-            norm.running_mean, norm.running_var, norm.track_running_stats = mean, var, True
+            norm.track_running_stats, norm.running_mean, norm.running_var = True, mean, var

@@ -1,4 +1,4 @@
-"""The file that a training in flight goes on from."""
+"""The file that a training in flight goes on from: sealed, read without pickle, and of one training alone."""
 
 from __future__ import annotations
 
@@ -6,63 +6,12 @@ import io
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import nn
 
 from autosparse.errors import AutoSparseStateError, first_line
 from autosparse.files import check_seal, replace_file, seal
-
-
-class Stateful(Protocol):
-    """What has a state of its own."""
-
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
-
-
-class Progress(Protocol):
-    """How far a training is."""
-
-    steps: int
-    seconds: float
-    history: list[dict[str, float]]
-
-
-def save_checkpoint(
-    path: Path,
-    of: str,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    handle: Stateful | None,
-    progress: Progress,
-) -> None:
-    state = {
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "masks": None if handle is None else handle.state_dict(),
-        "steps": progress.steps,
-        "seconds": progress.seconds,
-        "history": progress.history,
-    }
-    write_state(path, of, state)
-
-
-def restore_checkpoint(
-    path: Path,
-    of: str,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    handle: Stateful | None,
-    progress: Progress,
-) -> None:
-    with reading_state(path, of) as state:
-        progress.steps, progress.seconds, progress.history = state["steps"], state["seconds"], state["history"]
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        if handle is not None:
-            handle.load_state_dict(state["masks"])
 
 
 def write_state(path: Path, of: str, state: Mapping[str, Any]) -> None:

@@ -30,7 +30,7 @@ from autosparse.masks.random import derive, forked, seed_global
 from autosparse.network.onednn import safe_convolutions
 from autosparse.network.restore import restored
 from autosparse.network.running import eval_mode
-from autosparse.training.checkpoint import restore_checkpoint, save_checkpoint
+from autosparse.training.checkpoint import reading_state, write_state
 from autosparse.training.content import of_network
 from autosparse.training.data import ImageData
 from autosparse.training.devices import SUPPORTED, device_names
@@ -39,8 +39,6 @@ from autosparse.training.recipe import PRECISIONS, Recipe, build_optimizer, lear
 
 _CHECK_EVERY = 200  # steps between looks at the loss: a look waits for the device
 _ARCHITECTURES = 256  # torch compiles a class for 8 networks and runs the others uncompiled, without a word
-
-
 OptimizerState = Mapping[str, Mapping[str, Tensor]]  # by parameter name, as in `optimizer.state`
 
 
@@ -289,11 +287,31 @@ class _Loop:
         for name, state in (plan.optimizer_state or {}).items():
             stepped.state[model.get_parameter(name)] = {k: t.clone() for k, t in state.items()}
         if plan.checkpoint is not None and plan.checkpoint.exists():
-            restore_checkpoint(plan.checkpoint, self.of, model, stepped, self.handle, self.result)
+            self._restore(plan.checkpoint)
         # Weights that are not there must not take part in the gradient's norm.
         own = dict(unwrap(model).named_parameters())
         self.pruned = [own.get(n) for n in masks or {}]  # of a parametrized weight the gradient has the mask already
         self.zero = Zeroing((masks or {}).values())
+
+    def _save(self, path: Path) -> None:
+        state = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.optimizer.state_dict(),
+            "masks": None if self.handle is None else self.handle.state_dict(),
+            "steps": self.result.steps,
+            "seconds": self.result.seconds,
+            "history": self.result.history,
+        }
+        write_state(path, self.of, state)
+
+    def _restore(self, path: Path) -> None:
+        result = self.result
+        with reading_state(path, self.of) as state:
+            result.steps, result.seconds, result.history = state["steps"], state["seconds"], state["history"]
+            self.model.load_state_dict(state["model"])
+            self.optimizer.optimizer.load_state_dict(state["optimizer"])
+            if self.handle is not None:
+                self.handle.load_state_dict(state["masks"])
 
     def _fingerprint(self) -> str:
         """What a checkpoint belongs to: with anything else it would go on silently wrong."""
@@ -329,7 +347,7 @@ class _Loop:
                     self.on_epoch(row)
                 due = time.perf_counter() - saved >= plan.checkpoint_every
                 if plan.checkpoint is not None and result.steps < self.stop and due:
-                    save_checkpoint(plan.checkpoint, self.of, self.model, self.optimizer.optimizer, self.handle, result)
+                    self._save(plan.checkpoint)
                     saved = time.perf_counter()
             if self.handle is not None:
                 result.masks, result.mask_state = self.handle.masks, self.handle.state_dict()

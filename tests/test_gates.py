@@ -17,11 +17,14 @@ from autosparse.errors import AutoSparseError, AutoSparseStateError
 from autosparse.experiment.structured import GATED, run_thinnings, thinnings
 from autosparse.masks.layers import prunable_layers
 from autosparse.masks.mask import Masks
+from autosparse.network.gating import multiplied
+from autosparse.trainability import gated
 from autosparse.trainability.gated import train_gated
 from autosparse.trainability.gates import Gates, GateSettings, branches, take_out, unit_layers
 from autosparse.trainability.shrink import output_difference, remove, survivors
 from autosparse.trainability.tpp import TPPSettings
 from autosparse.training.data import DataSettings, ImageData, load_data
+from autosparse.training.loop import evaluate
 from autosparse.training.models import ModelSettings, create_model
 from autosparse.training.recipe import Recipe
 
@@ -272,3 +275,53 @@ def test_the_comparison(tmp_path: Path, digits: ImageData) -> None:
     assert sum(rest[1]["removed"].values()) == sum(rest[3]["removed"].values()), "as many branches go at random"
     again: list[Any] = []
     assert run_thinnings(todo, tmp_path, digits, device="cpu", on_event=again.append) == results and not again
+
+
+@pytest.mark.parametrize("of", ["layers", "units"])
+def test_gates_that_learn_to_the_end_are_tested_without(of: str, digits: ImageData) -> None:
+    """The accuracy is that of the network that is given back, after the last removal and with the others open."""
+    model = create_model(ModelSettings("resnet8", 4), in_channels=1, image_size=8)
+    chosen = GateSettings(of, cost=0.5, lr=0.05, start=0.6, end=1.0)
+    found = train_gated(model, digits, RECIPE, chosen, device="cpu")
+    assert found.removed and (found.accuracy, found.loss) == evaluate(found.model, digits)
+
+
+def test_units_that_cannot_go_stay_open(digits: ImageData, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next layer has groups: what would leave them unequal stays, and is not tried again."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=2), nn.ReLU(), nn.Flatten(), nn.Linear(128, 10)
+    )
+    calls: list[int] = []
+    real = gated.remove
+
+    def counted(*arguments: Any) -> Any:
+        calls.append(1)
+        return real(*arguments)
+
+    monkeypatch.setattr(gated, "remove", counted)
+    chosen = GateSettings("units", cost=4.0, lr=0.5)
+    recipe = Recipe(steps=80, batch_size=16, lr=0.02)
+    found = train_gated(model, digits, recipe, chosen, device="cpu")
+    left = found.model[0].out_channels
+    assert left % 2 == 0 and found.removed.get("0.weight", 0) == 8 - left
+    assert len(calls) <= 8 < len(found.history), "the surgery is not repeated for what must stay"
+
+
+def test_gates_on_units_of_tokens_and_of_images() -> None:
+    """The last dimension of a Linear's output has its units, dimension 1 of a convolution's its channels."""
+    value = torch.tensor([0.0, 1.0, 2.0])
+    for module, shape in (
+        (nn.Linear(5, 3), (2, 4, 5)),
+        (nn.Linear(5, 3), (2, 5)),
+        (nn.Conv1d(5, 3, 1), (2, 5, 4)),
+        (nn.Conv2d(5, 3, 1), (2, 5, 3, 3)),
+    ):
+        model, x = nn.Sequential(module), torch.randn(shape)
+        plain = model(x)
+        with multiplied(model, {"0.weight": "0"}, lambda name: value):
+            gated_output = model(x)
+        dim = -1 if isinstance(module, nn.Linear) else 1
+        wanted = plain.movedim(dim, -1) * value
+        assert torch.equal(gated_output.movedim(dim, -1), wanted)
+        assert torch.equal(model(x), plain)

@@ -19,7 +19,7 @@ from autosparse.scorers.task import StampSettings, TaskEncoder, activations, kee
 from autosparse.trainability.gates import unit_layers
 from autosparse.trainability.tpp import TPPSettings
 from autosparse.training.data import DataSettings, ImageData, Split, load_data
-from autosparse.training.models import ModelSettings
+from autosparse.training.models import ModelSettings, create_model
 from autosparse.training.recipe import Recipe
 
 FEW = StampSettings(tasks=3, classes=2, images=4, batch_size=8)
@@ -57,6 +57,18 @@ def test_activations_are_means_over_positions() -> None:
     nn.init.constant_(model[0].weight, 2.0)
     images = torch.arange(8.0).view(2, 1, 2, 2)
     assert activations(model, {"0.weight": "0"}, images).tolist() == [[3, 3], [11, 11]]
+    tokens = nn.Sequential(nn.Linear(2, 2, bias=False))
+    nn.init.eye_(tokens[0].weight)
+    assert activations(tokens, {"0.weight": "0"}, torch.arange(6.0).view(1, 3, 2)).tolist() == [[2, 3]]
+    attention = create_model(
+        ModelSettings("cellnet", 8, {"cell": "attention", "blocks": (1,), "norm": "layer", "stem_stride": 4}),
+        image_size=16,
+    )
+    images = torch.randn(4, 3, 16, 16)
+    places = unit_layers(attention, images)
+    assert places and activations(attention, places, images).shape[0] == 4
+    count = sum(attention.get_parameter(name).shape[0] for name in places)
+    assert activations(attention, places, images).shape[1] == count
 
 
 def planted() -> tuple[nn.Module, ImageData]:

@@ -17,6 +17,7 @@ from autosparse.jobs.local import jobs_at_once
 from autosparse.processes import start_server
 from autosparse.scorers.records import is_complete
 from autosparse.training.data import load_data
+from autosparse.training.recipe import steps_per_epoch
 
 FREE = ("random", "erk", "snip", "densities:snip", "densities:synflow")
 SHORT = 0.25  # of a training: the length of the short search
@@ -82,11 +83,13 @@ def run(config: QuickstartConfig) -> Path:
 def _candidates(config: QuickstartConfig, scorer: str) -> tuple[Candidate, ...]:
     """From what is free to what costs many trainings: criteria and a shuffle, our scorer and its shuffle, a short search,
     the ticket of full rounds."""
+    data = load_data(config.data)
+    epochs = config.recipe.length(data) / steps_per_epoch(data, config.recipe.batch_size)
     chosen: list[dict[str, Any]] = [{"criterion": name} for name in FREE]
     chosen += [
         {"criterion": scorer, "label": "scorer"},
         {"criterion": f"densities:{scorer}", "label": "densities:scorer"},
-        {"criterion": "gmp", "options": {"epochs": SHORT * config.recipe.epochs, "every": 5}, "label": "short search"},
+        {"criterion": "gmp", "options": {"epochs": SHORT * epochs, "every": 5}, "label": "short search"},
         {"criterion": "irp", "options": {"rounds": config.rounds}, "label": "ticket"},
     ]
     return tuple(Candidate(**one, floor=config.floor) for one in chosen)

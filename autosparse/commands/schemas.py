@@ -269,16 +269,20 @@ class ShrinkConfig:
     """`autosparse shrink`: networks trained densely, thinned by each method at each ratio, and made smaller, into
     `output/results.csv` and `output/networks`.
 
-    `recipe` of the dense training, which methods and ratios share; `tpp` of the steps after it, which every method takes,
-    with or without the penalty, with the batches and optimizer of `finetune`; `finetune` of the smaller network. `methods`:
-    `l1` removes the filters of the lowest mean |w|, `tpp` pushes them out first; another criterion or scorer (`snip`,
-    `tpp:snip`) chooses others. `fuse` puts one layer in the place of each run of `fuse.runs`, `fuse:fresh` initializes these
-    anew, `fuse:random` keeps only their norms, `fuse:scratch` initializes the whole network. `layers` and `units` train from the initialization with the gates of `gates`
-    on residual branches or on filters, which leave in the training of `recipe`; `layers:shuffled` and `units:shuffled` let as
-    many go at random. These have no ratio. With `reference`, the dense network is trained on those data, and its last layer
-    begins anew on `data`; then `stamp` chooses the filters for the task by a few images of it, see `scorers.task`, at the
-    multiply-adds of `l1`, and `stamp:other` by images of the reference. `ratios` of filters that go: a share, of each convolution whose filters can go alone, or shares
-    by patterns on weight names.
+    `recipe` of the dense training, which methods and ratios share; `tpp` of the steps after it, which methods with a ratio
+    take, with or without the penalty, with the batches and optimizer of `finetune`; `finetune` of the smaller network.
+    `methods`:
+
+    - `l1` removes the filters of the lowest mean |w|, `tpp` pushes them out first; another criterion or scorer (`snip`,
+      `tpp:snip`) chooses others. `ratios` of filters that go: a share, of each convolution whose filters can go alone, or
+      shares by patterns on weight names.
+    - `fuse` puts one layer in the place of each run of `fuse.runs`, `fuse:fresh` initializes these anew, `fuse:random` keeps
+      only their norms, `fuse:scratch` initializes the whole network. No ratio.
+    - `layers` and `units` train from the initialization with the gates of `gates` on residual branches or on filters, which
+      leave in the training of `recipe`; `layers:shuffled` and `units:shuffled` let as many go at random. No ratio.
+    - `stamp`, with `reference`: the dense network is trained on those data, and its last layer begins anew on `data`. The
+      filters are chosen for `data` by a few of its images (`stamp`, see `scorers.task`), at the multiply-adds of `l1`;
+      `stamp:other` by images of the reference.
     """
 
     output: str = "runs/shrink"

@@ -245,8 +245,8 @@ class Rule:
     """What was fitted: `coefficients` and their standard errors by feature, in points of accuracy per standard deviation of the
     feature and unit of log density; `scales`, those standard deviations; `curvature`, what a squared unit costs;
     `correlation`, Spearman's between predicted and measured differences on networks that were left out, and `slope` of
-    measured on predicted; `ridge`, the penalty; `gain`, points that its best densities are predicted to be above the base, mean over networks;
-    `trainings` it is from."""
+    measured on predicted; `ridge`, the penalty; `gain`, points that its best densities are predicted to be above the base,
+    mean over networks; `trainings` and `networks` it is from."""
 
     coefficients: Mapping[str, float]
     errors: Mapping[str, float]
@@ -276,9 +276,10 @@ def fit_rule(
 
     With `r_l = log(d_l/base_l)` of layer l and its standardised features `f_l`, the difference in accuracy to the base is
     modelled as `Σ_k a_k·mean_l(f_lk·r_l) − c·mean_l(r_l²)`; ridge regression in standardised columns, which is largest
-    at `r_l = Σ_k a_k·f_lk / 2c`. The penalty is the one of `ridges` that predicts networks left out best. A training counts by `1/(s² + s̄²)`, with s the standard deviation of its task's
-    differences and s̄² the mean over tasks, so that networks near chance do not decide. Standard errors are those of a
-    bootstrap over networks.
+    at `r_l = Σ_k a_k·f_lk / 2c`. The penalty is the one of `ridges` that predicts networks left out best (so the figures on
+    these flatter a little). A training counts by `1/(s² + s̄²)`, with s the standard deviation of its network's differences
+    and s̄² the mean over networks, so that one whose trainings scatter widely does not decide; networks that end at the same
+    accuracy whatever is kept do not count. Standard errors are those of a bootstrap over networks.
 
     Raises:
         AutoSparseError: fewer than two networks with draws, or no best densities: the fitted curvature is not positive.

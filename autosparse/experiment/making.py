@@ -19,7 +19,7 @@ from autosparse.masks.layers import prunable_layers
 from autosparse.masks.mask import Masks
 from autosparse.masks.random import make_generator
 from autosparse.network.graph import trace
-from autosparse.network.size import size
+from autosparse.network.size import Size, size
 from autosparse.scorers.task import keep_highest, learn_encoder
 from autosparse.trainability.fuse import Fused, FuseSettings, fresh, fuse
 from autosparse.trainability.gated import train_gated, whole_filters
@@ -28,7 +28,7 @@ from autosparse.trainability.shrink import remove
 from autosparse.trainability.stored import save_weights
 from autosparse.trainability.tpp import filter_densities, push_out
 from autosparse.training.data import ImageData, shared_data
-from autosparse.training.loop import evaluate, full_state, put_back
+from autosparse.training.loop import Trained, evaluate, full_state, put_back
 from autosparse.training.models import build_model
 from autosparse.training.train import train
 
@@ -41,6 +41,7 @@ _SCHEMA = "autosparse.state/1"  # all parameters and buffers of a network
 def train_dense(
     thinning: Thinning, model: nn.Module, directory: Path, data: ImageData, device: str, state: Path, progress: Progress
 ) -> dict[str, Any]:
+    """Train the network that the others begin with, on the reference data where there are any."""
     if thinning.reference is not None:
         data = shared_data(thinning.reference, str(data.device))
         model = build_model(thinning.model, data, thinning.seed).to(data.device)
@@ -75,13 +76,13 @@ def make_smaller(
 ) -> dict[str, Any]:
     """Choose filters, push them out, remove them, fine-tune; each stage asks first for what an earlier try left."""
     assert thinning.method is not None and thinning.tpp is not None and thinning.finetune is not None
-    path, dense = result_path(directory, thinning), _trained_dense(thinning, model, directory)
-    example = data.normalise(data.train.images[:2])
+    path, example = result_path(directory, thinning), data.normalise(data.train.images[:2])
+    dense = _trained_dense(thinning, model, directory, example)
     chosen = state / "masks.safetensors"
     clock = time.perf_counter()
     if not chosen.exists():
         progress({"stage": "choosing filters"})
-        _choose(thinning, model, directory, data, example, device).save(chosen)
+        _choose(thinning, model, directory, data, example, device, progress).save(chosen)
     choosing = time.perf_counter() - clock
     with of_state():
         masks = Masks.load(chosen).to(data.device)
@@ -113,34 +114,16 @@ def make_smaller(
     removal = remove(model, masks, example)
     smaller = removal.smaller
     removed_accuracy, _ = evaluate(smaller, data, channels_last=thinning.finetune.channels_last)
-    trained = train(
-        smaller,
-        data,
-        thinning.finetune,
-        seed=thinning.seed,
-        device=device,
-        checkpoint=state / "finetune.pt",
-        on_epoch=_staged("fine-tuning", progress),
-    )
+    trained = _finetune(thinning, smaller, data, device, state, progress)
     after = size(smaller, example)
     masks.save(path.with_suffix(".masks.safetensors"))
     save_weights(path.with_suffix(".safetensors"), smaller)
+    seconds = choosing + float(figures["seconds"]) + trained.seconds
     return {
-        **thinning.row(),
-        "dense_accuracy": dense["accuracy"],
+        **_row(thinning, dense, before, after, removed_accuracy, trained, seconds),
         "ramp_accuracy": float(figures["accuracy"]),
-        "removed_accuracy": removed_accuracy,
-        "accuracy": trained.accuracy,
-        "parameters_before": before.parameters,
-        "parameters": after.parameters,
-        "macs_before": before.macs,
-        "macs": after.macs,
-        "seconds": choosing + float(figures["seconds"]) + trained.seconds,
-        "total_seconds": dense["seconds"] + choosing + float(figures["seconds"]) + trained.seconds,
         "filters": {name: len(filters) for name, filters in removal.removed.items()},
         "stays": dict(removal.stays),
-        "history": trained.history,
-        "arithmetic": trained.arithmetic,
     }
 
 
@@ -149,8 +132,8 @@ def make_shallower(
 ) -> dict[str, Any]:
     """Fuse layers of the trained network, and train what comes of it."""
     assert thinning.fuse is not None and thinning.finetune is not None
-    path, dense = result_path(directory, thinning), _trained_dense(thinning, model, directory)
-    example = data.normalise(data.train.images[:2])
+    path, example = result_path(directory, thinning), data.normalise(data.train.images[:2])
+    dense = _trained_dense(thinning, model, directory, example)
     progress({"stage": "fusing"})
     clock = time.perf_counter()
     fused = fused_network(thinning.fuse, model, data, thinning.seed)
@@ -161,7 +144,48 @@ def make_shallower(
         smaller = fresh(fused, thinning.seed, **how)
     before, after = size(model, example), size(smaller, example)
     fused_accuracy, _ = evaluate(smaller, data, channels_last=thinning.finetune.channels_last)
-    trained = train(
+    trained = _finetune(thinning, smaller, data, device, state, progress)
+    save_weights(path.with_suffix(".safetensors"), smaller)
+    row = _row(thinning, dense, before, after, fused_accuracy, trained, seconds + trained.seconds)
+    return {**row, "errors": dict(fused.errors)}
+
+
+def close_gates(
+    thinning: Thinning, model: nn.Module, directory: Path, data: ImageData, device: str, state: Path, progress: Progress
+) -> dict[str, Any]:
+    """Train from the initialization with gates, and fine-tune what is left, as the other methods do."""
+    assert thinning.gates is not None and thinning.finetune is not None
+    path, example = result_path(directory, thinning), data.normalise(data.train.images[:2])
+    dense, _ = _dense_result(thinning, directory)
+    before = size(model, example)
+    gated = train_gated(
+        model,
+        data,
+        thinning.recipe,
+        thinning.gates,
+        checkpoint=state / "gated.pt",
+        seed=thinning.seed,
+        device=device,
+        on_epoch=_staged("closing gates", progress),
+    )
+    smaller, after = gated.model, size(gated.model, example)
+    trained = _finetune(thinning, smaller, data, device, state, progress)
+    save_weights(path.with_suffix(".safetensors"), smaller)
+    seconds = gated.seconds + trained.seconds
+    return {
+        **_row(thinning, dense, before, after, gated.accuracy, trained, seconds),
+        "total_seconds": seconds,
+        "removed": gated.removed,
+        "history": [*gated.history, *trained.history],
+    }
+
+
+def _finetune(
+    thinning: Thinning, smaller: nn.Module, data: ImageData, device: str, state: Path, progress: Progress
+) -> Trained:
+    """Train the smaller network, as all methods do in the end."""
+    assert thinning.finetune is not None
+    return train(
         smaller,
         data,
         thinning.finetune,
@@ -170,68 +194,31 @@ def make_shallower(
         checkpoint=state / "finetune.pt",
         on_epoch=_staged("fine-tuning", progress),
     )
-    save_weights(path.with_suffix(".safetensors"), smaller)
-    return {
-        **thinning.row(),
-        "dense_accuracy": dense["accuracy"],
-        "ramp_accuracy": None,
-        "removed_accuracy": fused_accuracy,
-        "accuracy": trained.accuracy,
-        "parameters_before": before.parameters,
-        "parameters": after.parameters,
-        "macs_before": before.macs,
-        "macs": after.macs,
-        "seconds": seconds + trained.seconds,
-        "total_seconds": dense["seconds"] + seconds + trained.seconds,
-        "errors": dict(fused.errors),
-        "history": trained.history,
-        "arithmetic": trained.arithmetic,
-    }
 
 
-def close_gates(
-    thinning: Thinning, model: nn.Module, directory: Path, data: ImageData, device: str, state: Path, progress: Progress
+def _row(
+    thinning: Thinning,
+    dense: Mapping[str, Any],
+    before: Size,
+    after: Size,
+    removed_accuracy: float,
+    trained: Trained,
+    seconds: float,
 ) -> dict[str, Any]:
-    """Train from the initialization with gates, and fine-tune what is left, as the other methods do."""
-    assert thinning.gates is not None and thinning.finetune is not None
-    path = result_path(directory, thinning)
-    dense = read_json(result_path(directory, thinning.dense()), "result")
-    example = data.normalise(data.train.images[:2])
-    before = size(model, example)
-    how: dict[str, Any] = {"seed": thinning.seed, "device": device}
-    gated = train_gated(
-        model,
-        data,
-        thinning.recipe,
-        thinning.gates,
-        checkpoint=state / "gated.pt",
-        on_epoch=_staged("closing gates", progress),
-        **how,
-    )
-    smaller, after = gated.model, size(gated.model, example)
-    trained = train(
-        smaller,
-        data,
-        thinning.finetune,
-        checkpoint=state / "finetune.pt",
-        on_epoch=_staged("fine-tuning", progress),
-        **how,
-    )
-    save_weights(path.with_suffix(".safetensors"), smaller)
+    """What every method tells; `seconds` are those after the dense training."""
     return {
         **thinning.row(),
         "dense_accuracy": dense["accuracy"],
         "ramp_accuracy": None,
-        "removed_accuracy": gated.accuracy,
+        "removed_accuracy": removed_accuracy,
         "accuracy": trained.accuracy,
         "parameters_before": before.parameters,
         "parameters": after.parameters,
         "macs_before": before.macs,
         "macs": after.macs,
-        "seconds": gated.seconds + trained.seconds,
-        "total_seconds": gated.seconds + trained.seconds,
-        "removed": gated.removed,
-        "history": [*gated.history, *trained.history],
+        "seconds": seconds,
+        "total_seconds": dense["seconds"] + seconds,
+        "history": trained.history,
         "arithmetic": trained.arithmetic,
     }
 
@@ -242,33 +229,38 @@ def fused_network(chosen: FuseSettings, model: nn.Module, data: ImageData, seed:
     return fuse(model, chosen.runs, batches, how=chosen.how, n_batches=len(batches), kernel=chosen.kernel)
 
 
-def _trained_dense(thinning: Thinning, model: nn.Module, directory: Path) -> dict[str, Any]:
-    """The result of the dense training, whose weights are put into `model`; the last layer stays fresh after other data."""
+def _dense_result(thinning: Thinning, directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The result of the dense training that a method begins with or stands beside, and the weights after it."""
     origin = result_path(directory, thinning.dense())
     if not origin.exists():
         raise AutoSparseFailure(f"the dense network of seed {thinning.seed} is missing: see why its training failed")
     weights = read_safetensors(origin.with_suffix(".safetensors"), _SCHEMA, "weights")[0]
+    return read_json(origin, "result"), weights
+
+
+def _trained_dense(thinning: Thinning, model: nn.Module, directory: Path, example: Tensor) -> dict[str, Any]:
+    """Put the weights of the dense training into `model`; the last layer stays fresh after other data. Its result."""
+    dense, weights = _dense_result(thinning, directory)
     if thinning.reference is not None:
-        example = torch.zeros(2, *_shape(thinning), device=next(model.parameters()).device)
         last = {name.rpartition(".")[0] for name in trace(model, example).last_layers()}
-        fresh_ones = {n: t for n, t in full_state(model).items() if n.rpartition(".")[0] in last}
-        weights = {**weights, **fresh_ones}
+        weights |= {n: t for n, t in full_state(model).items() if n.rpartition(".")[0] in last}
     put_back(model, weights)
-    return read_json(origin, "result")
-
-
-def _shape(thinning: Thinning) -> tuple[int, int, int]:
-    data = shared_data(thinning.data, "cpu")
-    return data.channels, data.image_size, data.image_size
+    return dense
 
 
 def _choose(
-    thinning: Thinning, model: nn.Module, directory: Path, data: ImageData, example: Tensor, device: str
+    thinning: Thinning,
+    model: nn.Module,
+    directory: Path,
+    data: ImageData,
+    example: Tensor,
+    device: str,
+    progress: Progress,
 ) -> Masks:
     """The masks of the filters that will go, chosen on the trained dense network."""
     densities = filter_densities(model, example, thinning.ratio)
     if thinning.stamp is not None:
-        return _of_task(thinning, model, directory, data, example, densities)
+        return _of_task(thinning, model, directory, data, example, densities, progress)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return find_masks(
@@ -290,6 +282,7 @@ def _of_task(
     data: ImageData,
     example: Tensor,
     densities: Mapping[str, float],
+    progress: Progress,
 ) -> Masks:
     """The masks that a task encoder gives for the images of `data`, at no more multiply-adds than with these densities.
 
@@ -298,9 +291,15 @@ def _of_task(
     assert thinning.stamp is not None and thinning.reference is not None
     reference = shared_data(thinning.reference, str(data.device))
     pretrained = build_model(thinning.model, reference, thinning.seed).to(data.device)
-    origin = result_path(directory, thinning.dense()).with_suffix(".safetensors")
-    put_back(pretrained, read_safetensors(origin, _SCHEMA, "weights")[0])
-    learned = learn_encoder(pretrained, reference, unit_layers(pretrained, example), thinning.stamp, seed=thinning.seed)
+    put_back(pretrained, _dense_result(thinning, directory)[1])
+    learned = learn_encoder(
+        pretrained,
+        reference,
+        unit_layers(pretrained, example),
+        thinning.stamp,
+        seed=thinning.seed,
+        on_task=lambda task, loss: progress({"stage": "learning what tasks need", "task": task, "loss": loss}),
+    )
     source = reference if thinning.method == "stamp:other" else data
     order = torch.randperm(len(source.train), generator=make_generator(thinning.seed, "images of the task"))
     images = source.normalise(source.train.images[order[: thinning.stamp.images].to(source.device)])

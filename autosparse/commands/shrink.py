@@ -11,7 +11,7 @@ from autosparse.commands.schemas import ShrinkConfig
 from autosparse.commands.terminal import Live, bars, print_table, say, say_failed
 from autosparse.errors import AutoSparseFailure
 from autosparse.experiment.benchmark import with_inputs
-from autosparse.experiment.structured import run_thinnings, summary
+from autosparse.experiment.structured import GATED, run_thinnings, summary
 from autosparse.jobs.cells import unfinished
 from autosparse.jobs.executor import Event
 from autosparse.tracking import track
@@ -48,6 +48,9 @@ def run(config: ShrinkConfig) -> list[dict[str, Any]]:
     title, headers, rows = summary(results)
     print_table(title, headers, rows)
     say(f"results: {directory / 'results.csv'}, networks: {directory / 'networks'}")
+    for result in results:
+        if result["method"] in GATED and not result.get("error") and not result["removed"]:
+            say(f"{result['method']} seed {result['seed']}: no gate closed; raise gates.cost, or train longer")
     write_report(directory)
     failed = [result for result in results if result.get("error")]
     for result in failed:

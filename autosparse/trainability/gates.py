@@ -34,8 +34,9 @@ class GateSettings:
     """How gates learn to close.
 
     A gate `ξ ~ B(π)` multiplies each residual branch (`of="layers"`), or each output channel of the layers whose filters
-    can go alone (`of="units"`). The objective is `E_ξ[L(W ⊙ ξ)] + cost·Σπ`, for units `cost·mean over the layer's units`
-    summed over layers, projected gradient descent on π with learning rate `lr`, from `start` on. Gates learn in the share
+    can go alone (`of="units"`). The objective is `E_ξ[L(W ⊙ ξ)] + cost·Σπ`, with all C units of a layer at the cost of one
+    branch, so `cost/C` each; projected gradient descent on π, from `start` on. `lr` is the step of the one branch that learns
+    in a training step; of units all learn in each, by `lr·C/layers`, so that both go equally far. Gates learn in the share
     `begin` … `end` of the training; what has reached 0 is removed at the end of the epoch, and at `end` all that is under
     ½. The gates that are left stay open. `shuffled` is a sanity check: as many go at the same time, but drawn at random (units
     within their layer).
@@ -262,15 +263,15 @@ class Gates:
         """One step on π, after the backward pass of the weights.
 
         `π ← clip(π − lr·g, 0, 1)`. Of layers: for one branch, drawn at random, `g = L(ξ=1) − L(ξ=0) + cost`, from one more
-        forward pass; the branches take turns by chance. Of units: `g = ∂L/∂ξ + cost/C`, the same to
-        first order, from the pass that is there.
+        forward pass; the branches take turns by chance. Of units: `g = C·∂L/∂ξ + cost`, the same to
+        first order, from the pass that is there, with `lr/layers`.
         """
         rate, cost = self.settings.lr, self.settings.cost
         if self.settings.of == "units":
             for name, pi in self.pi.items():
                 gradient = self._drawn[name].grad
                 if gradient is not None:
-                    pi.sub_(rate * (gradient.to(pi) + cost / len(pi))).clamp_(0, 1)
+                    pi.sub_(rate / len(self.pi) * (len(pi) * gradient.to(pi) + cost)).clamp_(0, 1)
             return
         names = list(self.pi)
         if not names:

@@ -72,13 +72,67 @@ def test_branches_of_networks(name: str, count: int) -> None:
 def test_branches_of_cells(cell: str) -> None:
     options = {"cell": cell, "blocks": (2,), **({"norm": "layer", "stem_stride": 4} if cell == "attention" else {})}
     model = create_model(ModelSettings("cellnet", 8, options), image_size=16)
-    assert len(branches(model, torch.randn(2, 3, 16, 16))) == 1 if cell == "resmlp" else 2
+    assert len(branches(model, torch.randn(2, 3, 16, 16))) == {"resmlp": 1, "attention": 4}.get(cell, 2)
 
 
 @pytest.mark.parametrize("name", ["torchvision:resnet18", "torchvision:mobilenet_v2"])
 def test_branches_of_public_networks(name: str) -> None:
     model = create_model(name, image_size=32)
     assert len(branches(model, torch.randn(2, 3, 32, 32))) == (8 if "resnet" in name else 10)
+
+
+class Reshaped(nn.Module):
+    """Attention as timm writes it: two layers, and reshapes to two heads between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(8, 24), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).reshape(*x.shape[:2], 3, 2, 4).permute(2, 0, 3, 1, 4)
+        return self.proj(((q @ k.transpose(-1, -2)).softmax(-1) @ v).transpose(1, 2).reshape(x.shape))
+
+
+class Paired(Reshaped):
+    """The same, which returns a tuple, as in transformers."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return super().forward(x), None
+
+
+class Block(nn.Module):
+    def __init__(self, attention: nn.Module) -> None:
+        super().__init__()
+        self.norm, self.attention = nn.LayerNorm(8), attention
+
+    def forward(self, x: Tensor) -> Tensor:
+        given = self.attention(self.norm(x))
+        return x + (given[0] if isinstance(given, tuple) else given)
+
+
+@pytest.mark.parametrize(("kind", "outputs"), [(Reshaped, 0), (Paired, 2)])
+def test_attention_leaves_as_a_whole(kind: type[nn.Module], outputs: int) -> None:
+    model = nn.Sequential(Block(kind()), nn.Linear(8, 3))
+    (branch,) = branches(model, torch.randn(2, 5, 8))
+    assert (branch.modules, branch.last, branch.outputs) == (("0.norm", "0.attention"), "0.attention", outputs)
+    tokens = torch.randn(4, 5, 8)
+    gates = Gates(GateSettings(), {branch.name: branch.last}, {branch.name: torch.tensor(0.0)}, 0)
+    with gates.attached(model.eval()):
+        shut = model(tokens)
+    take_out(model, branch)
+    assert torch.equal(model(tokens), shut) and torch.equal(shut, model[1](tokens))
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_branches_of_the_transformer_of_torch(norm_first: bool) -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=norm_first)
+    model, tokens = nn.Sequential(layer, nn.Linear(8, 3)).eval(), torch.randn(4, 5, 8)
+    found = branches(model, torch.randn(2, 5, 8))
+    assert [branch.last for branch in found] == ["0.self_attn", "0.linear2"]
+    for branch in found:
+        take_out(model, branch)
+    norms = (lambda x: x) if norm_first else (lambda x: layer.norm2(layer.norm1(x)))
+    assert torch.allclose(model(tokens), model[1](norms(tokens)), atol=1e-6)
 
 
 def test_the_gradient_of_layers_is_that_of_enumeration() -> None:
@@ -190,9 +244,17 @@ def test_the_places_of_what_survives() -> None:
     assert places["stages.0.0.conv2.weight"].shape == (4, 3, 3, 3)
 
 
-@pytest.mark.parametrize("of", ["layers", "units"])
-def test_a_stop_after_something_left_changes_nothing(of: str, digits: ImageData, tmp_path: Path) -> None:
-    model = create_model(ModelSettings("resnet8", 4), in_channels=1, image_size=8)
+ATTENTION = ModelSettings("cellnet", 8, {"cell": "attention", "blocks": (1,), "norm": "layer", "stem_stride": 4})
+
+
+@pytest.mark.parametrize(
+    ("of", "network"),
+    [("layers", ModelSettings("resnet8", 4)), ("units", ModelSettings("resnet8", 4)), ("layers", ATTENTION)],
+)
+def test_a_stop_after_something_left_changes_nothing(
+    of: str, network: ModelSettings, digits: ImageData, tmp_path: Path
+) -> None:
+    model = create_model(network, in_channels=1, image_size=8)
     chosen = GateSettings(of, cost=1.0 if of == "layers" else 3.0, lr=0.5, end=0.8)
     how: dict[str, Any] = {"seed": 1, "device": "cpu"}
     whole = train_gated(model, digits, RECIPE, chosen, **how)

@@ -17,16 +17,24 @@ def channels_last(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear)
 
 
+def first_of(out: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """What a module gave, changed: the tensor, or the first of a tuple, as of attention."""
+    return (change(out[0]), *out[1:]) if isinstance(out, tuple) else change(out)
+
+
 @contextmanager
 def multiplied(model: nn.Module, places: Places, factor: Callable[[str], Tensor]) -> Iterator[None]:
     """Within the block, the output at each of `places` is multiplied by `factor(name)`: `(channels,)`, or `()` for all."""
 
     def hook(name: str) -> Callable[..., Tensor]:
-        def multiply(module: nn.Module, args: Any, out: Tensor) -> Tensor:
-            value = factor(name).to(out)
-            if value.dim() and not channels_last(module):
-                value = value.view(-1, *[1] * (out.dim() - 2))
-            return out * value
+        def multiply(module: nn.Module, args: Any, out: Any) -> Any:
+            def scaled(tensor: Tensor) -> Tensor:
+                value = factor(name).to(tensor)
+                if value.dim() and not channels_last(module):
+                    value = value.view(-1, *[1] * (tensor.dim() - 2))
+                return tensor * value
+
+            return first_of(out, scaled)
 
         return multiply
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,10 +17,12 @@ from autosparse.errors import AutoSparseError, require, settings
 from autosparse.masks.layers import prunable_layers, unwrap
 from autosparse.masks.random import make_generator
 from autosparse.network.coupling import coupled_filters
-from autosparse.network.gating import SHUT, multiplied
+from autosparse.network.gating import SHUT, first_of, multiplied
 from autosparse.network.graph import Graph, trace
+from autosparse.network.inputs import as_call, tensors_in
 from autosparse.network.lipschitz import pairs
 from autosparse.network.restore import private_copy
+from autosparse.network.running import untouched
 from autosparse.trainability.shrink import output_difference
 from autosparse.training.loop import training_loss
 
@@ -61,14 +63,16 @@ class GateSettings:
 
 @dataclass(frozen=True)
 class Branch:
-    """A residual branch: the modules in it with parameters, and the last of them, whose output goes into the sum; how many
-    channels that has, and by how much its sides are smaller than those of what goes in."""
+    """A residual branch: the modules that are replaced when it goes, and the last of them, whose output goes into the sum;
+    how many channels that has, and by how much its sides are smaller than those of what goes in. `outputs`: the length of
+    the tuple that the last module returns, as attention does; 0 if it returns a tensor."""
 
     name: str
     last: str
     modules: tuple[str, ...]
     channels: int
     stride: int
+    outputs: int = 0
 
 
 class Entrance(nn.Module):
@@ -79,32 +83,39 @@ class Entrance(nn.Module):
 
 
 class Nothing(nn.Module):
-    """What a branch gave that is gone: zeros of its shape, with so many channels, and sides divided by the stride."""
+    """What a branch gave that is gone: zeros of its shape, with so many channels, and sides divided by the stride.
 
-    def __init__(self, channels: int, stride: int) -> None:
+    With `outputs`, a tuple of zeros and so many `None` less one.
+    """
+
+    batch_first = False  # nn.TransformerEncoderLayer asks its attention, and then takes no fused path
+
+    def __init__(self, channels: int, stride: int, outputs: int = 0) -> None:
         super().__init__()
-        self.channels, self.stride = channels, stride
+        self.channels, self.stride, self.outputs = channels, stride, outputs
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         if x.dim() < 4:
-            return x.new_zeros(*x.shape[:-1], self.channels)
-        return x.new_zeros(len(x), self.channels, *(-(-side // self.stride) for side in x.shape[2:]))
+            zeros = x.new_zeros(*x.shape[:-1], self.channels)
+        else:
+            zeros = x.new_zeros(len(x), self.channels, *(-(-side // self.stride) for side in x.shape[2:]))
+        return (zeros, *[None] * (self.outputs - 1)) if self.outputs else zeros
 
 
 def branches(model: nn.Module, example_input: Any) -> tuple[Branch, ...]:
     """The residual branches that can be removed from `model`, in execution order.
 
     A branch is all that lies between where a sum's two operands part and the sum, on the side with more layers; nothing of
-    it may be used elsewhere. That the network without it computes what it does with the branch at zero is measured on a
-    copy; branches that cannot be taken out so (such as those that reshape into heads) are left out.
+    it may be used elsewhere. Its layers are taken out one by one, or with the modules around them where these compute
+    something in between, such as attention. That the network without the branch computes what it does with the branch at
+    zero is measured on a copy; branches of which this does not hold are left out.
     """
     model = unwrap(model)
-    graph = trace(model, example_input)
     found = []
-    for branch in _branches(graph):
-        if _removable(model, branch, example_input):
-            found.append(branch)
-    return tuple(found)
+    for branch in _branches(trace(model, example_input)):
+        ways = (_removable(model, branch, way, example_input) for way in _ways_out(model, branch))
+        found += [next(filter(None, ways), None)]
+    return tuple(branch for branch in found if branch is not None)
 
 
 def _branches(graph: Graph) -> Iterator[Branch]:
@@ -142,19 +153,58 @@ def _branches(graph: Graph) -> Iterator[Branch]:
         yield Branch(next(iter(modules)), place, tuple(modules), after[1] if images else after[-1], stride)
 
 
-def _removable(model: nn.Module, branch: Branch, example: Any) -> bool:
+def _ways_out(model: nn.Module, branch: Branch) -> Iterator[Branch]:
+    """The branch as its layers, and as ever larger modules around them that hold no other parameters."""
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    inside = {name for name in names if name.rpartition(".")[0] in branch.modules}
+
+    def around(module: str, depth: int) -> str:
+        while module.count(".") > depth:
+            parent = module.rpartition(".")[0]
+            if not all(name in inside for name in names if name.startswith(f"{parent}.")):
+                break
+            module = parent
+        return module
+
+    tried = set()
+    for depth in range(max(module.count(".") for module in branch.modules), -1, -1):
+        chosen = dict.fromkeys(around(module, depth) for module in branch.modules)
+        outer = tuple(m for m in chosen if not any(m.startswith(f"{other}.") for other in chosen))
+        if outer in tried or not all(outer):
+            continue
+        tried.add(outer)
+        last = next(m for m in outer if f"{branch.last}.".startswith(f"{m}."))
+        yield replace(branch, name=outer[0], last=last, modules=outer)
+
+
+def _removable(model: nn.Module, branch: Branch, way: Branch, example: Any) -> Branch | None:
+    """The way out with the number of its outputs, if the network without it is that with the branch at zero."""
     shut, gone = private_copy(model), private_copy(model)
-    known = dict(model.named_modules())
-    if any(name not in known or any(known[name].children()) for name in branch.modules):
-        return False  # a parameter of a block, such as a scale
+    whole, given = way.last != branch.last, []
+
+    def silence(module: nn.Module, args: Any, out: Any) -> Any:
+        given.append(out)
+        return first_of(out, lambda tensor: tensor * 0)
+
+    hook = shut.get_submodule(way.last).register_forward_hook(silence)
     try:
-        hook = shut.get_submodule(branch.last).register_forward_hook(lambda m, args, out: out * 0)
-        take_out(gone, branch)
+        if whole:  # a module around layers gives what its last layer does, or it holds more than the branch
+            for parameter in shut.get_submodule(branch.last).parameters():
+                parameter.data.zero_()
+        with untouched(shut), torch.no_grad():
+            args, kwargs = as_call(shut, example)
+            shut(*args, **kwargs)
+            out = given[0]  # here, since what hooks hold is restored too
+        if whole and bool(tensors_in(out)[0].any()):
+            return None
+        way = replace(way, outputs=len(out) if isinstance(out, tuple) else 0)
+        take_out(gone, way)
         difference = output_difference(shut, gone, example)
-        hook.remove()
     except Exception:  # whatever a module says to inputs of another shape
-        return False
-    return difference <= _SAME
+        return None
+    finally:
+        hook.remove()
+    return way if difference <= _SAME else None
 
 
 def take_out(model: nn.Module, branch: Branch) -> None:
@@ -163,8 +213,11 @@ def take_out(model: nn.Module, branch: Branch) -> None:
         parent, _, key = name.rpartition(".")
         put: nn.Module = Entrance() if name == branch.name else nn.Identity()
         if name == branch.last:
-            put = Nothing(branch.channels, branch.stride)
-        setattr(model.get_submodule(parent), key, put)
+            put = Nothing(branch.channels, branch.stride, branch.outputs)
+        owner = model.get_submodule(parent)
+        setattr(owner, key, put)
+        if isinstance(owner, nn.TransformerEncoderLayer):
+            owner.activation_relu_or_gelu = 0  # no fused path, which reads weights that are gone
 
 
 def unit_layers(model: nn.Module, example_input: Any) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -35,33 +36,39 @@ from autosparse.training.recipe import Recipe
 
 DATA = DataSettings("digits", limit=96, limit_test=40, validation=1 / 3)
 TASKS = [Task(ModelSettings("convnet", w), DATA, Recipe(steps=4, batch_size=16, lr=0.05), 0) for w in (4, 6)]
-SMALL = DesignSettings(draws=2, sparsities=(0.8,), rivals=("erk", "synflow"))
+MEAN = ("erk", "synflow")
+SMALL = DesignSettings(draws=3, base=MEAN, sparsities=(0.8,), rivals=("erk", "synflow"))
 
 
 def test_what_is_trained_and_in_which_order() -> None:
     cells = design(TASKS, SMALL)
-    assert [c.source for c in cells[::2]] == [BASE, "erk", "synflow", "draw 0", "draw 1", DENSE]
+    assert [c.source for c in cells[::2]] == [BASE, "erk", "synflow", "draw 0", "draw 1", "draw 2", DENSE]
     assert [c.model.width for c in cells[:4]] == [4, 6, 4, 6], "all tasks have as many draws when it is stopped"
-    more = design(TASKS, DesignSettings(draws=3, sparsities=(0.8,), rivals=("erk", "synflow")))
+    more = design(TASKS, dataclasses.replace(SMALL, draws=4))
     keys = {c.key() for c in more}
-    assert {c.key() for c in cells} < keys and len(keys) == 2 * 7, "more draws keep what is done"
+    assert {c.key() for c in cells} < keys and len(keys) == 2 * 8, "more draws keep what is done"
     turns = design(TASKS, DesignSettings(draws=1, sparsities=(0.8, 0.9), rivals=()))
     assert [c.sparsity for c in turns] == [0.8, 0.9, 0.8, 0.9, 0.0, 0.0]
 
 
 def test_base_draws_and_features(digits: ImageData) -> None:
     model = create_model(ModelSettings("convnet", 4), in_channels=1, image_size=8)
-    known = known_densities(model, digits, 0.8, 0)
+    known = known_densities(model, digits, 0.8, 0, MEAN)
     erk, synflow, base = (known.densities[k] for k in ("erk", "synflow", BASE))
     assert all(base[n] == pytest.approx(math.sqrt(erk[n] * max(synflow[n], 1e-4))) for n in base)
     first, *_, last = known.rows.values()
     assert set(FEATURES) < set(first) and first["layer_first"] == 1 and last["layer_last"] == 1
     assert first["layer_area"] == pytest.approx(math.log(64)) and last["layer_area"] == 0
     cells = {c.source: c for c in design(TASKS[:1], SMALL)}
-    draws = [cells[f"draw {i}"].densities(known) for i in (0, 1, 0)]
-    assert draws[0] == draws[2] != draws[1] and all(0 < d <= 1 for d in draws[0].values())
-    spread = [math.log(draws[i][n] / base[n]) for i in (0, 1) for n in base if draws[i][n] < 1]
+    draws = [cells[f"draw {i}"].densities(known) for i in (0, 1, 2, 0)]
+    assert draws[0] == draws[3] != draws[2] and all(0 < d <= 1 for d in draws[0].values())
+    assert all(
+        draws[0][n] * draws[1][n] == pytest.approx(d**2) for n, d in base.items() if max(draws[0][n], draws[1][n]) < 1
+    )
+    spread = [math.log(draws[i][n] / base[n]) for i in (0, 2) for n in base if draws[i][n] < 1]
     assert 0.2 < float(np.std(spread)) < 2
+    igq = known_densities(model, digits, 0.8, 0, ("igq",)).densities
+    assert igq[BASE] == pytest.approx(igq["igq"])
 
 
 def test_a_stop_loses_nothing(tmp_path: Path) -> None:
@@ -79,13 +86,13 @@ def test_a_stop_loses_nothing(tmp_path: Path) -> None:
     with pytest.raises(Stop):
         run_design(cells, tmp_path, device="cpu", on_cell=stop)
     results = run_design(cells, tmp_path, device="cpu", on_cell=lambda n, c, r, k: seen.append(f"{c.source}{k}"))
-    assert sum(s.endswith("True") for s in seen) == 5 and len(results) == 12
+    assert sum(s.endswith("True") for s in seen) == 5 and len(results) == 14
     for result in results:
         kept = sum(layer["kept"] for layer in result["layers"])
         total = sum(layer["total"] for layer in result["layers"])
         assert kept == round(0.2 * total) or result["source"] == DENSE
     lines = (tmp_path / "design.csv").read_text().splitlines()
-    assert len(lines) == 13 and lines[0].startswith("model,data,sparsity,seed,source,accuracy")
+    assert len(lines) == 15 and lines[0].startswith("model,data,sparsity,seed,source,accuracy")
 
 
 def planted(networks: int = 10, draws: int = 12, noise: float = 0.002) -> list[dict[str, Any]]:
@@ -110,7 +117,7 @@ def planted(networks: int = 10, draws: int = 12, noise: float = 0.002) -> list[d
 
 
 def test_a_planted_rule_is_found() -> None:
-    rule = fit_rule(planted())
+    rule = fit_rule(planted(), MEAN)
     assert rule.networks == 10 and rule.trainings == 120
     assert rule.coefficients["layer_first"] == pytest.approx(2.0, abs=0.4)
     others = [abs(v) for n, v in rule.coefficients.items() if n != "layer_first"]
@@ -125,15 +132,15 @@ def test_a_planted_rule_is_found() -> None:
     noise = planted()
     for index, result in enumerate(noise):
         result["accuracy"] = 0.5 + 0.01 * math.sin(77 * index) - 0.005 * (result["source"] != BASE)
-    assert abs(fit_rule(noise).correlation) < 0.3, "nothing is found where nothing is"
+    assert abs(fit_rule(noise, MEAN).correlation) < 0.3, "nothing is found where nothing is"
     for result in noise:
         result["accuracy"] = 0.5 if result["source"] == BASE else 0.6
     with pytest.raises(AutoSparseError, match="no best densities"):
-        fit_rule(noise)
+        fit_rule(noise, MEAN)
     untrained = [{**r, "model": f"dead {r['model']}", "accuracy": 0.1} for r in planted()]
-    assert fit_rule([*planted(), *untrained]) == rule
+    assert fit_rule([*planted(), *untrained], MEAN) == rule
     with pytest.raises(AutoSparseError, match="draws of 1 networks are done"):
-        fit_rule([r for r in planted() if r["model"] == "n0"])
+        fit_rule([r for r in planted() if r["model"] == "n0"], MEAN)
 
 
 def test_places_tell_tasks_apart() -> None:
@@ -160,6 +167,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert masks.kept == round(0.2 * masks.total)
     for wrong, message in (
         ("design.draws=0", "design.draws is 0"),
+        ("design.base=[uniform]", "design.base is .*uniform.*: give some of: erk, igq"),
         ("design.positions=scores", "known: spread, spread_small"),
     ):
         with pytest.raises(AutoSparseError, match=message):

@@ -1,7 +1,7 @@
 """A designed experiment on layer densities: drawn around a base, one training each, and a rule fitted to the outcomes.
 
-Each task is a network, a data set, a sparsity and a seed. Its base is the geometric mean of ERK's and SynFlow's layer
-densities; a draw multiplies them by independent log-normal factors and scales them to the exact total. Positions are spread.
+Each task is a network, a data set, a sparsity and a seed. Its base is the geometric mean of hand-made layer densities; a
+draw multiplies them by independent log-normal factors and scales them to the exact total. Positions are spread.
 Draws, base and hand-made densities of a task train from the same weights in the same data order, so that differences are
 paired.
 """
@@ -59,11 +59,13 @@ class DesignSettings:
     """What is drawn for each task.
 
     `draws` layer densities with log-normal factors of standard deviation `sigma`, besides the base itself and the densities of
-    `rivals`. Tasks take `sparsities` in turn. `positions`: `"spread"` or `"spread_small"`, where weights stay within a layer.
+    `rivals`. Draws come in pairs, the second with the inverse factors of the first, so that what is linear in the log
+    densities stands apart from what is not. `base`: the geometric mean of the layer densities of these. Tasks take `sparsities` in turn. `positions`: `"spread"` or `"spread_small"`, where weights stay within a layer.
     """
 
     draws: int = 24
     sigma: float = 0.8
+    base: tuple[str, ...] = ("igq",)
     sparsities: tuple[float, ...] = (0.95,)
     rivals: tuple[str, ...] = ("erk", "igq", "snip", "synflow")
     positions: str = "spread"
@@ -72,6 +74,10 @@ class DesignSettings:
     def __post_init__(self) -> None:
         require(self.draws >= 1, "design.draws", self.draws, "give at least 1")
         require(0 < self.sigma < math.inf, "design.sigma", self.sigma, "give a positive number")
+        unknown = [name for name in self.base if name not in CRITERIA]
+        require(
+            len(self.base) > 0 and not unknown, "design.base", list(self.base), f"give some of: {', '.join(CRITERIA)}"
+        )
         require(len(self.sparsities) > 0, "design.sparsities", list(self.sparsities), "give at least one")
         for sparsity in self.sparsities:
             check_sparsity(sparsity)
@@ -97,7 +103,7 @@ class DesignCell:
         """File name: readable, and unique through a hash of the settings and inputs; not of how many draws there are."""
         values = json.loads(json.dumps(dataclasses.asdict(self)))
         values["data"].pop("root")
-        values["design"] = {k: values["design"][k] for k in ("sigma", "positions", "seed")}
+        values["design"] = {k: values["design"][k] for k in ("sigma", "base", "positions", "seed")}
         name = self.source.replace(" ", "_").replace(":", "_")
         return f"{self.model.label()[:60]}_{name}_{self.sparsity:g}_s{self.seed}_{fingerprint(values)[:10]}"
 
@@ -122,9 +128,9 @@ class DesignCell:
         masks, layers = None, []
         with threads_for(model, data, self.recipe.batch_size):
             if self.source != DENSE:
-                key = fingerprint(self.inputs, self.sparsity, self.seed)
+                key = fingerprint(self.inputs, self.sparsity, self.seed, self.design.base)
                 if key not in _known:
-                    _known[key] = known_densities(model, data, self.sparsity, self.seed)
+                    _known[key] = known_densities(model, data, self.sparsity, self.seed, self.design.base)
                 known = _known[key]
                 chosen = self.densities(known)
                 example = data.normalise(data.train.images[:2])
@@ -159,10 +165,10 @@ class DesignCell:
             return known.densities[self.source]
         number = int(self.source.removeprefix("draw "))
         task = self.model.label(), self.data.label(), self.seed, self.sparsity
-        generator = make_generator(self.design.seed, "layer densities", number, *task)
-        base = known.densities[BASE]
+        generator = make_generator(self.design.seed, "layer densities", number // 2, *task)
+        base, sigma = known.densities[BASE], self.design.sigma * (-1) ** number
         noise = torch.randn(len(base), generator=generator).tolist()
-        return {n: min(1.0, d * math.exp(self.design.sigma * e)) for (n, d), e in zip(base.items(), noise, strict=True)}
+        return {n: min(1.0, d * math.exp(sigma * e)) for (n, d), e in zip(base.items(), noise, strict=True)}
 
 
 @dataclass(frozen=True)
@@ -176,8 +182,8 @@ class Known:
 _known: dict[str, Known] = {}  # a few numbers for each task that this process has seen
 
 
-def known_densities(model: torch.nn.Module, data: ImageData, sparsity: float, seed: int) -> Known:
-    """What is known of a network's layers before it trains."""
+def known_densities(model: torch.nn.Module, data: ImageData, sparsity: float, seed: int, base: Sequence[str]) -> Known:
+    """What is known of a network's layers before it trains; the base is the geometric mean of `base`."""
     batches = data.sample(BATCH, 1, seed)
     graph = trace(model, batches[0][0][:2])
     found: dict[str, dict[str, float]] = {}
@@ -187,7 +193,7 @@ def known_densities(model: torch.nn.Module, data: ImageData, sparsity: float, se
     layers: Mapping[str, Layer] = masks.layer_info
     for name in DENSITIES:
         found[name] = layer_densities(name, layers, 1 - sparsity)
-    found[BASE] = {n: math.sqrt(found["erk"][n] * max(found["synflow"][n], LEAST)) for n in layers}
+    found[BASE] = {n: math.exp(sum(math.log(max(found[k][n], LEAST)) for k in base) / len(base)) for n in layers}
     weights = measure(model, layers, ("weight",))
     own = contexts(layers, weights, ("weight",), graph)
     more = structure(layers, graph)
@@ -246,7 +252,7 @@ class Rule:
     feature and unit of log density; `scales`, those standard deviations; `curvature`, what a squared unit costs;
     `correlation`, Spearman's between predicted and measured differences on networks that were left out, and `slope` of
     measured on predicted; `ridge`, the penalty; `gain`, points that its best densities are predicted to be above the base,
-    mean over networks; `trainings` and `networks` it is from."""
+    mean over networks; `trainings` and `networks` it is from; `base`, the criteria whose mean it starts from."""
 
     coefficients: Mapping[str, float]
     errors: Mapping[str, float]
@@ -258,6 +264,7 @@ class Rule:
     gain: float
     trainings: int
     networks: int
+    base: tuple[str, ...]
 
     def densities(self, sigma: float) -> dict[str, float]:
         """The rule that `Scorer.rule` takes: the base, and the step to where the fitted gain is largest, or as far towards
@@ -265,14 +272,17 @@ class Rule:
         length = math.sqrt(max(self.gain, 0.0) / self.curvature)  # the gain is that of r, curvature·mean(r²)
         share = min(1.0, sigma / max(length, 1e-12))
         steps = {n: share * a / (2 * self.curvature * self.scales[n]) for n, a in self.coefficients.items()}
-        base = {OF_CRITERION + "erk": 0.5, OF_CRITERION + "synflow": 0.5}
+        base = {OF_CRITERION + name: 1 / len(self.base) for name in self.base}
         return {name: base.get(name, 0.0) + step for name, step in steps.items()}
 
 
 def fit_rule(
-    results: Sequence[Mapping[str, Any]], ridges: Sequence[float] = (1.0, 3.0, 10.0, 30.0, 100.0), folds: int = 10
+    results: Sequence[Mapping[str, Any]],
+    base: Sequence[str],
+    ridges: Sequence[float] = (1.0, 3.0, 10.0, 30.0, 100.0),
+    folds: int = 10,
 ) -> Rule:
-    """A rule of layer densities from the outcomes of draws.
+    """A rule of layer densities from the outcomes of draws around `base`.
 
     With `r_l = log(d_l/base_l)` of layer l and its standardised features `f_l`, the difference in accuracy to the base is
     modelled as `Σ_k a_k·mean_l(f_lk·r_l) − c·mean_l(r_l²)`; ridge regression in standardised columns, which is largest
@@ -332,6 +342,7 @@ def fit_rule(
         gain=100 * float(np.mean([((f @ whole[:-1]) ** 2).mean() / (4 * curvature) for f in table.features])),
         trainings=len(y),
         networks=len(networks),
+        base=tuple(base),
     )
 
 

@@ -155,6 +155,12 @@ def test_the_comparison(tmp_path: Path) -> None:
     assert run_thinnings(todo, tmp_path, data, device="cpu", on_event=again.append) == results and not again
 
 
+def test_each_layer_keeps_as_many_as_with_the_other_methods(tmp_path: Path) -> None:
+    todo = plan(stamp=replace(FEW, scope="uniform"), methods=("stamp", "l1"))
+    _, stamp, other = run_thinnings(todo, tmp_path, load_data(todo[0].data), device="cpu")
+    assert (stamp["parameters"], stamp["macs"]) == (other["parameters"], other["macs"])
+
+
 def test_what_it_refuses(tmp_path: Path) -> None:
     data = load_data(plan()[0].data)
     digits = DataSettings("digits", limit=200)
@@ -168,3 +174,5 @@ def test_what_it_refuses(tmp_path: Path) -> None:
             run_thinnings(plan(**changes), tmp_path, data, device="cpu")
     with pytest.raises(AutoSparseError, match=r"stamp\.keep is 1\.0: it is a share"):
         StampSettings(keep=1.0)
+    with pytest.raises(AutoSparseError, match=r"stamp\.scope is 'erk': known: global, uniform"):
+        StampSettings(scope="erk")

@@ -284,7 +284,7 @@ def _of_task(
     densities: Mapping[str, float],
     progress: Progress,
 ) -> Masks:
-    """The masks that a task encoder gives for the images of `data`, at no more multiply-adds than with these densities.
+    """The masks that a task encoder gives for the images of `data`, at these densities or no more multiply-adds than theirs.
 
     With the method `stamp:other` it sees images of the reference data in their place.
     """
@@ -306,6 +306,8 @@ def _of_task(
     logits = {name: z.cpu() for name, z in learned.logits(pretrained, images).items()}
     layers = prunable_layers(model)
     own = {name: max(1, round(densities.get(name, 1.0) * len(z))) for name, z in logits.items()}
+    if thinning.stamp.scope == "uniform":
+        return whole_filters({n: keep_highest({n: z}, own[n])[n] for n, z in logits.items()}, layers)
     first = {name: torch.arange(len(z)) < own[name] for name, z in logits.items()}
     most = size(remove(model, whole_filters(first, layers), example).smaller, example).macs
     low, high = len(logits), sum(map(len, logits.values()))  # the largest count that is no more expensive

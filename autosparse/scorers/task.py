@@ -18,6 +18,8 @@ from autosparse.network.gating import SHUT, Places, channels_last, multiplied
 from autosparse.network.running import eval_mode
 from autosparse.training.data import ImageData
 
+SCOPES = ("global", "uniform")
+
 
 @settings
 class StampSettings:
@@ -25,7 +27,9 @@ class StampSettings:
 
     In each of `tasks` steps, a task of `classes` classes is drawn from the reference data; `images` of them, without labels,
     are what the encoder sees, and `batch_size` others with labels are what the masked network is tested on. `keep`: share of
-    the channels that are to stay in the mean; `penalty` on what differs from it. `hidden`: width of the encoder.
+    the channels that are to stay in the mean; `penalty` on what differs from it. `hidden`: width of the encoder. `scope`:
+    `"global"` ranks the channels of all layers together, `"uniform"` those of each layer, which keeps as many as with the
+    other methods.
     """
 
     tasks: int = 300
@@ -36,8 +40,10 @@ class StampSettings:
     penalty: float = 10.0
     lr: float = 3e-3
     hidden: int = 32
+    scope: str = "global"
 
     def __post_init__(self) -> None:
+        require(self.scope in SCOPES, "stamp.scope", self.scope, f"known: {', '.join(SCOPES)}")
         for key in ("tasks", "images", "batch_size", "hidden"):
             require(getattr(self, key) >= 1, f"stamp.{key}", getattr(self, key), "give at least 1")
         require(self.classes >= 2, "stamp.classes", self.classes, "give at least 2")

@@ -28,8 +28,8 @@ class StampSettings:
     In each of `tasks` steps, a task of `classes` classes is drawn from the reference data; `images` of them, without labels,
     are what the encoder sees, and `batch_size` others with labels are what the masked network is tested on. `keep`: share of
     the channels that are to stay in the mean; `penalty` on what differs from it. `hidden`: width of the encoder. `scope`:
-    `"global"` ranks the channels of all layers together, `"uniform"` those of each layer, which keeps as many as with the
-    other methods.
+    `"uniform"` ranks the channels of each layer, which keeps as many as with the other methods; `"global"` those of all
+    layers together, as many as their multiply-adds allow.
     """
 
     tasks: int = 300
@@ -40,7 +40,7 @@ class StampSettings:
     penalty: float = 10.0
     lr: float = 3e-3
     hidden: int = 32
-    scope: str = "global"
+    scope: str = "uniform"
 
     def __post_init__(self) -> None:
         require(self.scope in SCOPES, "stamp.scope", self.scope, f"known: {', '.join(SCOPES)}")

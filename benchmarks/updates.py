@@ -173,7 +173,7 @@ NO_RETURN = ("what is dropped does not come back at once", {"no_return": True})
 
 @dataclass(frozen=True)
 class Comparison:
-    """`settings`: one after another set as ours."""
+    """`stages`: options that make a choice of the public code ours, one after another."""
 
     method: str
     public: str

@@ -110,6 +110,21 @@ class Block(nn.Module):
         return x + (given[0] if isinstance(given, tuple) else given)
 
 
+class Scaled(nn.Module):
+    """A learned scale of the branch belongs to the block, as in ConvNeXt; the block holds the shortcut too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.inner = nn.Parameter(torch.ones(4)), nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.scale * self.inner(x)
+
+
+def test_a_block_does_not_leave_with_its_shortcut() -> None:
+    assert branches(nn.Sequential(Scaled(), nn.Linear(4, 3)), torch.randn(2, 4)) == ()
+
+
 @pytest.mark.parametrize(("kind", "outputs"), [(Reshaped, 0), (Paired, 2)])
 def test_attention_leaves_as_a_whole(kind: type[nn.Module], outputs: int) -> None:
     model = nn.Sequential(Block(kind()), nn.Linear(8, 3))

@@ -60,7 +60,8 @@ class DesignSettings:
 
     `draws` layer densities with log-normal factors of standard deviation `sigma`, besides the base itself and the densities of
     `rivals`. Draws come in pairs, the second with the inverse factors of the first, so that what is linear in the log
-    densities stands apart from what is not. `base`: the geometric mean of the layer densities of these. Tasks take `sparsities` in turn. `positions`: `"spread"` or `"spread_small"`, where weights stay within a layer.
+    densities stands apart from what is not. `base`: the geometric mean of the layer densities of these. Tasks take
+    `sparsities` in turn. `positions`: `"spread"` or `"spread_small"`, where weights stay within a layer.
     """
 
     draws: int = 24

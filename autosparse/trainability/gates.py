@@ -180,7 +180,8 @@ def _ways_out(model: nn.Module, branch: Branch) -> Iterator[Branch]:
 def _removable(model: nn.Module, branch: Branch, way: Branch, example: Any) -> Branch | None:
     """The way out with the number of its outputs, if the network without it is that with the branch at zero."""
     shut, gone = private_copy(model), private_copy(model)
-    whole, given = way.last != branch.last, []
+    given: list[Any] = []
+    whole = way.last != branch.last or any(shut.get_submodule(way.last).children())
 
     def silence(module: nn.Module, args: Any, out: Any) -> Any:
         given.append(out)

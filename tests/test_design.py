@@ -71,6 +71,27 @@ def test_base_draws_and_features(digits: ImageData) -> None:
     assert igq[BASE] == pytest.approx(igq["igq"])
 
 
+def test_draws_along_features(digits: ImageData) -> None:
+    model = create_model(ModelSettings("convnet", 4), in_channels=1, image_size=8)
+    known = known_densities(model, digits, 0.95, 0, ("erk",))
+    base = known.densities[BASE]
+
+    def log_factors(draw: int, along: tuple[str, ...]) -> np.ndarray:
+        chosen = dataclasses.replace(SMALL, base=("erk",), sigma=0.1, along=along)
+        densities = next(c for c in design(TASKS[:1], chosen) if c.source == f"draw {draw}").densities(known)
+        return np.array([math.log(densities[n] / d) for n, d in base.items() if d < 0.5])
+
+    area = np.array([known.rows[n]["layer_area"] for n in base])
+    standard = np.array([(a - area.mean()) / area.std() for a, d in zip(area, base.values(), strict=True) if d < 0.5])
+    one = log_factors(0, ("layer_area",))
+    assert one / standard == pytest.approx(np.full(len(one), one[0] / standard[0])), "one number for the whole network"
+    assert log_factors(1, ("layer_area",)) == pytest.approx(-one) and 0 < abs(one[0] / standard[0]) < 0.4
+    two = log_factors(2, ("layer_area", "layer_first"))
+    assert not np.allclose(two / two[0], one / one[0]), "another direction"
+    rule = fit_rule(planted(), MEAN, ("layer_first", "layer_area"))
+    assert list(rule.coefficients) == ["layer_first", "layer_area"] and rule.coefficients["layer_first"] > 1
+
+
 def test_a_stop_loses_nothing(tmp_path: Path) -> None:
     class Stop(BaseException):
         pass
@@ -168,6 +189,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     for wrong, message in (
         ("design.draws=0", "design.draws is 0"),
         ("design.base=[uniform]", "design.base is .*uniform.*: give some of: erk, igq"),
+        ("design.along=[size]", "design.along is .*size.*: give some of: layer_size"),
         ("design.positions=scores", "known: spread, spread_small"),
     ):
         with pytest.raises(AutoSparseError, match=message):

@@ -82,7 +82,7 @@ def run_designed(config: TuneConfig, chosen: DesignSettings) -> Path:
         live = Live(shown, "design", len(cells), len(cells) - len(unfinished(cells, directory)), counts=True)
         results = run_design(cells, directory, device=config.device, executor=config.executor, on_event=live.show)
         live.end(f"design: {len(cells)} trainings")
-    rule = fit_rule(results, chosen.base)
+    rule = fit_rule(results, chosen.base, chosen.along)
     write_json(directory / "rule.json", dataclasses.asdict(rule))
     outcome = {"design": dataclasses.asdict(chosen), "rule": dataclasses.asdict(rule)}
     path = directory / f"{config.name}.safetensors"

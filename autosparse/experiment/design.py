@@ -60,7 +60,9 @@ class DesignSettings:
 
     `draws` layer densities with log-normal factors of standard deviation `sigma`, besides the base itself and the densities of
     `rivals`. Draws come in pairs, the second with the inverse factors of the first, so that what is linear in the log
-    densities stands apart from what is not. `base`: the geometric mean of the layer densities of these. Tasks take
+    densities stands apart from what is not. `along`: features of `FEATURES`; then the factors of a network's layers are
+    `exp(σ·Σ_k ε_k·f_lk/√K)`, with each feature standardised over its layers and `ε_k` of variance 1: fewer directions, and
+    each is learned from fewer trainings. The rule has only these features then. `base`: the geometric mean of the layer densities of these. Tasks take
     `sparsities` in turn. `positions`: `"spread"` or `"spread_small"`, where weights stay within a layer.
     """
 
@@ -70,6 +72,7 @@ class DesignSettings:
     sparsities: tuple[float, ...] = (0.95,)
     rivals: tuple[str, ...] = ("erk", "igq", "snip", "synflow")
     positions: str = "spread"
+    along: tuple[str, ...] = ()
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -82,6 +85,8 @@ class DesignSettings:
         require(len(self.sparsities) > 0, "design.sparsities", list(self.sparsities), "give at least one")
         for sparsity in self.sparsities:
             check_sparsity(sparsity)
+        strange = [name for name in self.along if name not in FEATURES]
+        require(not strange, "design.along", list(self.along), f"give some of: {', '.join(FEATURES)}; or none")
         known = [p for p in POSITIONS if p.startswith("spread") and p != "spread_scores"]
         require(self.positions in known, "design.positions", self.positions, f"known: {', '.join(known)}")
 
@@ -104,7 +109,7 @@ class DesignCell:
         """File name: readable, and unique through a hash of the settings and inputs; not of how many draws there are."""
         values = json.loads(json.dumps(dataclasses.asdict(self)))
         values["data"].pop("root")
-        values["design"] = {k: values["design"][k] for k in ("sigma", "base", "positions", "seed")}
+        values["design"] = {k: values["design"][k] for k in ("sigma", "base", "positions", "along", "seed")}
         name = self.source.replace(" ", "_").replace(":", "_")
         return f"{self.model.label()[:60]}_{name}_{self.sparsity:g}_s{self.seed}_{fingerprint(values)[:10]}"
 
@@ -168,8 +173,13 @@ class DesignCell:
         task = self.model.label(), self.data.label(), self.seed, self.sparsity
         generator = make_generator(self.design.seed, "layer densities", number // 2, *task)
         base, sigma = known.densities[BASE], self.design.sigma * (-1) ** number
-        noise = torch.randn(len(base), generator=generator).tolist()
-        return {n: min(1.0, d * math.exp(sigma * e)) for (n, d), e in zip(base.items(), noise, strict=True)}
+        along = self.design.along
+        noise = torch.randn(len(along) or len(base), generator=generator, dtype=torch.float64)
+        if along:
+            values = torch.tensor([[known.rows[n][f] for f in along] for n in base], dtype=torch.float64)
+            values = (values - values.mean(0)) / values.std(0, correction=0).clamp(min=1e-9)
+            noise = values @ noise / math.sqrt(len(along))
+        return {n: min(1.0, d * math.exp(sigma * e)) for (n, d), e in zip(base.items(), noise.tolist(), strict=True)}
 
 
 @dataclass(frozen=True)
@@ -280,10 +290,11 @@ class Rule:
 def fit_rule(
     results: Sequence[Mapping[str, Any]],
     base: Sequence[str],
+    along: Sequence[str] = (),
     ridges: Sequence[float] = (1.0, 3.0, 10.0, 30.0, 100.0),
     folds: int = 10,
 ) -> Rule:
-    """A rule of layer densities from the outcomes of draws around `base`.
+    """A rule of layer densities from the outcomes of draws around `base`, with the features `along`, or all of `FEATURES`.
 
     With `r_l = log(d_l/base_l)` of layer l and its standardised features `f_l`, the difference in accuracy to the base is
     modelled as `Σ_k a_k·mean_l(f_lk·r_l) − c·mean_l(r_l²)`; ridge regression in standardised columns, which is largest
@@ -299,7 +310,8 @@ def fit_rule(
     from sklearn.linear_model import Ridge
     from sklearn.model_selection import GroupKFold
 
-    table = _regressors(results)
+    names = tuple(along) or FEATURES
+    table = _regressors(results, names)
     networks = sorted(set(table.owners))
     if len(networks) < 2:
         raise AutoSparseError(f"design: draws of {len(networks)} networks are done; two are needed to fit a rule")
@@ -333,9 +345,9 @@ def fit_rule(
             f"{100 * curvature:.2f}); give more draws"
         )
     return Rule(
-        coefficients={n: 100 * float(v) for n, v in zip(FEATURES, whole, strict=False)},
-        errors={n: 100 * float(v) for n, v in zip(FEATURES, errors, strict=False)},
-        scales=dict(zip(FEATURES, table.scales.tolist(), strict=True)),
+        coefficients={n: 100 * float(v) for n, v in zip(names, whole, strict=False)},
+        errors={n: 100 * float(v) for n, v in zip(names, errors, strict=False)},
+        scales=dict(zip(names, table.scales.tolist(), strict=True)),
         curvature=100 * curvature,
         correlation=float(spearmanr(predicted, y).statistic),
         slope=float((weight * predicted) @ y / max(float((weight * predicted) @ predicted), 1e-12)),
@@ -360,7 +372,7 @@ class _Table:
     features: list[np.ndarray]
 
 
-def _regressors(results: Sequence[Mapping[str, Any]]) -> _Table:
+def _regressors(results: Sequence[Mapping[str, Any]], names: Sequence[str]) -> _Table:
     done = [r for r in results if not r.get("error") and r["source"] != DENSE]
     seen: dict[tuple[Any, ...], set[float]] = {}
     for result in done:
@@ -368,8 +380,8 @@ def _regressors(results: Sequence[Mapping[str, Any]]) -> _Table:
     done = [r for r in done if len(seen[place_of(r)]) > 1]  # networks that are at chance whatever is kept tell nothing
     base = {place_of(r): r for r in done if r["source"] == BASE}
     if not base:
-        return _Table(np.zeros((0, len(FEATURES) + 1)), [], [], np.ones(len(FEATURES)), [])
-    own = {place: np.array([[layer[key] for key in FEATURES] for layer in r["layers"]]) for place, r in base.items()}
+        return _Table(np.zeros((0, len(names) + 1)), [], [], np.ones(len(names)), [])
+    own = {place: np.array([[layer[key] for key in names] for layer in r["layers"]]) for place, r in base.items()}
     every = np.concatenate(list(own.values()))
     mean, std = every.mean(0), np.where(every.std(0) > 1e-9, every.std(0), 1.0)
     own = {place: (values - mean) / std for place, values in own.items()}

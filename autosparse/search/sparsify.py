@@ -20,7 +20,15 @@ from autosparse.masks.random import make_generator
 from autosparse.masks.schedule import check_density, check_sparsity
 from autosparse.masks.selection import select
 from autosparse.network.graph import trace
-from autosparse.search.method import METHODS, SearchResult, method_for, settings_for
+from autosparse.search.method import (
+    METHODS,
+    SearchResult,
+    check_init_scale,
+    method_for,
+    scale_label,
+    scale_weights,
+    settings_for,
+)
 from autosparse.training.data import ImageData
 from autosparse.training.loop import full_state, rewound
 from autosparse.training.recipe import Recipe, steps_per_epoch
@@ -53,22 +61,28 @@ class SparseTraining:
     """The settings of a method whose masks change in training; a subclass says when and how.
 
     `epochs`: length of the run where it searches for a mask, with the whole learning-rate schedule; `None`: that of the
-    recipe. `every`: optimizer steps between two updates.
+    recipe. `every`: optimizer steps between two updates. `init_scale`: the run begins with `init_scale·θ₀` in the
+    prunable weights, and what is rewound afterwards with `θ₀`. Below 1, magnitudes tell more of what was learned and less of
+    where a weight began, so that short runs choose better; that needs norm layers, before which the scale of a filter
+    does not change what the network computes. `sparsify` leaves the weights as they are.
     """
 
     epochs: float | None = None
     every: int = 100
+    init_scale: float = 1.0
     grows_by_gradient: ClassVar[bool] = False
     skips_step: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         require(self.epochs is None or self.epochs > 0, "epochs", self.epochs, "give a positive number")
         require(self.every >= 1, "every", self.every, "give at least 1 optimizer step")
+        check_init_scale(self.init_scale)
 
     @property
     def label(self) -> str:
         """What follows the method's name in tables."""
-        return "" if self.epochs is None else f"-{self.epochs:g}"
+        length = "" if self.epochs is None else f"-{self.epochs:g}"
+        return length + scale_label(self.init_scale)
 
     def start(self, layers: Mapping[str, Layer], density: float, scope: Scope | None, floor: float, seed: int) -> Masks:
         """The masks before the first step: every weight is kept, unless a method says otherwise."""
@@ -367,6 +381,7 @@ def search(
     length = recipe.length(data)
     schedule = MaskSchedule(settings, dict(layers), density, scope, floor)
     with rewound(model):
+        scale_weights(model, layers, settings.init_scale)
         trained = train(
             model,
             data.without("test"),

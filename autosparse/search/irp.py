@@ -21,7 +21,7 @@ from autosparse.masks.selection import select
 from autosparse.network.signals import measure
 from autosparse.pruning.criteria import CRITERIA, Context
 from autosparse.search.kstarts import STATE, fingerprint, read_progress
-from autosparse.search.method import Method, SearchResult, check_init_scale, scale_label, scale_weights
+from autosparse.search.method import Method, SearchResult
 from autosparse.training.data import ImageData
 from autosparse.training.loop import Trained, full_state, put_back, rewound
 from autosparse.training.recipe import Recipe, steps_per_epoch
@@ -209,18 +209,14 @@ class TicketSettings:
     """How a ticket is searched for: `rounds` of training, removing, rewinding, each of `epochs` (`None`: those of the
     recipe). A short round has the whole learning-rate schedule. `schedule`, `rewind`: see `IRPSettings`. With
     `rewind="never"` the final training goes on with the weights of the last round, at the start of its schedule.
-    `init_scale`: rounds that begin at the initialization begin with `init_scale·θ₀` in the prunable weights, the final
-    training with `θ₀`; see `SparseTraining`.
     """
 
     rounds: int = 5
     epochs: float | None = None
     schedule: str = "geometric"
     rewind: str = "round"
-    init_scale: float = 1.0
 
     def __post_init__(self) -> None:
-        check_init_scale(self.init_scale)
         require(self.rewind in REWIND, "rewind", self.rewind, f"known: {', '.join(REWIND)}")
         require(1 <= self.rounds <= 255, "rounds", self.rounds, "it must lie in 1 … 255")
         require(self.epochs is None or self.epochs > 0, "epochs", self.epochs, "give a positive number")
@@ -230,8 +226,7 @@ class TicketSettings:
     def label(self) -> str:
         """What follows the method's name in tables."""
         length = f"x{self.epochs:g}" if self.epochs is not None else ""
-        rewind = "" if self.rewind == "round" else f"-rewind-{self.rewind}"
-        return f"-{self.rounds}{length}{rewind}{scale_label(self.init_scale)}"
+        return f"-{self.rounds}{length}" + ("" if self.rewind == "round" else f"-rewind-{self.rewind}")
 
     @property
     def continues(self) -> bool:
@@ -273,7 +268,7 @@ def ticket(
     )
     start, masks, seconds = 0, None, 0.0
     weights: Mapping[str, Tensor] | None = None
-    of = fingerprint(model, data, "irp", chosen, settings.init_scale, recipe, scope, seed)
+    of = fingerprint(model, data, "irp", chosen, recipe, scope, seed)
     with of_state():
         progress = read_progress(state and state / "irp.json", of, {"rounds": 0, "seconds": 0.0})
         if progress["rounds"]:
@@ -283,7 +278,6 @@ def ticket(
             if (path := state / f"weights{start}.safetensors").exists():
                 weights = dict(read_safetensors(path, STATE, "state of a search")[0])
     with rewound(model):
-        scale_weights(model, layers, settings.init_scale)
         trainings = irp(
             model,
             layers,
@@ -311,9 +305,7 @@ def ticket(
                 write_json(state / "irp.json", {"of": of, "rounds": start, "seconds": seconds})
                 (state / f"weights{start - 1}.safetensors").unlink(missing_ok=True)
     assert masks is not None
-    masks.report = replace(
-        masks.report, origin={"rounds": rounds, "rewind": settings.rewind, "init_scale": settings.init_scale}
-    )
+    masks.report = replace(masks.report, origin={"rounds": rounds, "rewind": settings.rewind})
     return SearchResult(masks, rounds * recipe.length(data) / per_epoch, seconds, weights)
 
 

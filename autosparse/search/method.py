@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from autosparse.errors import from_mapping, require
-from autosparse.masks.layers import unwrap
 from autosparse.masks.mask import Masks
 from autosparse.plugins import is_outside, load_outside
 
@@ -85,23 +82,3 @@ def settings_for(name: str, method: Method, options: Any) -> Any:
     known = [field.name for field in dataclasses.fields(method.settings)]
     require(isinstance(options, Mapping | None), f"options of {name}", options, f"give {', '.join(known)}")
     return from_mapping(method.settings, given, name)
-
-
-def check_init_scale(scale: float) -> None:
-    """Raise `AutoSparseError` unless a search can begin with weights times `scale`."""
-    require(0 < scale < math.inf, "init_scale", scale, "give a positive number; 1 begins with the weights as they are")
-
-
-def scale_label(scale: float) -> str:
-    """What follows a method's name in tables where its search begins with scaled weights."""
-    return "" if scale == 1 else f"-scale{scale:g}"
-
-
-@torch.no_grad()
-def scale_weights(model: nn.Module, names: Iterable[str], scale: float) -> None:
-    """Multiply the weights of these names by `scale`, in place."""
-    if scale == 1:
-        return
-    own = dict(unwrap(model).named_parameters())
-    for name in names:
-        own[name].mul_(scale)

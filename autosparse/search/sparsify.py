@@ -20,15 +20,7 @@ from autosparse.masks.random import make_generator
 from autosparse.masks.schedule import check_density, check_sparsity
 from autosparse.masks.selection import select
 from autosparse.network.graph import trace
-from autosparse.search.method import (
-    METHODS,
-    SearchResult,
-    check_init_scale,
-    method_for,
-    scale_label,
-    scale_weights,
-    settings_for,
-)
+from autosparse.search.method import METHODS, SearchResult, method_for, settings_for
 from autosparse.training.data import ImageData
 from autosparse.training.loop import full_state, rewound
 from autosparse.training.recipe import Recipe, steps_per_epoch
@@ -76,13 +68,16 @@ class SparseTraining:
     def __post_init__(self) -> None:
         require(self.epochs is None or self.epochs > 0, "epochs", self.epochs, "give a positive number")
         require(self.every >= 1, "every", self.every, "give at least 1 optimizer step")
-        check_init_scale(self.init_scale)
+        positive = 0 < self.init_scale < math.inf
+        require(
+            positive, "init_scale", self.init_scale, "give a positive number; 1 begins with the weights as they are"
+        )
 
     @property
     def label(self) -> str:
         """What follows the method's name in tables."""
         length = "" if self.epochs is None else f"-{self.epochs:g}"
-        return length + scale_label(self.init_scale)
+        return length if self.init_scale == 1 else f"{length}-scale{self.init_scale:g}"
 
     def start(self, layers: Mapping[str, Layer], density: float, scope: Scope | None, floor: float, seed: int) -> Masks:
         """The masks before the first step: every weight is kept, unless a method says otherwise."""
@@ -381,7 +376,11 @@ def search(
     length = recipe.length(data)
     schedule = MaskSchedule(settings, dict(layers), density, scope, floor)
     with rewound(model):
-        scale_weights(model, layers, settings.init_scale)
+        if settings.init_scale != 1:
+            own = dict(unwrap(model).named_parameters())
+            with torch.no_grad():
+                for name in layers:
+                    own[name].mul_(settings.init_scale)
         trained = train(
             model,
             data.without("test"),

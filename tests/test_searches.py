@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -187,15 +188,23 @@ def test_a_search_can_begin_with_smaller_weights(
 
     monkeypatch.setattr(sparsify, "train", spy)
     model = convnet()
-    initial, layers = full_state(model), prunable_layers(model)
+    layers = prunable_layers(model)
+    small = next(iter(layers))
+    with torch.no_grad():
+        model.get_parameter(small).mul_(0.1)
+    initial = full_state(model)
     with unchanged(model):
-        search(model, digits, name, options={"init_scale": 0.25})
+        search(model, digits, name, options={"init_gain": 0.5})
     assert len(begins) == 1
     for weight, value in begins[0].items():
-        torch.testing.assert_close(value, initial[weight] * (0.25 if weight in layers else 1), rtol=0, atol=0)
-    assert Candidate(name, options={**OPTIONS[name], "init_scale": 0.25}).name == f"{name}-scale0.25"
-    with pytest.raises(AutoSparseError, match="init_scale is 0: give a positive number"):
-        Candidate(name, options={"init_scale": 0})
+        was, factor = initial[weight], 1.0
+        if weight in layers and weight != small:
+            factor = 0.5 / math.sqrt(float(was.square().mean()) * layers[weight].fan_in)
+            assert 0.2 < factor < 0.6, "He initialization has 1.41"
+        torch.testing.assert_close(value, was * factor)
+    assert Candidate(name, options={**OPTIONS[name], "init_gain": 0.5}).name == f"{name}-gain0.5"
+    with pytest.raises(AutoSparseError, match="init_gain is 0: give a positive number, such as 0.58"):
+        Candidate(name, options={"init_gain": 0})
 
 
 # -- IRP that goes on ---------------------------------------------------------------------------------------------------

@@ -197,13 +197,13 @@ def test_a_search_can_begin_with_smaller_weights(
         search(model, digits, name, options={"init_gain": 0.5})
     assert len(begins) == 1
     for weight, value in begins[0].items():
-        was, factor = initial[weight], 1.0
+        was, factor = initial[weight], 1
         if weight in layers and weight != small:
             factor = 0.5 / math.sqrt(float(was.square().mean()) * layers[weight].fan_in)
             assert 0.2 < factor < 0.6, "He initialization has 1.41"
         torch.testing.assert_close(value, was * factor)
     assert Candidate(name, options={**OPTIONS[name], "init_gain": 0.5}).name == f"{name}-gain0.5"
-    with pytest.raises(AutoSparseError, match="init_gain is 0: give a positive number, such as 0.58"):
+    with pytest.raises(AutoSparseError, match="init_gain is 0: give a positive number, such as"):
         Candidate(name, options={"init_gain": 0})
 
 

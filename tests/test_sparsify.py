@@ -327,6 +327,7 @@ def test_what_left_when() -> None:
         ({"method": "gnp"}, "method is 'gnp': known are gmp, acdc, set, rigl, granet, or package.module:name"),
         ({"method": "irp"}, "method is 'irp': known are"),
         ({"epochs": 3}, "epochs is 3: steps is the length here"),
+        ({"init_gain": 0.58}, "init_gain is 0.58: it is for a search that rewinds"),
         ({"every": 0}, "every is 0: give at least 1"),
         ({"every": 1000, "method": "set"}, "every is 1000: no update fits into a training of 30 steps"),
         ({"beginn": 0.1}, "beginn of gmp is 0.1: did you mean 'begin'?"),

@@ -307,6 +307,10 @@ def sparsify(
     if entry is None or not issubclass(entry.settings, SparseTraining):
         raise AutoSparseError(f"method is {method!r}: known are {', '.join(known)}, or package.module:name")
     require("epochs" not in options, "epochs", options.get("epochs"), "steps is the length here; leave epochs out")
+    gain = options.get("init_gain")
+    require(
+        gain is None, "init_gain", gain, "it is for a search that rewinds; scale the weights yourself, or leave it out"
+    )
     chosen = settings_for(method, entry, options)
     check_values(model)
     operands = None if example_input is None else trace(model, example_input).operands

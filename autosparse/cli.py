@@ -92,9 +92,10 @@ def fit(config: Config, overrides: Overrides = None) -> None:
 
 @app.command(epilog="Example: autosparse tune configs/tune.yaml scorer=runs/scorer/scorer.safetensors")
 def tune(config: Config, overrides: Overrides = None) -> None:
-    """Learn a scorer's layer densities from the outcome of short trainings, by evolution strategies.
+    """Learn a scorer's layer densities from the outcome of trainings, by evolution strategies or a designed experiment.
 
-    Stopped, it goes on where it was; ends with a paired comparison on tasks that it did not learn from.
+    Stopped, it goes on where it was. With `design` in the config, it prints a rule of layer densities with standard errors
+    (configs/design/igq.yaml); otherwise it ends with a paired comparison on tasks that it did not learn from.
     """
     from autosparse.commands import tune
     from autosparse.commands.loading import load_config

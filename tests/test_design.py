@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -194,3 +195,12 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     ):
         with pytest.raises(AutoSparseError, match=message):
             load_config(TuneConfig, config, [wrong])
+
+
+def test_dead_layers_give_a_row_and_no_warning(tmp_path: Path, digits: ImageData) -> None:
+    chosen = dataclasses.replace(SMALL, sparsities=(0.99,), draws=1, sigma=4.0)
+    cell = next(c for c in design(TASKS[:1], chosen) if c.source == "draw 0")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        row = cell.run(tmp_path, digits, device="cpu", state=tmp_path, progress=lambda *_: None)
+    assert min(layer["kept"] for layer in row["layers"]) == 0 <= row["accuracy"]

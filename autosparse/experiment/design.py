@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from autosparse.jobs.cells import Progress, Result, run_cells, write_table
 from autosparse.jobs.executor import INLINE, Event, ExecutorSettings
 from autosparse.masks.densities import DENSITIES, layer_densities
 from autosparse.masks.layers import Layer
+from autosparse.masks.mask import Masks
 from autosparse.masks.random import make_generator, make_numpy_generator
 from autosparse.masks.schedule import check_sparsity
 from autosparse.network.graph import trace
@@ -62,8 +64,9 @@ class DesignSettings:
     `rivals`. Draws come in pairs, the second with the inverse factors of the first, so that what is linear in the log
     densities stands apart from what is not. `along`: features of `FEATURES`; then the factors of a network's layers are
     `exp(σ·Σ_k ε_k·f_lk/√K)`, with each feature standardised over its layers and `ε_k` of variance 1: fewer directions, and
-    each is learned from fewer trainings. The rule has only these features then. `base`: the geometric mean of the layer densities of these. Tasks take
-    `sparsities` in turn. `positions`: `"spread"` or `"spread_small"`, where weights stay within a layer.
+    each is learned from fewer trainings. The rule has only these features then. `base`: the geometric mean of the layer
+    densities of these. Tasks take `sparsities` in turn. `positions`: `"spread"` or `"spread_small"`, where weights stay
+    within a layer.
     """
 
     draws: int = 24
@@ -134,14 +137,9 @@ class DesignCell:
         masks, layers = None, []
         with threads_for(model, data, self.recipe.batch_size):
             if self.source != DENSE:
-                key = fingerprint(self.inputs, self.sparsity, self.seed, self.design.base)
-                if key not in _known:
-                    _known[key] = known_densities(model, data, self.sparsity, self.seed, self.design.base)
-                known = _known[key]
-                chosen = self.densities(known)
-                example = data.normalise(data.train.images[:2])
-                how: dict[str, Any] = {"scope": chosen, "example_input": example, "seed": self.seed}
-                masks = prune(model, self.sparsity, self.design.positions, **how)
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # a draw may leave a layer empty; its row says so
+                    known, masks = self.masks(model, data)
                 kept = {layer.name: layer.kept for layer in masks.layers()}
                 layers = [{**known.rows[name], "kept": kept[name]} for name in known.rows]
             trained = train(
@@ -164,6 +162,16 @@ class DesignCell:
             "train_seconds": trained.seconds,
             "layers": layers,
         }
+
+    def masks(self, model: torch.nn.Module, data: ImageData) -> tuple[Known, Masks]:
+        """What is known of the task's layers, and the masks of this cell."""
+        key = fingerprint(self.inputs, self.sparsity, self.seed, self.design.base)
+        if key not in _known:
+            _known[key] = known_densities(model, data, self.sparsity, self.seed, self.design.base)
+        known = _known[key]
+        example = data.normalise(data.train.images[:2])
+        how: dict[str, Any] = {"scope": self.densities(known), "example_input": example, "seed": self.seed}
+        return known, prune(model, self.sparsity, self.design.positions, **how)
 
     def densities(self, known: Known) -> dict[str, float]:
         """The layer densities of this cell, before they are scaled to the exact total."""

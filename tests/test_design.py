@@ -187,8 +187,12 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     batches = [(torch.randn(32, 1, 8, 8), torch.arange(32) % 10)]
     masks = autosparse.prune(model, 0.8, scorer, batches=batches)
     assert masks.kept == round(0.2 * masks.total)
+    run(load_config(TuneConfig, config, ["design.draws=6"]))
+    assert "14 trainings of 2 networks" in capsys.readouterr().out, "more draws go on in the same directory"
     for wrong, message in (
         ("design.draws=0", "design.draws is 0"),
+        ("design.rivals=[erk, foo]", "foo'.: give each once"),
+        ("design.rivals=[erk, erk]", "erk'.: give each once"),
         ("design.base=[uniform]", "design.base is .*uniform.*: give some of: erk, igq"),
         ("design.along=[size]", "design.along is .*size.*: give some of: layer_size"),
         ("design.positions=scores", "known: spread, spread_small"),

@@ -232,6 +232,100 @@ def test_a_stop_and_a_resume_change_nothing(method: str) -> None:
         assert all(torch.equal(t, resumed[n]) for n, t in whole.items())
 
 
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("order", ["model, handle, state", "handle, state, model", "handle, model, state"])
+def test_a_resume_in_any_order(method: str, order: str) -> None:
+    model = network()
+    optimizer = optimizer_of(model)
+    handle = handle_of(model, optimizer, method)
+    for step in range(13):
+        step_of(model, optimizer, step)
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict(), handle.state_dict()))
+    again = network(1)
+    optimizer = optimizer_of(again)
+    optimizer.load_state_dict(saved[1])
+    other = None
+    for what in order.split(", "):
+        if what == "model":
+            again.load_state_dict(saved[0])
+        elif what == "handle":
+            other = handle_of(again, optimizer, method)
+        else:
+            assert other is not None
+            other.load_state_dict(saved[2])
+    assert other is not None and other.masks == handle.masks
+    assert all(torch.equal(t, again.state_dict()[n]) for n, t in saved[0].items())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_closure_changes_nothing(method: str) -> None:
+    """As PyTorch Lightning steps: gradients are set to None, computed and cleared of pruned weights within the closure."""
+
+    def train(closure: bool) -> dict[str, Tensor]:
+        model = network()
+        optimizer = optimizer_of(model)
+        handle = handle_of(model, optimizer, method)
+        for step in range(30):
+            images, labels = batch(step)
+
+            def gradients(images: Tensor = images, labels: Tensor = labels) -> Tensor:
+                optimizer.zero_grad()
+                loss = torch.nn.functional.cross_entropy(model(images), labels)
+                loss.backward()
+                handle.mask_gradients()
+                return loss
+
+            if closure:
+                assert optimizer.step(gradients) > 0
+            else:
+                gradients()
+                optimizer.step()
+        return {**model.state_dict(), **handle.masks}
+
+    plain, closed = train(False), train(True)
+    assert all(torch.equal(t, closed[n]) for n, t in plain.items())
+
+
+def test_more_updates_than_16_bits_count() -> None:
+    model = torch.nn.Linear(4, 4, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    handle = autosparse.sparsify(model, optimizer, "gmp", sparsity=0.75, steps=33000, every=1, begin=0.999, end=1.0)
+    handle.path = [1.0] * 40000
+    model.weight.grad = torch.ones(4, 4)
+    for _ in range(33000):
+        optimizer.step()
+    assert handle.masks.kept == 4 and max(int(t.max()) for t in handle.removed_in.values()) > 40000
+
+
+def test_masks_handles_and_states_that_do_not_fit() -> None:
+    model = network()
+    optimizer = optimizer_of(model)
+    example = batch(0)[0]
+    half = autosparse.prune(model, 0.5, "random", example_input=example)
+    with pytest.raises(AutoSparseError, match=r"keep \d+ weights, and \w+ starts with \d+"):
+        autosparse.sparsify(model, optimizer, "set", sparsity=0.9, steps=40, every=3, masks=half)
+    floats = {n: m.float() for n, m in half.items()}
+    with pytest.raises(AutoSparseError, match="give boolean tensors"):
+        autosparse.sparsify(model, optimizer, "set", sparsity=0.5, steps=40, every=3, masks=floats)
+    handle = autosparse.sparsify(model, optimizer, "set", sparsity=0.5, steps=40, every=3, masks=half)
+    assert handle.masks == half
+    with pytest.raises(AutoSparseError, match="sparsified already"):
+        autosparse.sparsify(model, optimizer, "set", sparsity=0.9, steps=40, every=3)
+    state = handle.state_dict()
+    handle.remove()
+    other = autosparse.sparsify(model, optimizer, "set", sparsity=0.9, steps=40, every=3)
+    with pytest.raises(AutoSparseError, match=r"saved state is for 0\.5;"):
+        other.load_state_dict(state)
+    with pytest.raises(AutoSparseError, match="has no step"):
+        other.load_state_dict({k: v for k, v in state.items() if k != "step"})
+
+
+def test_weights_that_are_nan_are_named() -> None:
+    weight = torch.tensor([math.nan, math.nan, 1.0, 0.0, 0.0, 0.0])
+    with pytest.raises(AutoSparseError, match="a kept weight is NaN"):
+        exchange(weight, torch.tensor([1, 1, 1, 0, 0, 0]).bool(), torch.ones(6), 0.7)
+
+
 def test_rigl_takes_no_step_in_an_update() -> None:
     model = network()
     optimizer = optimizer_of(model)

@@ -9,7 +9,14 @@ from typing import Any
 import yaml
 
 from autosparse.commands.loading import command_of, plain
-from autosparse.commands.schemas import BenchmarkConfig, CheckConfig, DiagnoseConfig, GenerateConfig, ShrinkConfig
+from autosparse.commands.schemas import (
+    BenchmarkConfig,
+    CheckConfig,
+    DiagnoseConfig,
+    GenerateConfig,
+    ShrinkConfig,
+    TuneConfig,
+)
 from autosparse.errors import AutoSparseError
 from autosparse.files import files_under, replace_file
 
@@ -17,6 +24,7 @@ from autosparse.files import files_under, replace_file
 _FREE = {"output", "device", "executor", "tracking"}
 _GRID = {"models", "criteria", "sparsities", "seeds"}
 _AXES = {
+    TuneConfig: {"design.draws", "design.rivals"},
     GenerateConfig: {"models", "seeds", "tasks.count", "tasks.seeds"},
     BenchmarkConfig: _GRID,
     CheckConfig: _GRID | {"checks"},

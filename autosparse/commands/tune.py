@@ -82,6 +82,9 @@ def run_designed(config: TuneConfig, chosen: DesignSettings) -> Path:
         live = Live(shown, "design", len(cells), len(cells) - len(unfinished(cells, directory)), counts=True)
         results = run_design(cells, directory, device=config.device, executor=config.executor, on_event=live.show)
         live.end(f"design: {len(cells)} trainings")
+    failed = [result for result in results if result.get("error")]
+    for result in failed:
+        say_failed(f"{result['model']} {result['source']}: {result['error']}")
     rule = fit_rule(results, chosen.base, chosen.along)
     write_json(directory / "rule.json", dataclasses.asdict(rule))
     outcome = {"design": dataclasses.asdict(chosen), "rule": dataclasses.asdict(rule)}
@@ -103,9 +106,6 @@ def run_designed(config: TuneConfig, chosen: DesignSettings) -> Path:
         f"  curvature        {rule.curvature:+.2f}; on networks left out: rank correlation {rule.correlation:.2f}, "
         f"slope {rule.slope:.2f}; predicted gain over the base: {rule.gain:.2f} points"
     )
-    failed = [result for result in results if result.get("error")]
-    for result in failed:
-        say_failed(f"{result['model']} {result['source']}: {result['error']}")
     if failed:
         raise AutoSparseFailure(f"{len(failed)} of {len(cells)} trainings failed; start again to try them again")
     say(f"results: {directory / 'design.csv'}")

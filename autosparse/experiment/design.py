@@ -85,6 +85,10 @@ class DesignSettings:
         require(
             len(self.base) > 0 and not unknown, "design.base", list(self.base), f"give some of: {', '.join(CRITERIA)}"
         )
+        strange = [name for name in self.rivals if name not in (*DENSITIES, "synflow", "snip")]
+        once = len(set(self.rivals)) == len(self.rivals)
+        rivals = f"give each once, of: {', '.join((*DENSITIES, 'synflow', 'snip'))}"
+        require(once and not strange, "design.rivals", list(self.rivals), rivals)
         require(len(self.sparsities) > 0, "design.sparsities", list(self.sparsities), "give at least one")
         for sparsity in self.sparsities:
             check_sparsity(sparsity)

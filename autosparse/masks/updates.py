@@ -6,7 +6,7 @@ import math
 
 from torch import Tensor
 
-from autosparse.errors import require
+from autosparse.errors import AutoSparseError, require
 
 
 def gradual_density(density: float, progress: float, start: float = 1.0) -> float:
@@ -40,10 +40,12 @@ def exchange(weight: Tensor, mask: Tensor, growth: Tensor, fraction: float) -> T
         fraction: α, in [0, 1].
 
     Raises:
-        AutoSparseError: the fraction is out of range.
+        AutoSparseError: the fraction is out of range, or a kept weight is NaN.
     """
     require(0 <= fraction <= 1, "fraction", fraction, "it is the share of kept weights to exchange, in [0, 1]")
     kept = mask.flatten()
+    if bool(weight.detach().flatten()[kept].isnan().any()):
+        raise AutoSparseError("a kept weight is NaN: the training diverged; a lower learning rate may help")
     count = min(int(fraction * int(kept.sum()) + 1e-9), int((~kept).sum()))
     if count == 0:
         return mask.clone()

@@ -98,7 +98,8 @@ class Sparsifier:
     It follows `optimizer.step()` by hooks, which `copy.deepcopy(optimizer)` silently drops. It works with gradient
     accumulation, gradient scalers (a step that is skipped for infinite gradients is not counted), `torch.compile`, and DDP
     (every rank makes the same choice, because gradients and seed are the same). Momentum and other state of the optimizer are set to zero for each weight that leaves or returns.
-    With RigL an update takes the place of an optimizer step: the gradients are set to `None`, so that nothing moves.
+    With RigL an update takes the place of an optimizer step: the gradients are set to `None`, so that nothing moves. With a
+    closure, as in `optimizer.step(closure)`, the update sees the gradients that the closure computes.
     """
 
     def __init__(
@@ -130,14 +131,23 @@ class Sparsifier:
         steered = {id(p) for group in optimizer.param_groups for p in group["params"]}
         for name, weight in self._weights.items():
             require(id(weight) in steered, "weight", name, "the optimizer does not train it: leave it out by exclude")
-        start = method.start(layers, density, scope, floor, seed) if masks is None else masks
-        if set(start) != set(layers):
-            raise AutoSparseError("the masks to start with are another model's: give masks of its prunable weights")
+        for hook in optimizer._optimizer_step_pre_hooks.values():
+            other = getattr(hook, "__self__", None)
+            if isinstance(other, Sparsifier) and self._weights.keys() & other._weights.keys():
+                raise AutoSparseError("this optimizer is sparsified already: call remove() of that handle first")
+        start: Mapping[str, Tensor] = method.start(layers, density, scope, floor, seed)
+        if masks is not None:
+            _check_masks(masks, start, method)
+            start = masks
         self._masks = {n: start[n].to(w.device, copy=True) for n, w in self._weights.items()}
-        self._removed_in = {n: torch.zeros_like(w, dtype=torch.int16) for n, w in self._weights.items()}
+        self._removed_in = {n: torch.zeros_like(w, dtype=torch.int32) for n, w in self._weights.items()}
         self.path: list[float] = []
         self._skipped = False
+        # A model that was loaded from a checkpoint before this call keeps other weights than `start`; until the first step
+        # `load_state_dict` can still bring them back.
+        self._given = {n: w.detach().clone() for n, w in self._weights.items() if not bool(start[n].all())}
         self._hold()
+        self._versions = {n: self._weights[n]._version for n in self._given}
         self._hooks = [optimizer.register_step_pre_hook(self._before), optimizer.register_step_post_hook(self._after)]
 
     @property
@@ -149,7 +159,7 @@ class Sparsifier:
 
     @property
     def removed_in(self) -> dict[str, Tensor]:
-        """For each weight the number of the update, from 1, in which it was last removed; 0 while it is kept. int16, CPU.
+        """For each weight the number of the update, from 1, in which it was last removed; 0 while it is kept. int32, CPU.
 
         `path[i]` is the density after update i + 1.
         """
@@ -171,18 +181,24 @@ class Sparsifier:
         return {
             "step": self.step,
             "steps": self.steps,
+            "density": self._density,
             "path": list(self.path),
             **{key: {n: t.cpu().clone() for n, t in values.items()} for key, values in tensors.items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` gave; load the model and the optimizer too.
+        """Go on from what `state_dict` gave; load the model and the optimizer too, before or after this, in any order.
 
         Raises:
-            AutoSparseError: the state is another model's, or of a training of another length.
+            AutoSparseError: the state is another model's, or of a training of another length or sparsity.
         """
-        steps = state.get("steps", 0)
+        absent = [key for key in ("step", "steps", "density", "path") if key not in state]
+        if absent:
+            raise AutoSparseError(f"the state of sparsify has no {absent[0]}: give what state_dict() returned")
+        steps, density = state["steps"], state["density"]
         require(steps == self.steps, "steps", self.steps, f"the saved state is of a training of {steps}; give the same")
+        same = math.isclose(density, self._density, rel_tol=1e-9)
+        require(same, "sparsity", 1 - self._density, f"the saved state is for {1 - density:.6g}; give the same")
         for key, values in (("masks", self._masks), ("removed_in", self._removed_in)):
             given = state.get(key, {})
             shapes = {n: tuple(t.shape) for n, t in given.items()}
@@ -191,6 +207,12 @@ class Sparsifier:
             for name, tensor in values.items():
                 tensor.copy_(given[name])
         self.step, self.path = int(state["step"]), [float(d) for d in state["path"]]
+        with torch.no_grad():
+            for name, given_weight in self._given.items():
+                weight = self._weights[name]
+                if weight._version == self._versions[name]:  # else the model was loaded after `sparsify`
+                    weight.copy_(given_weight)
+        self._given = {}
         self._hold()
 
     def remove(self) -> None:
@@ -203,13 +225,32 @@ class Sparsifier:
         self._zero = Zeroing(self._masks.values())
         self._zero(self._weights.values())
 
-    def _before(self, *_: Any) -> None:
+    def _before(
+        self, optimizer: torch.optim.Optimizer, given: tuple[Any, ...], named: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        self._given = {}
         self._skipped = self.method.skips_step and self.method.due(self.step + 1, self.steps)
-        if self._skipped:
-            self._update()
-            for group in self.optimizer.param_groups:
-                for parameter in group["params"]:
-                    parameter.grad = None
+        if not self._skipped:
+            return None
+        closure = named.get("closure", given[1] if len(given) > 1 else None)
+        if closure is None:
+            self._update_instead()
+            return None
+
+        def and_update() -> Any:
+            with torch.enable_grad():
+                loss = closure()
+            self._update_instead()
+            return loss
+
+        return (given[0], and_update), {k: v for k, v in named.items() if k != "closure"}
+
+    def _update_instead(self) -> None:
+        """The update in place of the optimizer's step: no gradient is left that could move a weight."""
+        self._update()
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
 
     def _after(self, *_: Any) -> None:
         self.step += 1
@@ -248,6 +289,21 @@ class Sparsifier:
         total = sum(m.numel() for m in masks.values())
         self.path.append(sum(int(m.sum()) for m in masks.values()) / total)
         self._hold()
+
+
+def _check_masks(masks: Mapping[str, Tensor], own: Mapping[str, Tensor], method: SparseTraining) -> None:
+    """Masks to start with have the shapes of the method's own, and keep as many weights in all."""
+    if set(masks) != set(own) or any(masks[n].shape != own[n].shape for n in own):
+        raise AutoSparseError("the masks to start with are another model's: give masks of its prunable weights")
+    other = [n for n in own if masks[n].dtype != torch.bool]
+    if other:
+        raise AutoSparseError(f"the mask of {other[0]} is {masks[other[0]].dtype}: give boolean tensors")
+    kept, needed = (sum(int(m.sum()) for m in one.values()) for one in (masks, own))
+    if kept != needed:
+        raise AutoSparseError(
+            f"the masks to start with keep {kept} weights, and {type(method).__name__} starts with {needed}: give masks "
+            "that keep as many, or leave masks out"
+        )
 
 
 def sparsify(

@@ -150,6 +150,11 @@ def test_a_planted_rule_is_found() -> None:
     assert rule.densities(100.0)["layer_first"] == pytest.approx(step)
     length = math.sqrt(rule.gain / rule.curvature)
     assert length > 0.5 and rule.densities(0.5)["layer_first"] == pytest.approx(step * 0.5 / length), "a trust region"
+    along = fit_rule(planted(), ("igq",), ("layer_first", "layer_area"))
+    assert set(along.densities(0.8)) == {"densities:igq", "layer_first", "layer_area"}, (
+        "the base stays, drawn along or not"
+    )
+    assert along.densities(0.8)["densities:igq"] == 1.0
     assert rule.gain == pytest.approx(1.0, abs=0.7), "(2 f)² / 4c with c = 1 and mean f² = 1"
     noise = planted()
     for index, result in enumerate(noise):

@@ -296,7 +296,7 @@ class Rule:
         share = min(1.0, sigma / max(length, 1e-12))
         steps = {n: share * a / (2 * self.curvature * self.scales[n]) for n, a in self.coefficients.items()}
         base = {OF_CRITERION + name: 1 / len(self.base) for name in self.base}
-        return {name: base.get(name, 0.0) + steps.get(name, 0.0) for name in {**base, **steps}}
+        return {name: base.get(name, 0.0) + steps.get(name, 0.0) for name in {**steps, **base}}
 
 
 def fit_rule(

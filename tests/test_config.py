@@ -427,3 +427,10 @@ def test_an_executor_is_how_and_not_what(tmp_path: Path) -> None:
         claim_directory(load_config(schema, None, [f"output={output}", "executor=ray"]))
     with pytest.raises(AutoSparseError, match=r"executor.kind is 'locl': did you mean 'local'"):
         load_config(GenerateConfig, None, ["executor=locl"])
+
+
+def test_an_unknown_setting_of_a_method_is_named_with_its_value(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("criteria: [{criterion: gmp, evry: 2}]")
+    with pytest.raises(AutoSparseError, match=r"evry of gmp is 2: did you mean 'every'"):
+        load_config(BenchmarkConfig, path)

@@ -204,7 +204,7 @@ def _collect_options(candidate: Any) -> None:
     beside = {key for key in candidate if key in own or key not in _CANDIDATE}
     options = candidate.get("options")
     options = {**(options if isinstance(options, dict) else {}), **{key: candidate.pop(key) for key in beside}}
-    settings_for(base, method, dict.fromkeys(options.keys() - own))  # raises where one is unknown
+    settings_for(base, method, {key: options[key] for key in options.keys() - own})  # raises where one is unknown
     _check_numbers(method.settings, options, base)
     try:
         candidate["options"] = TypeAdapter(method.settings).validate_python(options)

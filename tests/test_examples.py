@@ -75,6 +75,34 @@ def test_lightning_callback_that_sparsifies(example: ModuleType, tmp_path: Path)
     assert all(not bool((resumed.masks[name] & ~mask).any()) for name, mask in half.masks.items())
 
 
+@pytest.mark.parametrize("method", ["set", "rigl"])
+@pytest.mark.parametrize("example", ["lightning_callback"], indirect=True)
+def test_lightning_resumes_what_has_grown(example: ModuleType, tmp_path: Path, method: str) -> None:
+    """Lightning loads the module before the callback makes its handle."""
+
+    class Stopped(example.Sparsify):
+        state_key = "Sparsify"
+
+        def on_train_epoch_end(self, trainer, module) -> None:
+            trainer.should_stop = True
+
+    class Resumed(example.Sparsify):
+        state_key = "Sparsify"
+
+        def on_train_start(self, trainer, module) -> None:
+            super().on_train_start(trainer, module)
+            self.begun_with = self.masks
+            self.begun = {name: weight.detach().clone() for name, weight in module.state_dict().items()}
+
+    first = Stopped(sparsity=0.9, method=method, every=3)
+    trained, _ = example.main(2, str(tmp_path), callback=first)
+    assert len(first.handle.path) > 1, "some updates have grown weights"
+    (checkpoint,) = tmp_path.rglob("*.ckpt")
+    _, again = example.main(2, str(tmp_path), str(checkpoint), Resumed(sparsity=0.9, method=method, every=3))
+    assert again.begun_with == first.masks
+    assert all(torch.equal(weight, again.begun[name]) for name, weight in trained.state_dict().items())
+
+
 @pytest.mark.parametrize("example", ["hugging_face_trainer"], indirect=True)
 def test_hugging_face_trainer_that_sparsifies(example: ModuleType, tmp_path: Path) -> None:
     class Stopped(example.Sparsify):

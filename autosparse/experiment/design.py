@@ -49,6 +49,7 @@ COLUMNS = (
 BASE, DENSE = "base", "dense"
 BATCH = 128  # images of the one batch that criteria are measured on
 CRITERIA = ("erk", "igq", "synflow", "snip")
+MEASURED = ("synflow", "snip")  # the others follow from the shapes of the layers alone
 FEATURES = (
     *(name for name in STRUCTURE if name != "layer_erk"),
     *FROM_GRAPH,
@@ -85,10 +86,9 @@ class DesignSettings:
         require(
             len(self.base) > 0 and not unknown, "design.base", list(self.base), f"give some of: {', '.join(CRITERIA)}"
         )
-        strange = [name for name in self.rivals if name not in (*DENSITIES, "synflow", "snip")]
-        once = len(set(self.rivals)) == len(self.rivals)
-        rivals = f"give each once, of: {', '.join((*DENSITIES, 'synflow', 'snip'))}"
-        require(once and not strange, "design.rivals", list(self.rivals), rivals)
+        every = (*DENSITIES, *MEASURED)
+        once = len(set(self.rivals)) == len(self.rivals) and set(self.rivals) <= set(every)
+        require(once, "design.rivals", list(self.rivals), f"give each once, of: {', '.join(every)}")
         require(len(self.sparsities) > 0, "design.sparsities", list(self.sparsities), "give at least one")
         for sparsity in self.sparsities:
             check_sparsity(sparsity)
@@ -210,7 +210,7 @@ def known_densities(model: torch.nn.Module, data: ImageData, sparsity: float, se
     batches = data.sample(BATCH, 1, seed)
     graph = trace(model, batches[0][0][:2])
     found: dict[str, dict[str, float]] = {}
-    for name in ("synflow", "snip"):
+    for name in MEASURED:
         masks = prune(model, sparsity, name, batches=batches, seed=seed)
         found[name] = {layer.name: layer.density for layer in masks.layers()}
     layers: Mapping[str, Layer] = masks.layer_info

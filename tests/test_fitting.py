@@ -134,15 +134,6 @@ def test_parts_never_share_runs_or_models(tmp_path: Path, split: str, validation
     assert len(keys(judge, split)) == (2 if split == "run" else 1)
 
 
-def test_searches_of_one_network_and_seed_are_one_run(records: list[Path]) -> None:
-    sources = [open_source(p, ("weight",)) for p in records]
-    gradual = [replace(s, config={**s.config, "irp": {"rewind": "end"}, "gradual": {"density": 0.01}}) for s in sources]
-    for seed in range(5):
-        parts = split_records([*sources, *gradual], replace(QUICK, seed=seed))
-        for part in (parts.fit, parts.validation, parts.test):
-            assert {i % 3 for i in part if i < 3} == {i % 3 for i in part if i >= 3}, "they share their initial weights"
-
-
 def test_a_split_needs_two_and_a_choice_of_the_epoch_three(records: list[Path], tmp_path: Path) -> None:
     sources = [open_source(p, ("weight",)) for p in records]
     with pytest.raises(AutoSparseError, match="'model' but the records hold only one model: generate more"):

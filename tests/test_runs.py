@@ -26,7 +26,8 @@ from autosparse.pruning.warmup import WarmupSettings, warmup
 from autosparse.scorers.corpus import write_index
 from autosparse.scorers.fitting import fit
 from autosparse.scorers.records import Record, find_records, is_complete, read_record
-from autosparse.scorers.rows import FitSettings
+from autosparse.scorers.rows import FitSettings, open_source
+from autosparse.scorers.splits import split_records
 from autosparse.search.irp import IRPSettings
 from autosparse.training.data import DataSettings, ImageData, load_data
 from autosparse.training.models import ModelSettings, create_model
@@ -573,3 +574,20 @@ def test_a_finished_campaign_is_still_that_of_its_images(
     monkeypatch.setattr("data_gen.campaign.shared_data", lambda *_: replace(data, augment="crop"))
     with pytest.raises(AutoSparseError, match="was made from other images or initial weights"):
         generate([RUN], tmp_path, device="cpu")
+
+
+def test_searches_from_the_same_start_are_one_run_for_fit(tmp_path: Path) -> None:
+    searches = [
+        RUN,
+        replace(RUN, irp=replace(RUN.irp, rewind="end")),
+        replace(RUN, gradual=GradualSettings(density=0.2)),
+    ]
+    paths = []
+    for seed in (0, 1):
+        for i, run in enumerate(searches):
+            paths.append(tmp_path / f"{seed}-{i}.h5")
+            generate_record(replace(run, seed=seed), paths[-1])
+    sources = [open_source(path, ("weight",)) for path in paths]
+    for seed in range(4):
+        parts = split_records(sources, FitSettings(split="run", validation="none", seed=seed))
+        assert {parts.fit, parts.test} == {(0, 1, 2), (3, 4, 5)}

@@ -80,13 +80,13 @@ def with_validation(sources: Sequence[Source], test: Sequence[int], chosen: FitS
 
 
 def units_of(sources: Sequence[Source], which: Sequence[int], unit: str, seed: int) -> list[list[int]]:
-    """The records of each run or architecture among `which`, in random order. Records of one network, data set and seed are
-    one run, however they were searched: they share their initial weights."""
+    """The records of each run or architecture among `which`, in random order. Records that begin with
+    the same images and initial weights are one run, however they were searched."""
     members: dict[str, list[int]] = {}
     for i in which:
         config = sources[i].config
-        one = {key: config[key] for key in ("model", "data", "seed") if key in config} or config
-        key = sources[i].model if unit == "model" else json.dumps(one, sort_keys=True)
+        start = config.get("inputs") or json.dumps(config, sort_keys=True)  # a hash of images and initial weights
+        key = sources[i].model if unit == "model" else start
         members.setdefault(key, []).append(i)
     distinct = sorted(members)
     return [members[distinct[j]] for j in make_numpy_generator(seed, "folds").permutation(len(distinct))]

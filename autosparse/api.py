@@ -9,13 +9,16 @@ from typing import Any
 
 from torch import nn
 
+from autosparse.errors import require
 from autosparse.masks.densities import Scope
 from autosparse.masks.granularity import Granularity
 from autosparse.masks.mask import Masks
 from autosparse.network.running import Batch, Loss
 from autosparse.network.signals import Signals
 from autosparse.pruning.criteria import Criterion, Preset
+from autosparse.pruning.prune import describe
 from autosparse.pruning.prune import prune as _prune
+from autosparse.report.checks import split
 from autosparse.scorers.loading import criterion_for, is_scorer
 
 
@@ -48,7 +51,8 @@ def prune(
         model: any module; its prunable weights are those of convolutions, linear layers and attention projections.
         sparsity: fraction of the prunable weights to remove, in [0, 1). `None` where an N:M pattern or `scope` set it.
         criterion: name of a preset (`autosparse list criteria`), the name, file or `models:/` URI of a scorer, your own
-            `package.module:name`, or a `Criterion` or `Preset` itself. By default `"igq"`, which needs neither data nor an
+            `package.module:name`, or a `Criterion` or `Preset` itself. `"densities:NAME"` keeps the layer densities of one of
+            these and puts the positions at random (the layer-wise shuffle). By default `"igq"`, which needs neither data nor an
             input and was the best mask without training in our comparisons; with another granularity `"magnitude"`.
         batches: iterable of `(inputs, targets)`. The first `n_batches` are taken once and used in every step.
         n_batches: number of batches; by default what the criterion needs, fewer if there are fewer.
@@ -85,6 +89,16 @@ def prune(
     """
     common: dict[str, Any] = {"example_input": example_input, "loss": loss, "seed": seed, "floor": floor}
     common |= {"include": include, "exclude": exclude}
+    variant, name = split(criterion) if isinstance(criterion, str) else (None, "")
+    if variant is not None:
+        require(variant == "densities", "criterion", criterion, "only benchmark and check have it")
+        single = granularity in (None, "unstructured")
+        require(single, "granularity of densities:", granularity, "it chooses single weights; leave it out")
+        first, batches = itertools.tee(batches) if isinstance(batches, Iterator) else (batches, batches)
+        common |= {"scope": scope, "steps": steps, "schedule": schedule, "signals": signals, "n_batches": n_batches}
+        masks = prune(model, sparsity, name, batches=first, **common).shuffle(seed)
+        example = example_input if batches is None or example_input is not None else next(iter(batches))[0]
+        return describe(model, masks, example)
     if isinstance(scope, str) and scope.startswith("densities:") and is_scorer(scope.removeprefix("densities:")):
         first, batches = itertools.tee(batches) if isinstance(batches, Iterator) else (batches, batches)
         other = _prune(model, sparsity, criterion_for(scope.removeprefix("densities:")), batches=first, **common)

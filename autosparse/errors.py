@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
@@ -35,9 +36,26 @@ def settings(cls: type[T]) -> type[T]:
 
     Its `__post_init__` checks the values, so that library and config get the same messages; `config.py` reads the types
     through pydantic, which `__pydantic_config__` tells to refuse unknown keys. No pydantic is needed to use the class.
+    No number may be infinite or NaN.
     """
     cls.__pydantic_config__ = {"extra": "forbid"}  # type: ignore[attr-defined]
+    check = getattr(cls, "__post_init__", None)
+
+    def check_all(self: Any) -> None:
+        if check is not None:
+            check(self)
+        _check_finite(self)
+
+    cls.__post_init__ = check_all  # type: ignore[attr-defined]
     return dataclasses.dataclass(frozen=True)(cls)
+
+
+def _check_finite(values: Any) -> None:
+    for field in dataclasses.fields(values):
+        value = getattr(values, field.name)
+        for number in value if isinstance(value, (list, tuple)) else (value,):
+            finite = not isinstance(number, float) or math.isfinite(number)
+            require(finite, field.name, value, "give a finite number")
 
 
 def require(condition: bool, what: str, value: Any, way_out: str) -> None:

@@ -527,6 +527,25 @@ def test_densities_of_one_criterion_and_positions_of_another() -> None:
         autosparse.prune(model, 0.7, "snip", batches=batches, scope="densities:synflw")
 
 
+def test_the_shuffle_of_a_criterion() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    batches = [(torch.randn(16, 8), torch.arange(16) % 4)]
+    snip = autosparse.prune(model, 0.7, "snip", batches=batches, seed=3)
+    for given in (batches, iter(batches), itertools.cycle(batches)):
+        masks = autosparse.prune(model, 0.7, "densities:snip", batches=given, seed=3)
+        assert masks == snip.shuffle(3) != snip
+        assert masks.report.effective_sparsity is not None and masks.report.origin["criterion"] == "snip"
+    assert autosparse.prune(model, 0.7, "densities:erk").sparsity == pytest.approx(0.7, abs=0.01)
+    for criterion, more, message in (
+        ("reinit:snip", {}, "criterion is 'reinit:snip': only benchmark and check have it"),
+        ("densities:snp", {}, "did you mean 'snip'"),
+        ("densities:snip", {"granularity": "2:4"}, "granularity of densities: is '2:4'"),
+    ):
+        with pytest.raises(AutoSparseError, match=message):
+            autosparse.prune(model, 0.7, criterion, batches=batches, **more)
+
+
 @pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: type(error).__name__)
 def test_out_of_memory_is_one_clear_error_everywhere(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any, **__: Any) -> Any:

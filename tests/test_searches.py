@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from test_ddp import assert_same
 from torch import Tensor, nn
 
 from autosparse.errors import AutoSparseError, AutoSparseStateError
+from autosparse.experiment.benchmark import grid
 from autosparse.experiment.candidates import Candidate, expand, find_masks, identity
 from autosparse.masks.layers import prunable_layers
 from autosparse.masks.mask import Masks
@@ -22,8 +24,9 @@ from autosparse.search.concrete import first_logits
 from autosparse.search.gmp import GMPSettings
 from autosparse.search.irp import IRPSettings
 from autosparse.search.method import METHODS, SearchResult
-from autosparse.training.data import ImageData
+from autosparse.training.data import DataSettings, ImageData
 from autosparse.training.loop import full_state
+from autosparse.training.models import ModelSettings
 from autosparse.training.recipe import Recipe
 from autosparse.training.train import train
 
@@ -284,6 +287,35 @@ def test_halving_needs_something_to_choose_by(digits: ImageData, convnet: Make) 
         Candidate("halving", options={"starts": ("erk",)})
     with pytest.raises(AutoSparseError, match="criterion is 'erg'"):
         search(convnet(), digits, "halving", options={"starts": ("erk", "erg")})
+
+
+def test_halving_compares_masks_of_the_scope_and_floor_that_are_asked_for(digits: ImageData, convnet: Make) -> None:
+    def kept(**more: Any) -> list[float]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            result = search(convnet(), digits, "halving", options={"starts": ("magnitude", "snip")}, **more)
+        return [layer.density for layer in result.masks.layers()]
+
+    assert max(kept(scope="uniform")) == pytest.approx(0.1, abs=0.02)
+    assert min(kept()) < 0.05 <= min(kept(floor=0.05))
+
+
+def test_what_no_method_can_do_is_said_before_any_work() -> None:
+    cases: list[tuple[Candidate, DataSettings, str]] = [
+        (Candidate("rigl", scope="global"), DataSettings("digits"), "scope is 'global': random masks need"),
+        (
+            Candidate("granet", options={"start_density": 0.05}),
+            DataSettings("digits"),
+            "start_density is 0.05: it is less",
+        ),
+        (Candidate("halving"), DataSettings("digits", validation=0.0), "no validation images"),
+    ]
+    for candidate, data, message in cases:
+        with pytest.raises(AutoSparseError, match=message):
+            grid([ModelSettings("convnet")], data, RECIPE, [candidate], [0.9], [0])
+    for name in ("gmp", "irp", "concrete", "halving"):
+        with pytest.raises(AutoSparseError, match="epochs is inf: give a"):
+            Candidate(name, options={"epochs": math.inf})
 
 
 # -- concrete ticket search ---------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+import warnings
 from typing import Any
 
 import pytest
@@ -359,10 +360,12 @@ def test_accumulated_gradients_are_one_step(method: str) -> None:
     assert results[0] == results[1]
 
 
-def test_a_step_that_a_scaler_skips_does_not_count() -> None:
+@pytest.mark.parametrize("method", ["gmp", "rigl"])
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_that_a_scaler_skips_does_not_count(fused: bool, method: str) -> None:
     model = network()
-    optimizer = optimizer_of(model)
-    handle = handle_of(model, optimizer, "gmp")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, fused=fused)
+    handle = handle_of(model, optimizer, method, every=3)
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
     for step in range(4):
         images, labels = batch(step)
@@ -372,7 +375,7 @@ def test_a_step_that_a_scaler_skips_does_not_count() -> None:
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
-    assert handle.step == 3
+    assert handle.step == 3 and len(handle.path) == (method == "rigl"), "RigL grew once"
     assert all(bool(torch.isfinite(p).all()) for p in model.parameters())
 
 
@@ -415,6 +418,45 @@ def test_what_left_when() -> None:
     assert handle.path == sorted(handle.path, reverse=True)
 
 
+def test_a_training_that_is_too_short_to_be_gradual_is_named() -> None:
+    for method in ("gmp", "granet"):
+        model = network()
+        with pytest.warns(UserWarning, match="every is 50: one update fits into a training of 30 steps"):
+            autosparse.sparsify(model, optimizer_of(model), method, sparsity=0.9, steps=30, every=50)
+
+
+def test_an_end_before_the_last_update_is_named() -> None:
+    model = network()
+    optimizer = optimizer_of(model)
+    handle = handle_of(model, optimizer, "gmp", every=5)
+    for step in range(10):
+        step_of(model, optimizer, step)
+    with pytest.warns(UserWarning, match=r"after 10 of 30 steps, and 3 updates .* is 0\.\d+, 0.9 was asked for"):
+        handle.remove()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        handle.remove()
+
+
+def test_masks_that_change_and_masks_that_do_not() -> None:
+    model = network()
+    optimizer = optimizer_of(model)
+    masks = autosparse.prune(model, 0.5, "random", example_input=batch(0)[0])
+    fixed = masks.enforce(model, optimizer)
+    masks.enforce(model, optimizer)  # the same again, or fewer: what is pruned stays so
+    with pytest.raises(AutoSparseError, match="under enforced masks already: call remove"):
+        autosparse.sparsify(model, optimizer, "set", sparsity=0.5, steps=40, every=3)
+    fixed.remove()
+    optimizer = optimizer_of(model)
+    handle = autosparse.sparsify(model, optimizer, "gmp", sparsity=0.5, steps=40, every=3)
+    before = {n: w.clone() for n, w in model.state_dict().items()}
+    with pytest.raises(AutoSparseError, match="sparsified already: call remove"):
+        masks.enforce(model, optimizer)
+    assert all(torch.equal(w, before[n]) for n, w in model.state_dict().items())
+    handle.remove()
+    masks.enforce(model, optimizer)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -427,10 +469,15 @@ def test_what_left_when() -> None:
         ({"beginn": 0.1}, "beginn of gmp is 0.1: did you mean 'begin'?"),
         ({"sparsity": 1.2}, "sparsity is 1.2"),
         ({"steps": 0}, "steps is 0"),
+        ({"steps": "40"}, "steps is '40': give the number of optimizer steps .* a whole number"),
+        ({"steps": 10.5}, "steps is 10.5"),
         ({"densities": "erg"}, "densities is 'erg'"),
         ({"method": "set", "every": 2, "densities": "global"}, "scope is 'global': random masks need layer densities"),
         ({"masks": {"a": torch.ones(2, 2).bool()}}, "masks to start with are another model's"),
-        ({"method": "granet", "every": 2, "start_density": 0.01}, "start_density is 0.01: it is under 0.1"),
+        (
+            {"method": "granet", "every": 2, "start_density": 0.01},
+            "start_density is 0.01: it is less than the density at the end, 0.1",
+        ),
         ({"begin": 0.8}, "begin is 0.8"),
     ],
 )

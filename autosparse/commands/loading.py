@@ -225,6 +225,7 @@ def _explain(schema: type, error: ValidationError) -> str:
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error":
         return f"{where}: {message}" if where and not message.startswith(where) else message
+    message = message.replace("valid tuple", "valid list")  # as YAML calls it
     return f"{where} is {first.get('input')!r}: {message[0].lower()}{message[1:]}"
 
 

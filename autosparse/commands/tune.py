@@ -106,6 +106,8 @@ def run_designed(config: TuneConfig, chosen: DesignSettings) -> Path:
         f"  curvature        {rule.curvature:+.2f}; on networks left out: rank correlation {rule.correlation:.2f}, "
         f"slope {rule.slope:.2f}; predicted gain over the base: {rule.gain:.2f} points"
     )
+    if not rule.correlation > 0:
+        say("  this rule does not predict networks that were left out: do not expect it to be better than its base")
     if failed:
         raise AutoSparseFailure(f"{len(failed)} of {len(cells)} trainings failed; start again to try them again")
     say(f"results: {directory / 'design.csv'}")

@@ -142,6 +142,9 @@ def grid(
     names = [c.name for c in candidates]
     for name in names:
         require(names.count(name) == 1 and name != "dense", "criterion name", name, "give each its own label")
+    for candidate in candidates:
+        for sparsity in sparsities:
+            candidate.check(data.validation, sparsity)
     cells = []
     for seed in seeds:
         for model in models:

@@ -210,7 +210,16 @@ class Candidate:
     @property
     def starts(self) -> list[Candidate]:
         """Other candidates whose masks its method needs."""
-        return [] if self.method is None else [Candidate(name) for name in self.method.starts(self.options)]
+        names = [] if self.method is None else self.method.starts(self.options)
+        return [Candidate(name, floor=self.floor) for name in names]
+
+    def check(self, validation: float, sparsity: float) -> None:
+        """Raise `AutoSparseError` where its method cannot find masks of `sparsity` with this share of validation images."""
+        if self.method is not None:
+            self.method.check(self.options, validation, 1 - sparsity, self.scope)
+        for other in (self.layer_densities, *self.starts):
+            if other is not None:
+                other.check(validation, sparsity)
 
 
 def expand(candidates: Sequence[Candidate], checks: Sequence[str]) -> list[Candidate]:
@@ -372,7 +381,7 @@ def _start(work: _Work, start: Candidate) -> SearchResult:
     """The masks of a candidate that another one begins with."""
     state = work.state and work.state / fingerprint(start.name)[:8]
     how: dict[str, Any] = {"recipe": work.recipe, "state": state, **work.common()}
-    return find_masks(work.model, work.data, start, work.sparsity, **how)
+    return find_masks(work.model, work.data, start, work.sparsity, scope=work.scope, **how)
 
 
 def _scored(work: _Work, candidate: Candidate, inverted: bool = False) -> SearchResult:

@@ -33,6 +33,7 @@ from autosparse.network.graph import trace
 from autosparse.network.signals import measure
 from autosparse.pruning.criteria import POSITIONS
 from autosparse.pruning.prune import prune
+from autosparse.report.text import plural
 from autosparse.scorers.features import contexts
 from autosparse.scorers.outcome import Task, inputs_of
 from autosparse.scorers.rule import FROM_GRAPH, LEAST, OF_CRITERION, STRUCTURE, structure
@@ -326,7 +327,11 @@ def fit_rule(
     table = _regressors(results, names)
     networks = sorted(set(table.owners))
     if len(networks) < 2:
-        raise AutoSparseError(f"design: draws of {len(networks)} networks are done; two are needed to fit a rule")
+        trained = {r["model"] for r in results if not r.get("error") and r["source"] not in (DENSE, BASE)}
+        same = len(trained) - len(networks)
+        more = f" ({same} more: their base is not done, or they end at one accuracy whatever is kept)" if same else ""
+        found = plural(len(networks), "network")
+        raise AutoSparseError(f"design: {found} with draws to compare{more}; two are needed to fit a rule")
     scale = table.columns.std(0) + 1e-12
     x, y = table.columns / scale, np.array(table.differences)
     group = np.array([networks.index(owner) for owner in table.owners])

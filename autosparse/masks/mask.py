@@ -97,6 +97,36 @@ class Zeroing:
             values.bitwise_and_(words)
 
 
+class Holder:
+    """What holds pruned weights at zero after each step of an optimizer, by a hook that is a method of it.
+
+    `weights`: of its masks. `changing`: whether these masks change in training.
+    """
+
+    def __init__(self, weights: Iterable[Tensor], changing: bool, optimizer: torch.optim.Optimizer) -> None:
+        """Raises `AutoSparseError` where two would not agree: another holds one of the weights, and masks change."""
+        self.weights, self.changing = list(weights), changing
+        own = {id(weight) for weight in self.weights}
+        for hook in optimizer._optimizer_step_post_hooks.values():
+            other = getattr(hook, "__self__", None)
+            if not isinstance(other, Holder) or not any(id(weight) in own for weight in other.weights):
+                continue
+            if changing or other.changing:
+                what = "sparsified" if other.changing else "under enforced masks"
+                raise AutoSparseError(f"this optimizer is {what} already: call remove() of that handle first")
+
+
+class _Enforced(Holder):
+    """Fixed masks."""
+
+    def __init__(self, weights: Mapping[str, Tensor], masks: Mapping[str, Tensor], at: torch.optim.Optimizer) -> None:
+        super().__init__(weights.values(), False, at)
+        self._zero = Zeroing(masks[name] for name in weights)
+
+    def after_step(self, *_: Any) -> None:
+        self._zero(self.weights)
+
+
 class Masks(Mapping[str, Tensor]):
     """One boolean tensor per prunable weight, with the weight's own shape and name; `True` = keep.
 
@@ -245,12 +275,12 @@ class Masks(Mapping[str, Tensor]):
         wrapped by `torch.compile`, DDP or Fabric.
 
         Raises:
-            AutoSparseError: the mask was made for another model.
+            AutoSparseError: the mask was made for another model, or `sparsify` holds these weights already.
         """
-        self.apply_(model)
         weights = {n: w for n, w in self._weights(model).items() if not isinstance(w, Place)}
-        zero = Zeroing(self._tensors[n] for n in weights)
-        return optimizer.register_step_post_hook(lambda *_: zero(weights.values()))
+        enforced = _Enforced(weights, self._tensors, optimizer)
+        self.apply_(model)
+        return optimizer.register_step_post_hook(enforced.after_step)
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file with the boolean tensors, signs, layers and report. The write is atomic."""

@@ -174,8 +174,8 @@ def of_criterion(cells: DataFrame, model: str, criterion: str) -> DataFrame:
 
 
 def cost_text(cells: DataFrame) -> str:
-    """The mask cost of a criterion over its sparsities, in trainings; none of its own where the training continues."""
-    return "–" if cells.continues.all() else range_text(list(cells.mask_cost))
+    """The mask cost of a criterion over its sparsities, in trainings; none of its own where it is part of the training."""
+    return "–" if cells.continues.all() and not cells.mask_cost.any() else range_text(list(cells.mask_cost))
 
 
 def summary(results: DataFrame) -> list[Table]:

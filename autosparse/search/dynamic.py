@@ -16,7 +16,7 @@ from autosparse.masks.random import make_generator
 from autosparse.masks.updates import exchange, exchange_fraction
 from autosparse.search.gmp import prune_gradually
 from autosparse.search.method import Method
-from autosparse.search.sparsify import SparseTraining, Update, at_share, random_masks, search
+from autosparse.search.sparsify import SparseTraining, Update, at_share, check_task, random_masks, search
 
 
 @settings
@@ -37,6 +37,9 @@ class SETSettings(SparseTraining):
         super().__post_init__()
         require(0 < self.fraction <= 1, "fraction", self.fraction, "it is the share of weights to drop, in (0, 1]")
         require(0 < self.end <= 1, "end", self.end, "it is a share of the training, in (0, 1]")
+
+    def check(self, density: float, scope: Scope | None) -> None:
+        require(scope != "global", "scope", scope, "random masks need layer densities, such as erk")
 
     def start(self, layers: Mapping[str, Layer], density: float, scope: Scope | None, floor: float, seed: int) -> Masks:
         return random_masks(layers, density, scope, floor, seed)
@@ -79,6 +82,7 @@ class GraNetSettings(SparseTraining):
     begin: float = 0.0
     end: float = 0.5
     grows_by_gradient: ClassVar[bool] = True
+    gradual: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -86,8 +90,11 @@ class GraNetSettings(SparseTraining):
         require(0 < self.start_density <= 1, "start_density", self.start_density, "it must lie in (0, 1]")
         require(0 <= self.begin < self.end <= 1, "begin", self.begin, f"it is a share in [0, 1), under end {self.end}")
 
+    def check(self, density: float, scope: Scope | None) -> None:
+        least = f"it is less than the density at the end, {density:g}; give more"
+        require(self.start_density >= density, "start_density", self.start_density, least)
+
     def start(self, layers: Mapping[str, Layer], density: float, scope: Scope | None, floor: float, seed: int) -> Masks:
-        require(self.start_density >= density, "start_density", self.start_density, f"it is under {density:g}")
         if self.start_density == 1:
             return super().start(layers, density, scope, floor, seed)
         return random_masks(layers, self.start_density, None, floor, seed)
@@ -119,6 +126,6 @@ def exchange_all(now: Update, fraction: float, masks: Mapping[str, Tensor], *, b
     return changed
 
 
-SET = Method(SETSettings, search, continues=True)
-RIGL = Method(RigLSettings, search, continues=True)
-GRANET = Method(GraNetSettings, search, continues=True)
+SET = Method(SETSettings, search, continues=True, check=check_task)
+RIGL = Method(RigLSettings, search, continues=True, check=check_task)
+GRANET = Method(GraNetSettings, search, continues=True, check=check_task)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -11,7 +12,7 @@ from autosparse.masks.densities import Scope, layer_densities
 from autosparse.masks.selection import select
 from autosparse.masks.updates import gradual_density
 from autosparse.search.method import Method
-from autosparse.search.sparsify import SparseTraining, Update, at_share, search
+from autosparse.search.sparsify import SparseTraining, Update, at_share, check_task, search
 
 
 @settings
@@ -29,6 +30,7 @@ class GMPSettings(SparseTraining):
     every: int = 50
     begin: float = 0.05
     end: float = 0.7
+    gradual: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -98,5 +100,5 @@ class ACDCSettings(SparseTraining):
         return phases | {min(max(1, at_share(self.last, steps)), steps): True}
 
 
-METHOD = Method(GMPSettings, search, continues=True)
-ACDC = Method(ACDCSettings, search, continues=True)
+METHOD = Method(GMPSettings, search, continues=True, check=check_task)
+ACDC = Method(ACDCSettings, search, continues=True, check=check_task)

@@ -69,16 +69,14 @@ def halving(
 
     Args:
         starts: the masks to choose from, in order; an earlier one wins ties.
-        scope, floor: those of the masks, which are given already; unused.
+        scope, floor: unused here; the masks of `starts` were found with them.
         state: directory for what is done, to continue after a stop; the caller deletes it.
 
     Raises:
         AutoSparseError: the data have no validation images, or the state is another search's.
         AutoSparseFailure: a training diverged.
     """
-    require(
-        len(data.validation) > 0, "starts", settings.starts, "no validation images; set data.validation, such as 0.1"
-    )
+    _check(settings, len(data.validation), density, scope)
     per_epoch = steps_per_epoch(data, recipe.batch_size)
     recipe = replace(recipe, steps=max(1, round(settings.epochs * per_epoch)))
     names = list(starts)
@@ -132,4 +130,8 @@ def _read(file: Path | None) -> Mapping[str, Tensor]:
         return read_safetensors(file, STATE, "state of a search")[0]
 
 
-METHOD = Method(HalvingSettings, halving, starts=lambda chosen: chosen.starts)
+def _check(settings: HalvingSettings, validation: float, density: float, scope: Scope | None) -> None:
+    require(validation > 0, "starts", settings.starts, "no validation images; set data.validation, such as 0.1")
+
+
+METHOD = Method(HalvingSettings, halving, starts=lambda chosen: chosen.starts, check=_check)

@@ -38,13 +38,16 @@ class Method:
     The function has the signature of `kstarts`: `(model, layers, data, recipe, settings, density, *, seed, device, scope,
     floor, state, on_epoch) -> SearchResult`. `scope` is `None` unless the user gave one. `continues`: whether the final
     training can go on with the weights of its result. `starts`: from the settings, the names of other candidates (criteria,
-    scorers, variants) whose masks the function needs; it gets them as `starts={name: Masks}`, and their cost is added.
+    scorers, variants) whose masks the function needs; it gets them as `starts={name: Masks}`, found with the same scope and
+    floor, and their cost is added. `check(settings, validation, density, scope)` raises `AutoSparseError` before any work
+    where the settings do not fit the task; `validation` is the share or number of validation images.
     """
 
     settings: type
     search: Callable[..., SearchResult]
     continues: bool = False
     starts: Callable[[Any], Sequence[str]] = lambda settings: ()
+    check: Callable[[Any, float, float, Any], None] = lambda settings, validation, density, scope: None
 
 
 METHODS = {

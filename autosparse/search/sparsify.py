@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 from autosparse.errors import AutoSparseError, require, settings
 from autosparse.masks.densities import Scope, check_scope
 from autosparse.masks.layers import Layer, check_values, prunable_layers, unwrap
-from autosparse.masks.mask import MaskReport, Masks, Zeroing
+from autosparse.masks.mask import Holder, MaskReport, Masks, Zeroing
 from autosparse.masks.random import make_generator
 from autosparse.masks.schedule import check_density, check_sparsity
 from autosparse.masks.selection import select
@@ -66,6 +68,7 @@ class SparseTraining:
     init_gain: float | None = None
     grows_by_gradient: ClassVar[bool] = False
     skips_step: ClassVar[bool] = False
+    gradual: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         require(self.epochs is None or self.epochs > 0, "epochs", self.epochs, "give a positive number")
@@ -78,6 +81,9 @@ class SparseTraining:
         """What follows the method's name in tables."""
         length = "" if self.epochs is None else f"-{self.epochs:g}"
         return length if self.init_gain is None else f"{length}-gain{self.init_gain:g}"
+
+    def check(self, density: float, scope: Scope | None) -> None:
+        """Raise `AutoSparseError` where there is no way to masks of `density` in `scope`."""
 
     def start(self, layers: Mapping[str, Layer], density: float, scope: Scope | None, floor: float, seed: int) -> Masks:
         """The masks before the first step: every weight is kept, unless a method says otherwise."""
@@ -92,11 +98,12 @@ class SparseTraining:
         raise NotImplementedError
 
 
-class Sparsifier:
+class Sparsifier(Holder):
     """Changes the masks of a model as its optimizer steps, and holds pruned weights at zero. Made by `sparsify`.
 
     It follows `optimizer.step()` by hooks, which `copy.deepcopy(optimizer)` silently drops. It works with gradient
-    accumulation, gradient scalers (a step that is skipped for infinite gradients is not counted), `torch.compile`, and DDP
+    accumulation, gradient scalers (a step that is skipped for infinite gradients is not counted, so a training ends that many
+    steps before `steps`: `remove()` warns if an update is left), `torch.compile`, and DDP
     (every rank makes the same choice, because gradients and seed are the same). Momentum and other state of the optimizer are set to zero for each weight that leaves or returns.
     With RigL an update takes the place of an optimizer step: the gradients are set to `None`, so that nothing moves. With a
     closure, as in `optimizer.step(closure)`, the update sees the gradients that the closure computes.
@@ -117,12 +124,21 @@ class Sparsifier:
         seed: int = 0,
     ) -> None:
         check_density(density)
-        require(steps >= 1, "steps", steps, "give the number of optimizer steps of the whole training")
+        whole = isinstance(steps, Integral) and not isinstance(steps, bool) and steps >= 1
+        require(whole, "steps", steps, "give the number of optimizer steps of the whole training, a whole number")
         if scope is not None:
             check_scope(scope, layers, "densities")
-        if not any(method.due(step, steps) for step in range(1, steps + 1)):
+        method.check(density, scope)
+        updates = sum(method.due(step, steps) for step in range(1, steps + 1))
+        if updates == 0:
             raise AutoSparseError(
                 f"every is {method.every}: no update fits into a training of {steps} steps; give a smaller number"
+            )
+        if updates == 1 and method.gradual:
+            warnings.warn(
+                f"every is {method.every}: one update fits into a training of {steps} steps, which removes all weights at "
+                "once; give a smaller number",
+                stacklevel=3,
             )
         own = dict(unwrap(model).named_parameters())
         self.method, self.optimizer, self.steps, self.step = method, optimizer, steps, 0
@@ -131,10 +147,7 @@ class Sparsifier:
         steered = {id(p) for group in optimizer.param_groups for p in group["params"]}
         for name, weight in self._weights.items():
             require(id(weight) in steered, "weight", name, "the optimizer does not train it: leave it out by exclude")
-        for hook in optimizer._optimizer_step_pre_hooks.values():
-            other = getattr(hook, "__self__", None)
-            if isinstance(other, Sparsifier) and self._weights.keys() & other._weights.keys():
-                raise AutoSparseError("this optimizer is sparsified already: call remove() of that handle first")
+        super().__init__(self._weights.values(), True, optimizer)
         start: Mapping[str, Tensor] = method.start(layers, density, scope, floor, seed)
         if masks is not None:
             _check_masks(masks, start, method)
@@ -142,7 +155,7 @@ class Sparsifier:
         self._masks = {n: start[n].to(w.device, copy=True) for n, w in self._weights.items()}
         self._removed_in = {n: torch.zeros_like(w, dtype=torch.int32) for n, w in self._weights.items()}
         self.path: list[float] = []
-        self._skipped = False
+        self._skipped = self._ignored = False
         # A model that was loaded from a checkpoint before this call keeps other weights than `start`; until the first step
         # `load_state_dict` can still bring them back.
         self._given = {n: w.detach().clone() for n, w in self._weights.items() if not bool(start[n].all())}
@@ -216,7 +229,14 @@ class Sparsifier:
         self._hold()
 
     def remove(self) -> None:
-        """End: from now on the masks neither change nor hold."""
+        """End: from now on the masks neither change nor hold. Warns where updates are left that the sparsity needs."""
+        left = sum(self.method.due(step, self.steps) for step in range(self.step + 1, self.steps + 1))
+        if self._hooks and self.step and left and abs(self.masks.density - self._density) > 1e-3:
+            warnings.warn(
+                f"sparsify: the training ended after {self.step} of {self.steps} steps, and {left} updates of the masks are "
+                f"left: the sparsity is {self.masks.sparsity:.4g}, {1 - self._density:.4g} was asked for",
+                stacklevel=2,
+            )
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
@@ -228,6 +248,11 @@ class Sparsifier:
     def _before(
         self, optimizer: torch.optim.Optimizer, given: tuple[Any, ...], named: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        # A scaler leaves it to an optimizer with fused=True to do nothing where gradients are infinite.
+        infinite = getattr(optimizer, "found_inf", None)
+        self._ignored = infinite is not None and bool(infinite)
+        if self._ignored:
+            return None
         self._given = {}
         self._skipped = self.method.skips_step and self.method.due(self.step + 1, self.steps)
         if not self._skipped:
@@ -253,6 +278,8 @@ class Sparsifier:
                 parameter.grad = None
 
     def _after(self, *_: Any) -> None:
+        if self._ignored:
+            return
         self.step += 1
         if self._skipped:
             return
@@ -337,7 +364,8 @@ def sparsify(
         include, exclude: shell patterns on parameter names, as in `prune`.
         example_input: for weights that only a trace shows to be prunable, as in `prune`.
         seed: of random masks and random growth.
-        options: the settings of the method, such as `every=200`; see `autosparse list criteria`.
+        options: the settings of the method, such as `every=200`; see `GMPSettings`, `SETSettings`, `RigLSettings`,
+            `GraNetSettings` and `ACDCSettings`.
 
     Returns:
         A handle with `masks`, `mask_gradients()` (call it before clipping), `state_dict()`, `load_state_dict()` and
@@ -459,9 +487,13 @@ def search(
     return SearchResult(masks, length / per_epoch, trained.seconds, weights=weights, steps=done)
 
 
+def check_task(settings: SparseTraining, validation: float, density: float, scope: Scope | None) -> None:
+    """`Method.check` of a method that is one training."""
+    settings.check(density, scope)
+
+
 def random_masks(layers: Mapping[str, Layer], density: float, scope: Scope | None, floor: float, seed: int) -> Masks:
     """Masks with ERK's densities, or those of `scope`, and random positions: what SET and RigL start from."""
-    require(scope != "global", "scope", scope, "random masks need layer densities, such as erk")
     generator = make_generator(seed, "sparse start")
     noise = {n: torch.rand(layer.shape, generator=generator) for n, layer in layers.items()}
     return select(noise, density, layers=layers, scope=scope or "erk", floor=floor, seed=seed)

@@ -9,17 +9,17 @@ from typing import Any
 
 from torch import nn
 
-from autosparse.errors import require
+from autosparse.errors import AutoSparseError, require
 from autosparse.masks.densities import Scope
-from autosparse.masks.granularity import Granularity
+from autosparse.masks.granularity import Granularity, parse_granularity
 from autosparse.masks.mask import Masks
 from autosparse.network.running import Batch, Loss
 from autosparse.network.signals import Signals
 from autosparse.pruning.criteria import Criterion, Preset
-from autosparse.pruning.prune import describe
 from autosparse.pruning.prune import prune as _prune
 from autosparse.report.checks import split
 from autosparse.scorers.loading import criterion_for, is_scorer
+from autosparse.search.method import METHODS
 
 
 def prune(
@@ -92,13 +92,14 @@ def prune(
     variant, name = split(criterion) if isinstance(criterion, str) else (None, "")
     if variant is not None:
         require(variant == "densities", "criterion", criterion, "only benchmark and check have it")
-        single = granularity in (None, "unstructured")
-        require(single, "granularity of densities:", granularity, "it chooses single weights; leave it out")
-        first, batches = itertools.tee(batches) if isinstance(batches, Iterator) else (batches, batches)
-        common |= {"scope": scope, "steps": steps, "schedule": schedule, "signals": signals, "n_batches": n_batches}
-        masks = prune(model, sparsity, name, batches=first, **common).shuffle(seed)
-        example = example_input if batches is None or example_input is not None else next(iter(batches))[0]
-        return describe(model, masks, example)
+        pattern = parse_granularity(granularity) if isinstance(granularity, str) else granularity
+        require(pattern is None, "granularity", granularity, f"{criterion} chooses single weights; leave it out")
+        common["shuffled"], criterion = True, name
+    if isinstance(criterion, str) and criterion in METHODS:
+        raise AutoSparseError(
+            f"criterion is {criterion!r}: it trains to find its masks, so it needs a recipe; name it in the config of a command, "
+            "or call its function"
+        )
     if isinstance(scope, str) and scope.startswith("densities:") and is_scorer(scope.removeprefix("densities:")):
         first, batches = itertools.tee(batches) if isinstance(batches, Iterator) else (batches, batches)
         other = _prune(model, sparsity, criterion_for(scope.removeprefix("densities:")), batches=first, **common)

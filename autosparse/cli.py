@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import os
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -40,6 +41,9 @@ Profile = Annotated[
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line. Exit codes: 0 done, 1 failed, 2 wrong input, 130 stopped."""
     let_threads_sleep()
+    with suppress(OSError):  # the folder may be gone
+        if os.getcwd() not in sys.path:
+            sys.path.append(os.getcwd())  # the user's own modules, `mine:name`
     with suppress(Exception):  # standard error may be no file
         faulthandler.enable()  # a crash of a compiled library shows where it was
     with streams():

@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from numbers import Integral, Real
 from typing import Any, TypeVar, dataclass_transform
 
 T = TypeVar("T")
@@ -42,12 +43,33 @@ def settings(cls: type[T]) -> type[T]:
     check = getattr(cls, "__post_init__", None)
 
     def check_all(self: Any) -> None:
+        _check_types(self)
         if check is not None:
             check(self)
         _check_finite(self)
 
     cls.__post_init__ = check_all  # type: ignore[attr-defined]
     return dataclasses.dataclass(frozen=True)(cls)
+
+
+_KINDS: Mapping[str, tuple[type, str]] = {
+    "int": (Integral, "a whole number"),
+    "float": (Real, "a number"),
+    "str": (str, "a text"),
+    "bool": (bool, "True or False"),
+}
+
+
+def _check_types(values: Any) -> None:
+    """Of the fields that are a number, a text or a flag, or may be `None` too."""
+    for field in dataclasses.fields(values):
+        names = [name.strip() for name in str(field.type).split("|")]
+        value = getattr(values, field.name)
+        kinds = [_KINDS[name] for name in names if name in _KINDS]
+        if len(kinds) + names.count("None") < len(names) or (value is None and "None" in names):
+            continue
+        fits = isinstance(value, tuple(kind for kind, _ in kinds)) and (not isinstance(value, bool) or "bool" in names)
+        require(fits, field.name, value, "give " + " or ".join(text for _, text in kinds))
 
 
 def _check_finite(values: Any) -> None:

@@ -240,6 +240,12 @@ def test_what_the_work_is_about_has_to_be_given(
         (CheckConfig, "criteria=[densities:snip]", "criteria is 'densities:snip': give 'snip'"),
         (CheckConfig, "criteria=[{criterion: snip, granularity: 2:4}]", "granularity of densities: is '2:4'"),
         (CheckConfig, "sparsities=[7]", "sparsity is 7.0: it is the share"),
+        (CheckConfig, "seeds=3", "seeds is 3: input should be a valid list"),
+        (TuneConfig, "name=../x", "name is '../x': it becomes NAME.safetensors"),
+        (FitConfig, "name=''", "name is '': it becomes NAME.safetensors"),
+        (TuneConfig, "design={base: [igq, igq]}", "design.base is ['igq', 'igq']: give some of these, each once"),
+        (TuneConfig, "design={along: [layer_last, layer_last]}", "give some of these, each once"),
+        (TuneConfig, "recipe.epochs=.inf", "recipe.epochs is inf"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_said_in_one_line(schema: type, override: str, message: str) -> None:

@@ -198,12 +198,15 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         ("design.draws=0", "design.draws is 0"),
         ("design.rivals=[erk, foo]", "foo'.: give each once"),
         ("design.rivals=[erk, erk]", "erk'.: give each once"),
-        ("design.base=[uniform]", "design.base is .*uniform.*: give some of: erk, igq"),
-        ("design.along=[size]", "design.along is .*size.*: give some of: layer_size"),
+        ("design.base=[uniform]", "design.base is .*uniform.*: give some of these, each once: erk, igq"),
+        ("design.along=[size]", "design.along is .*size.*: give some of these, each once: layer_size"),
         ("design.positions=scores", "known: spread, spread_small"),
     ):
         with pytest.raises(AutoSparseError, match=message):
             load_config(TuneConfig, config, [wrong])
+    with pytest.raises(AutoSparseError, match=r"tasks\.count is 1: a rule is fitted to two networks or more"):
+        run(load_config(TuneConfig, config, ["tasks.count=1", f"output={tmp_path / 'one'}"]))
+    assert not (tmp_path / "one").exists()
 
 
 def test_dead_layers_give_a_row_and_no_warning(tmp_path: Path, digits: ImageData) -> None:

@@ -1,6 +1,8 @@
 """Criteria and data sets of users, named as package.module:name."""
 
 import csv
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -31,6 +33,26 @@ def test_a_function_is_a_criterion(mine: str, theirs: str):
     masks = autosparse.prune(model, 0.8, f"outside:{mine}", batches=BATCHES)
     assert masks == autosparse.prune(model, 0.8, theirs, batches=BATCHES)
     assert masks.report.origin["criterion"] == f"outside:{mine}"
+
+
+def test_the_command_finds_modules_where_it_is_run(tmp_path: Path):
+    """As the installed script does, which does not have the current folder on its path by itself (-P)."""
+    (tmp_path / "mine_here.py").write_text(
+        "def small(signals, context):\n    return {n: -w.abs() for n, w in signals['weight'].items()}\n\n\nsmall.signals = ('weight',)\n"
+    )
+    command = "from autosparse.cli import main; main()"
+    (tmp_path / "c.yaml").write_text("model: convnet\ndata: digits\n")
+    given = ["c.yaml", "device=cpu", "criterion=mine_here:small", "output=out"]
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", command, "prune", *given],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    masks = autosparse.Masks.load(tmp_path / "out" / "masks.safetensors")
+    assert masks.report.origin["criterion"] == "mine_here:small"
 
 
 def test_a_preset_brings_its_settings():

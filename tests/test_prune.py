@@ -536,11 +536,22 @@ def test_the_shuffle_of_a_criterion() -> None:
         masks = autosparse.prune(model, 0.7, "densities:snip", batches=given, seed=3)
         assert masks == snip.shuffle(3) != snip
         assert masks.report.effective_sparsity is not None and masks.report.origin["criterion"] == "snip"
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*batches[0]), batch_size=8, shuffle=True)
+    state = torch.get_rng_state()
+    autosparse.prune(model, 0.7, "densities:snip", batches=loader)
+    assert torch.equal(state, torch.get_rng_state())
+    with pytest.warns(UserWarning) as warned:
+        autosparse.prune(model, 0.995, "densities:snip", batches=batches)
+    messages = [str(warning.message) for warning in warned]
+    assert len(messages) == len(set(messages)), "of the shuffle alone"
     assert autosparse.prune(model, 0.7, "densities:erk").sparsity == pytest.approx(0.7, abs=0.01)
     for criterion, more, message in (
         ("reinit:snip", {}, "criterion is 'reinit:snip': only benchmark and check have it"),
         ("densities:snp", {}, "did you mean 'snip'"),
-        ("densities:snip", {"granularity": "2:4"}, "granularity of densities: is '2:4'"),
+        ("densities:snip", {"granularity": "2:4"}, "granularity is '2:4': densities:snip chooses single weights"),
+        ("densities:snip", {"granularity": "x"}, "granularity is 'x'"),
+        ("densities:gmp", {}, "criterion is 'gmp': it trains to find its masks"),
+        ("gmp", {}, "criterion is 'gmp': it trains to find its masks"),
     ):
         with pytest.raises(AutoSparseError, match=message):
             autosparse.prune(model, 0.7, criterion, batches=batches, **more)

@@ -308,11 +308,25 @@ def test_what_no_method_can_do_is_said_before_any_work() -> None:
             DataSettings("digits"),
             "start_density is 0.05: it is less",
         ),
-        (Candidate("halving"), DataSettings("digits", validation=0.0), "no validation images"),
+        (
+            Candidate("halving"),
+            DataSettings("digits", validation=0.0),
+            "halving-4x0.5 at sparsity 0.9: .* no validation images",
+        ),
+        (
+            Candidate("halving", options={"starts": ("snip", "set")}, scope="global"),
+            DataSettings("digits"),
+            "scope is 'global': random masks need",
+        ),
     ]
     for candidate, data, message in cases:
         with pytest.raises(AutoSparseError, match=message):
             grid([ModelSettings("convnet")], data, RECIPE, [candidate], [0.9], [0])
+    for seeds, sparsities in (([0, 0], [0.9]), ([0], [0.9, 0.9])):
+        with pytest.raises(AutoSparseError, match="it is there twice; give each once"):
+            grid([ModelSettings("convnet")], DataSettings("digits"), RECIPE, [Candidate("erk")], sparsities, seeds)
+    with pytest.raises(AutoSparseError, match="only masks are compared"):
+        Candidate("halving", options={"starts": ("erk", "reinit:snip")})
     for name in ("gmp", "irp", "concrete", "halving"):
         with pytest.raises(AutoSparseError, match="epochs is inf: give a"):
             Candidate(name, options={"epochs": math.inf})

@@ -418,6 +418,31 @@ def test_what_left_when() -> None:
     assert handle.path == sorted(handle.path, reverse=True)
 
 
+def test_two_handles_of_one_optimizer() -> None:
+    """RigL clears all gradients in its updates, so that another method that grows by them would see none."""
+    model = nn.ModuleList([nn.Linear(6, 5), nn.Linear(6, 5)])
+    optimizer = optimizer_of(model)
+    how: dict[str, Any] = {"sparsity": 0.8, "steps": 20, "every": 2}
+    autosparse.sparsify(model, optimizer, "rigl", include="0.weight", **how)
+    for method in ("rigl", "granet"):
+        with pytest.raises(AutoSparseError, match=r"two handles, \w+ and RigLSettings, .* give each an optimizer"):
+            autosparse.sparsify(model, optimizer, method, include="1.weight", **how)
+    other = autosparse.sparsify(model, optimizer, "gmp", include="1.weight", **how)
+    for _ in range(20):
+        sum(layer(torch.ones(3, 6)).square().mean() for layer in model).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert other.masks.kept == 6
+
+
+def test_granet_may_begin_at_its_last_density() -> None:
+    for density in (0.05, 0.3, 0.02):
+        model = network()
+        autosparse.sparsify(
+            model, optimizer_of(model), "granet", sparsity=1 - density, start_density=density, steps=20, every=2
+        )
+
+
 def test_a_training_that_is_too_short_to_be_gradual_is_named() -> None:
     for method in ("gmp", "granet"):
         model = network()
@@ -471,6 +496,17 @@ def test_masks_that_change_and_masks_that_do_not() -> None:
         ({"steps": 0}, "steps is 0"),
         ({"steps": "40"}, "steps is '40': give the number of optimizer steps .* a whole number"),
         ({"steps": 10.5}, "steps is 10.5"),
+        ({"every": "2"}, "every is '2': give a whole number"),
+        ({"every": 2.5}, "every is 2.5: give a whole number"),
+        ({"every": None}, "every is None: give a whole number"),
+        ({"end": "x"}, "end is 'x': give a number"),
+        ({"every": 2, "masks": 3}, "masks to start with are another model's"),
+        ({"method": None}, "method is None: known are gmp"),
+        ({"method": "mine:nope"}, "method is 'mine:nope': No module"),
+        ({"every": 2, "floor": 0.5}, r"floor is 0\.5: it keeps \d+ weights over all layers, and the sparsity \d+"),
+        ({"every": 2, "floor": -1}, "floor is -1: it is the smallest"),
+        ({"every": 2, "seed": "x"}, "seed is 'x': give a whole number"),
+        ({"every": 2, "densities": "densities:snip"}, "densities is 'densities:snip': known: .* as numbers"),
         ({"densities": "erg"}, "densities is 'erg'"),
         ({"method": "set", "every": 2, "densities": "global"}, "scope is 'global': random masks need layer densities"),
         ({"masks": {"a": torch.ones(2, 2).bool()}}, "masks to start with are another model's"),
@@ -504,3 +540,7 @@ def test_the_state_of_another_model_is_refused() -> None:
         handle.load_state_dict(handle_of(model, optimizer_of(model), "gmp", steps=40).state_dict())
     with pytest.raises(AutoSparseError, match="its masks are those of another model"):
         handle.load_state_dict(handle_of(other, optimizer_of(other), "gmp").state_dict())
+    with pytest.raises(AutoSparseError, match=r"method is 'GMPSettings.*: the saved state is of RigLSettings\(.*every"):
+        handle.load_state_dict(handle_of(model, optimizer_of(model), "rigl").state_dict())
+    with pytest.raises(AutoSparseError, match="the state of sparsify is None: give what"):
+        handle.load_state_dict(None)  # type: ignore[arg-type]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 from autosparse.errors import require, settings, suggest
 from autosparse.experiment.candidates import Candidate, expand
@@ -58,6 +59,11 @@ class GenerateConfig:
             require(self.tasks is None or given == value, key, given, f"tasks draws the {key}: leave it or tasks out")
 
 
+def _check_file_name(name: str) -> None:
+    plain = bool(name) and Path(name).name == name and name.isprintable()
+    require(plain, "name", name, "it becomes NAME.safetensors in output: give a name without a folder")
+
+
 @settings
 class FitConfig:
     """`autosparse fit`: a scorer from records (files, or directories that are searched), into `output`.
@@ -72,6 +78,9 @@ class FitConfig:
     fit: FitSettings = FitSettings()
     device: str = "cpu"
     tracking: bool = True
+
+    def __post_init__(self) -> None:
+        _check_file_name(self.name)
 
 
 @settings
@@ -93,6 +102,9 @@ class TuneConfig:
     design: DesignSettings | None = None
     device: str = "auto"
     executor: ExecutorSettings = ExecutorSettings()
+
+    def __post_init__(self) -> None:
+        _check_file_name(self.name)
 
 
 @settings

@@ -11,7 +11,7 @@ from typing import Any
 from autosparse.commands.directory import claim_directory
 from autosparse.commands.schemas import TuneConfig
 from autosparse.commands.terminal import Live, bars, quiet_warnings, say, say_failed
-from autosparse.errors import AutoSparseFailure
+from autosparse.errors import AutoSparseFailure, require
 from autosparse.experiment.design import BATCH, DesignSettings, design, fit_rule, run_design
 from autosparse.files import write_json
 from autosparse.jobs.cells import unfinished
@@ -77,6 +77,8 @@ def run_designed(config: TuneConfig, chosen: DesignSettings) -> Path:
     """Train what is designed, print what the outcomes say of layer densities, and give the path of the scorer."""
     drawn = sample_tasks(config.tasks, config.recipe, IRPSettings(), SignalSettings())
     cells = design([Task(run.model, run.data, run.recipe, run.seed) for run in drawn], chosen)
+    networks = len({cell.model.label() for cell in cells})
+    require(networks > 1, "tasks.count", config.tasks.count, "a rule is fitted to two networks or more")
     directory = claim_directory(config)
     with quiet_warnings(), bars() as shown:
         live = Live(shown, "design", len(cells), len(cells) - len(unfinished(cells, directory)), counts=True)

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, TypeVar
 
 from torch import nn
 
-from autosparse.errors import require
+from autosparse.errors import AutoSparseError, require
 from autosparse.experiment.candidates import Candidate, find_masks, identity, prepare_result
 from autosparse.files import fingerprint
 from autosparse.jobs.cells import Progress, Result, run_cells, unfinished, write_table
@@ -137,6 +137,8 @@ def grid(
     """
     for what, axis in (("models", models), ("criteria", candidates), ("sparsities", sparsities), ("seeds", seeds)):
         require(len(axis) > 0, what, list(axis), "give at least one")
+        twice = [item for i, item in enumerate(axis) if item in axis[:i]]
+        require(not twice or axis is candidates, what, twice, "it is there twice; give each once")
     for sparsity in sparsities:
         check_sparsity(sparsity)
     names = [c.name for c in candidates]
@@ -144,7 +146,10 @@ def grid(
         require(names.count(name) == 1 and name != "dense", "criterion name", name, "give each its own label")
     for candidate in candidates:
         for sparsity in sparsities:
-            candidate.check(data.validation, sparsity)
+            try:
+                candidate.check(data.validation, sparsity)
+            except AutoSparseError as error:
+                raise AutoSparseError(f"{candidate.name} at sparsity {sparsity:g}: {error}") from None
     cells = []
     for seed in seeds:
         for model in models:

@@ -217,9 +217,10 @@ class Candidate:
         """Raise `AutoSparseError` where its method cannot find masks of `sparsity` with this share of validation images."""
         if self.method is not None:
             self.method.check(self.options, validation, 1 - sparsity, self.scope)
-        for other in (self.layer_densities, *self.starts):
-            if other is not None:
-                other.check(validation, sparsity)
+        if (other := self.layer_densities) is not None:
+            other.check(validation, sparsity)
+        for start in self.starts:
+            replace(start, scope=self.scope).check(validation, sparsity)
 
 
 def expand(candidates: Sequence[Candidate], checks: Sequence[str]) -> list[Candidate]:

@@ -84,9 +84,8 @@ class DesignSettings:
         require(self.draws >= 1, "design.draws", self.draws, "give at least 1")
         require(0 < self.sigma < math.inf, "design.sigma", self.sigma, "give a positive number")
         unknown = [name for name in self.base if name not in CRITERIA]
-        require(
-            len(self.base) > 0 and not unknown, "design.base", list(self.base), f"give some of: {', '.join(CRITERIA)}"
-        )
+        good = len(self.base) > 0 and not unknown and len(set(self.base)) == len(self.base)
+        require(good, "design.base", list(self.base), f"give some of these, each once: {', '.join(CRITERIA)}")
         every = (*DENSITIES, *MEASURED)
         once = len(set(self.rivals)) == len(self.rivals) and set(self.rivals) <= set(every)
         require(once, "design.rivals", list(self.rivals), f"give each once, of: {', '.join(every)}")
@@ -94,7 +93,10 @@ class DesignSettings:
         for sparsity in self.sparsities:
             check_sparsity(sparsity)
         strange = [name for name in self.along if name not in FEATURES]
-        require(not strange, "design.along", list(self.along), f"give some of: {', '.join(FEATURES)}; or none")
+        good = not strange and len(set(self.along)) == len(self.along)
+        require(
+            good, "design.along", list(self.along), f"give some of these, each once: {', '.join(FEATURES)}; or none"
+        )
         known = [p for p in POSITIONS if p.startswith("spread") and p != "spread_scores"]
         require(self.positions in known, "design.positions", self.positions, f"known: {', '.join(known)}")
 

@@ -75,10 +75,10 @@ def check_scope(scope: Scope, layers: Mapping[str, Layer] | None = None, what: s
         for name in layers or {}:
             given = scope.get(name, math.nan)
             require(0 <= given <= 1, f"density of {name!r} in {what}", given, "give each layer one in [0, 1]")
-    elif isinstance(scope, str) and is_outside(scope):
+    elif isinstance(scope, str) and is_outside(scope) and not scope.startswith("densities:"):
         require(callable(load_outside(scope, what)), what, scope, "it must be a function of layers and density")
     else:
-        known = f"known: {', '.join(SCOPES)}, or package.module:name"
+        known = f"known: {', '.join(SCOPES)}, or package.module:name; or the density of each layer, as numbers"
         require(scope in SCOPES, what, scope, known)
 
 

@@ -49,8 +49,11 @@ def prune(
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
     floor: float = 0.0,
+    shuffled: bool = False,
 ) -> Masks:
-    """`autosparse.prune`, which takes the names of scorers too and has the arguments explained."""
+    """`autosparse.prune`, which takes the names of scorers too and has the arguments explained.
+
+    `shuffled`: positions are then drawn anew within each layer."""
     model, seed = fused(unwrap(model)), int(seed)
     pattern = parse_granularity(granularity)
     preset = _preset(default_criterion(pattern) if criterion is None else criterion)
@@ -113,6 +116,8 @@ def prune(
     blind = isinstance(pattern, Channel) and graph is None
     notes = ("no example_input: which channels are coupled is not known",) if blind else ()
     masks.report = replace(masks.report, notes=masks.report.notes + notes, origin=origin)
+    if shuffled:
+        masks = masks.shuffle(seed)
     return describe(model, masks, traced, graph)
 
 

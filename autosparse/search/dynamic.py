@@ -92,7 +92,7 @@ class GraNetSettings(SparseTraining):
 
     def check(self, density: float, scope: Scope | None) -> None:
         least = f"it is less than the density at the end, {density:g}; give more"
-        require(self.start_density >= density, "start_density", self.start_density, least)
+        require(self.start_density > density - 1e-9, "start_density", self.start_density, least)
 
     def start(self, layers: Mapping[str, Layer], density: float, scope: Scope | None, floor: float, seed: int) -> Masks:
         if self.start_density == 1:

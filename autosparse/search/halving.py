@@ -37,6 +37,8 @@ class HalvingSettings:
     def __post_init__(self) -> None:
         require(len(self.starts) >= 2, "starts", self.starts, "give at least two criteria to choose from")
         require(len(set(self.starts)) == len(self.starts), "starts", self.starts, "give each criterion once")
+        new = [name for name in self.starts if name.startswith("reinit:")]
+        require(not new, "starts", self.starts, "only masks are compared, all from the same weights; leave reinit: out")
         require(self.epochs > 0, "epochs", self.epochs, "give a positive number")
 
     @property

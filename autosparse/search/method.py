@@ -65,11 +65,14 @@ METHODS = {
 }
 
 
-def method_for(name: str) -> Method | None:
-    """The method of a name: one of `METHODS`, or a `Method` from outside as `package.module:name`; else `None`."""
+def method_for(name: str, what: str = "criterion") -> Method | None:
+    """The method of a name: one of `METHODS`, or a `Method` from outside as `package.module:name`; else `None`.
+
+    `what`: the setting that has the name, for messages.
+    """
     if name not in METHODS and not is_outside(name):
         return None
-    method = load_outside(METHODS.get(name, name), "criterion")
+    method = load_outside(METHODS.get(name, name), what)
     return method if isinstance(method, Method) else None
 
 

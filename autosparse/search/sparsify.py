@@ -129,6 +129,16 @@ class Sparsifier(Holder):
         if scope is not None:
             check_scope(scope, layers, "densities")
         method.check(density, scope)
+        require(0 <= floor < 1, "floor", floor, "it is the smallest density of a layer, in [0, 1)")
+        least, most = (
+            sum(math.ceil(floor * layer.numel) for layer in layers.values()),
+            sum(v.numel for v in layers.values()),
+        )
+        fits = least <= round(density * most)
+        require(
+            fits, "floor", floor, f"it keeps {least} weights over all layers, and the sparsity {round(density * most)}"
+        )
+        require(isinstance(seed, Integral), "seed", seed, "give a whole number")
         updates = sum(method.due(step, steps) for step in range(1, steps + 1))
         if updates == 0:
             raise AutoSparseError(
@@ -136,8 +146,8 @@ class Sparsifier(Holder):
             )
         if updates == 1 and method.gradual:
             warnings.warn(
-                f"every is {method.every}: one update fits into a training of {steps} steps, which removes all weights at "
-                "once; give a smaller number",
+                f"every is {method.every}: one update fits into a training of {steps} steps, so the masks do not change "
+                "gradually; give a smaller number, or more steps",
                 stacklevel=3,
             )
         own = dict(unwrap(model).named_parameters())
@@ -148,6 +158,16 @@ class Sparsifier(Holder):
         for name, weight in self._weights.items():
             require(id(weight) in steered, "weight", name, "the optimizer does not train it: leave it out by exclude")
         super().__init__(self._weights.values(), True, optimizer)
+        for hook in optimizer._optimizer_step_pre_hooks.values():
+            other = getattr(hook, "__self__", None)
+            if not isinstance(other, Sparsifier):
+                continue
+            one, two = method, other.method
+            if (one.skips_step and two.grows_by_gradient) or (two.skips_step and one.grows_by_gradient):
+                raise AutoSparseError(
+                    f"this optimizer has two handles, {type(one).__name__} and {type(two).__name__}, and in an update of RigL "
+                    "no gradient is left for the other: sparsify both models by one handle, or give each an optimizer"
+                )
         start: Mapping[str, Tensor] = method.start(layers, density, scope, floor, seed)
         if masks is not None:
             _check_masks(masks, start, method)
@@ -195,6 +215,7 @@ class Sparsifier(Holder):
             "step": self.step,
             "steps": self.steps,
             "density": self._density,
+            "method": self._described(),
             "path": list(self.path),
             **{key: {n: t.cpu().clone() for n, t in values.items()} for key, values in tensors.items()},
         }
@@ -205,9 +226,13 @@ class Sparsifier(Holder):
         Raises:
             AutoSparseError: the state is another model's, or of a training of another length or sparsity.
         """
-        absent = [key for key in ("step", "steps", "density", "path") if key not in state]
+        if not isinstance(state, Mapping):
+            raise AutoSparseError(f"the state of sparsify is {state!r}: give what state_dict() returned")
+        absent = [key for key in ("step", "steps", "density", "path", "method") if key not in state]
         if absent:
             raise AutoSparseError(f"the state of sparsify has no {absent[0]}: give what state_dict() returned")
+        own = self._described()
+        require(state["method"] == own, "method", own, f"the saved state is of {state['method']}; give the same")
         steps, density = state["steps"], state["density"]
         require(steps == self.steps, "steps", self.steps, f"the saved state is of a training of {steps}; give the same")
         same = math.isclose(density, self._density, rel_tol=1e-9)
@@ -227,6 +252,11 @@ class Sparsifier(Holder):
                     weight.copy_(given_weight)
         self._given = {}
         self._hold()
+
+    def _described(self) -> str:
+        """The method and its settings."""
+        values = ", ".join(f"{key}={value!r}" for key, value in dataclasses.asdict(self.method).items())
+        return f"{type(self.method).__name__}({values})"
 
     def remove(self) -> None:
         """End: from now on the masks neither change nor hold. Warns where updates are left that the sparsity needs."""
@@ -320,7 +350,7 @@ class Sparsifier(Holder):
 
 def _check_masks(masks: Mapping[str, Tensor], own: Mapping[str, Tensor], method: SparseTraining) -> None:
     """Masks to start with have the shapes of the method's own, and keep as many weights in all."""
-    if set(masks) != set(own) or any(masks[n].shape != own[n].shape for n in own):
+    if not isinstance(masks, Mapping) or set(masks) != set(own) or any(masks[n].shape != own[n].shape for n in own):
         raise AutoSparseError("the masks to start with are another model's: give masks of its prunable weights")
     other = [n for n in own if masks[n].dtype != torch.bool]
     if other:
@@ -386,7 +416,7 @@ def sparsify(
         >>> handle.masks.kept
         8
     """
-    entry = method_for(method)
+    entry = method_for(method, "method") if isinstance(method, str) else None
     known = [name for name in METHODS if issubclass(method_for(name).settings, SparseTraining)]  # type: ignore[union-attr]
     if entry is None or not issubclass(entry.settings, SparseTraining):
         raise AutoSparseError(f"method is {method!r}: known are {', '.join(known)}, or package.module:name")
@@ -396,6 +426,7 @@ def sparsify(
         gain is None, "init_gain", gain, "it is for a search that rewinds; scale the weights yourself, or leave it out"
     )
     chosen = settings_for(method, entry, options)
+    require(hasattr(optimizer, "param_groups"), "optimizer", optimizer, "give the optimizer that trains the model")
     check_values(model)
     operands = None if example_input is None else trace(model, example_input).operands
     layers = prunable_layers(model, include=include, exclude=exclude, operands=operands)

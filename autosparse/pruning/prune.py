@@ -122,7 +122,7 @@ def prune(
 
 
 def default_criterion(pattern: Granularity) -> str:
-    """IGQ's layer densities where single weights go, the best mask without training in `docs/results.md`; magnitude for blocks,
+    """IGQ's layer densities where single weights go, the best mask without training at 95 % in `docs/results.md`; magnitude for blocks,
     channels and N:M, where positions at random would be whole groups at random."""
     return "igq" if pattern is None else "magnitude"
 

@@ -233,6 +233,7 @@ def test_repeated_rows_and_floors() -> None:
 
 def test_summary_table() -> None:
     rows = [*ROWS, result("gmp", 0.5, continues="yes", mask_cost=0.0), result("dense", 0.8, sparsity=0.0)]
+    rows.append(result("irp-never", 0.6, continues="yes", mask_cost=5.0))
     ((title, headers, lines),) = results.summary(frame(rows))
     assert title == "d, recipe r"
     assert headers == ["model", "criterion", "90 %", "effective %", "mask cost", "total", "seeds", "dead layers"]
@@ -241,6 +242,7 @@ def test_summary_table() -> None:
         ["m", "snip", "62.0 ± 2.8", "–", "0.02", "1", "2", "–"],
         ["m", "irp", "68.0 ± 2.8", "91.5", "–", "–", "2", "1.5"],
         ["m", "gmp", "50.0 ± –", "–", "–", "1", "1", "–"],
+        ["m", "irp-never", "60.0 ± –", "–", "5", "6", "1", "–"],  # rounds before the one that continues
     ]
 
 

@@ -35,9 +35,10 @@ def of_state() -> Iterator[None]:
 def settings(cls: type[T]) -> type[T]:
     """Make `cls` a frozen dataclass that a YAML file can fill too.
 
-    Its `__post_init__` checks the values, so that library and config get the same messages; `config.py` reads the types
+    Its `__post_init__` checks the values, so that library and config get the same messages; a config's types are read
     through pydantic, which `__pydantic_config__` tells to refuse unknown keys. No pydantic is needed to use the class.
-    No number may be infinite or NaN.
+    Before that, fields that are a number, a text or a flag are checked for their type; after it, that no number is infinite
+    or NaN.
     """
     cls.__pydantic_config__ = {"extra": "forbid"}  # type: ignore[attr-defined]
     check = getattr(cls, "__post_init__", None)

@@ -300,6 +300,25 @@ def test_halving_compares_masks_of_the_scope_and_floor_that_are_asked_for(digits
     assert min(kept()) < 0.05 <= min(kept(floor=0.05))
 
 
+def test_a_prior_keeps_its_own_layer_densities(
+    digits: ImageData, convnet: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The scope of `concrete` is where logits are ranked at the end."""
+    seen: list[Masks] = []
+    first = concrete.first_logits
+
+    def spy(layers: Any, density: float, prior: Masks, strength: float) -> Any:
+        seen.append(prior)
+        return first(layers, density, prior, strength)
+
+    monkeypatch.setattr(concrete, "first_logits", spy)
+    for scope in (None, "global"):
+        search(convnet(), digits, "concrete", options={"epochs": 0.25, "prior": "erk"}, scope=scope)
+    assert seen[0] == seen[1]
+    densities = [layer.density for layer in seen[1].layers()]
+    assert max(densities) > 2 * min(densities), "those of ERK"
+
+
 def test_what_no_method_can_do_is_said_before_any_work() -> None:
     cases: list[tuple[Candidate, DataSettings, str]] = [
         (Candidate("rigl", scope="global"), DataSettings("digits"), "scope is 'global': random masks need"),

@@ -425,7 +425,9 @@ def test_two_handles_of_one_optimizer() -> None:
     how: dict[str, Any] = {"sparsity": 0.8, "steps": 20, "every": 2}
     autosparse.sparsify(model, optimizer, "rigl", include="0.weight", **how)
     for method in ("rigl", "granet"):
-        with pytest.raises(AutoSparseError, match=r"two handles, \w+ and RigLSettings, .* give each an optimizer"):
+        with pytest.raises(
+            AutoSparseError, match=r"two handles, \w+ and RigLSettings, .* give each model an optimizer"
+        ):
             autosparse.sparsify(model, optimizer, method, include="1.weight", **how)
     other = autosparse.sparsify(model, optimizer, "gmp", include="1.weight", **how)
     for _ in range(20):
@@ -503,7 +505,7 @@ def test_masks_that_change_and_masks_that_do_not() -> None:
         ({"every": 2, "masks": 3}, "masks to start with are another model's"),
         ({"method": None}, "method is None: known are gmp"),
         ({"method": "mine:nope"}, "method is 'mine:nope': No module"),
-        ({"every": 2, "floor": 0.5}, r"floor is 0\.5: it keeps \d+ weights over all layers, and the sparsity \d+"),
+        ({"every": 2, "floor": 0.5}, r"floor is 0\.5: it asks for \d+ weights over all layers, the sparsity keeps \d+"),
         ({"every": 2, "floor": -1}, "floor is -1: it is the smallest"),
         ({"every": 2, "seed": "x"}, "seed is 'x': give a whole number"),
         ({"every": 2, "densities": "densities:snip"}, "densities is 'densities:snip': known: .* as numbers"),

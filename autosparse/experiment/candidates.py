@@ -210,17 +210,21 @@ class Candidate:
     @property
     def starts(self) -> list[Candidate]:
         """Other candidates whose masks its method needs."""
-        names = [] if self.method is None else self.method.starts(self.options)
-        return [Candidate(name, floor=self.floor) for name in names]
+        if (method := self.method) is None:
+            return []
+        floor = self.floor if method.hands_on else 0.0
+        return [Candidate(name, floor=floor) for name in method.starts(self.options)]
 
     def check(self, validation: float, sparsity: float) -> None:
         """Raise `AutoSparseError` where its method cannot find masks of `sparsity` with this share of validation images."""
-        if self.method is not None:
-            self.method.check(self.options, validation, 1 - sparsity, self.scope)
+        method = self.method
+        if method is not None:
+            method.check(self.options, validation, 1 - sparsity, self.scope)
         if (other := self.layer_densities) is not None:
             other.check(validation, sparsity)
         for start in self.starts:
-            replace(start, scope=self.scope).check(validation, sparsity)
+            scope = self.scope if method is not None and method.hands_on else None
+            replace(start, scope=scope).check(validation, sparsity)
 
 
 def expand(candidates: Sequence[Candidate], checks: Sequence[str]) -> list[Candidate]:
@@ -352,7 +356,8 @@ def _search(work: _Work, candidate: Candidate) -> SearchResult:
         layers = prunable_layers(work.model, operands=trace(work.model, example).operands)
         given: dict[str, Any] = {}
         if candidate.starts:
-            found = {start.name: _start(work, start) for start in candidate.starts}
+            scope = work.scope if method.hands_on else None
+            found = {start.name: _start(work, start, scope) for start in candidate.starts}
             given["starts"] = {name: result.masks for name, result in found.items()}
             seconds += sum(result.seconds for result in found.values())
             epochs += sum(result.epochs for result in found.values())
@@ -378,11 +383,11 @@ def _search(work: _Work, candidate: Candidate) -> SearchResult:
     return replace(result, seconds=result.seconds + seconds, epochs=result.epochs + epochs)
 
 
-def _start(work: _Work, start: Candidate) -> SearchResult:
+def _start(work: _Work, start: Candidate, scope: Scope | None) -> SearchResult:
     """The masks of a candidate that another one begins with."""
     state = work.state and work.state / fingerprint(start.name)[:8]
     how: dict[str, Any] = {"recipe": work.recipe, "state": state, **work.common()}
-    return find_masks(work.model, work.data, start, work.sparsity, scope=work.scope, **how)
+    return find_masks(work.model, work.data, start, work.sparsity, scope=scope, **how)
 
 
 def _scored(work: _Work, candidate: Candidate, inverted: bool = False) -> SearchResult:

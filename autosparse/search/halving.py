@@ -136,4 +136,4 @@ def _check(settings: HalvingSettings, validation: float, density: float, scope: 
     require(validation > 0, "starts", settings.starts, "no validation images; set data.validation, such as 0.1")
 
 
-METHOD = Method(HalvingSettings, halving, starts=lambda chosen: chosen.starts, check=_check)
+METHOD = Method(HalvingSettings, halving, starts=lambda chosen: chosen.starts, hands_on=True, check=_check)

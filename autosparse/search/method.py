@@ -38,8 +38,8 @@ class Method:
     The function has the signature of `kstarts`: `(model, layers, data, recipe, settings, density, *, seed, device, scope,
     floor, state, on_epoch) -> SearchResult`. `scope` is `None` unless the user gave one. `continues`: whether the final
     training can go on with the weights of its result. `starts`: from the settings, the names of other candidates (criteria,
-    scorers, variants) whose masks the function needs; it gets them as `starts={name: Masks}`, found with the same scope and
-    floor, and their cost is added. `check(settings, validation, density, scope)` raises `AutoSparseError` before any work
+    scorers, variants) whose masks the function needs; it gets them as `starts={name: Masks}`, and their cost is added.
+    `hands_on`: these masks are found with the scope and floor that the user gave; otherwise with their own. `check(settings, validation, density, scope)` raises `AutoSparseError` before any work
     where the settings do not fit the task; `validation` is the share or number of validation images.
     """
 
@@ -47,6 +47,7 @@ class Method:
     search: Callable[..., SearchResult]
     continues: bool = False
     starts: Callable[[Any], Sequence[str]] = lambda settings: ()
+    hands_on: bool = False
     check: Callable[[Any, float, float, Any], None] = lambda settings, validation, density, scope: None
 
 

@@ -130,13 +130,10 @@ class Sparsifier(Holder):
             check_scope(scope, layers, "densities")
         method.check(density, scope)
         require(0 <= floor < 1, "floor", floor, "it is the smallest density of a layer, in [0, 1)")
-        least, most = (
-            sum(math.ceil(floor * layer.numel) for layer in layers.values()),
-            sum(v.numel for v in layers.values()),
-        )
-        fits = least <= round(density * most)
+        sizes = [layer.numel for layer in layers.values()]
+        least, kept = sum(math.ceil(floor * size) for size in sizes), round(density * sum(sizes))
         require(
-            fits, "floor", floor, f"it keeps {least} weights over all layers, and the sparsity {round(density * most)}"
+            least <= kept, "floor", floor, f"it asks for {least} weights over all layers, the sparsity keeps {kept}"
         )
         require(isinstance(seed, Integral), "seed", seed, "give a whole number")
         updates = sum(method.due(step, steps) for step in range(1, steps + 1))
@@ -166,7 +163,7 @@ class Sparsifier(Holder):
             if (one.skips_step and two.grows_by_gradient) or (two.skips_step and one.grows_by_gradient):
                 raise AutoSparseError(
                     f"this optimizer has two handles, {type(one).__name__} and {type(two).__name__}, and in an update of RigL "
-                    "no gradient is left for the other: sparsify both models by one handle, or give each an optimizer"
+                    "no gradient is left for the other: give each model an optimizer of its own"
                 )
         start: Mapping[str, Tensor] = method.start(layers, density, scope, floor, seed)
         if masks is not None:

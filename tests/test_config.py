@@ -233,6 +233,8 @@ def test_what_the_work_is_about_has_to_be_given(
         (PruneConfig, "criterion={criterion: irp, granularity: channel}", "granularity of irp is 'channel'"),
         (PruneConfig, "criterion.granularity=2:4", "criterion.criterion is missing: give it"),
         (PruneConfig, "criterion={criterion: irp, steps: 5}", "steps of irp is 5"),
+        (PruneConfig, "criterion={criterion: gmp, image_sise: 8}", "image_sise of gmp is 8: did you mean 'image_size'? known: "),
+        (PruneConfig, "criterion={criterion: snip, image_size: 8}", "image_size of snip is 8: only methods that search"),
         (PruneConfig, "criterion={criterion: snip, prepare: repair}", "prepare is 'repair': prune writes masks, no weights"),
         (TrainConfig, "prepare=repiar", "prepare is 'repiar': did you mean 'repair'?"),
         (CheckConfig, "checks=[densitys]", "checks is 'densitys': did you mean 'densities'?"),

@@ -19,7 +19,7 @@ from autosparse.experiment.candidates import Candidate
 from autosparse.files import check_file
 from autosparse.report.checks import split
 from autosparse.scorers.loading import is_scorer
-from autosparse.search.method import method_for, settings_for
+from autosparse.search.method import method_for
 
 T = TypeVar("T")
 
@@ -204,7 +204,8 @@ def _collect_options(candidate: Any) -> None:
     beside = {key for key in candidate if key in own or key not in _CANDIDATE}
     options = candidate.get("options")
     options = {**(options if isinstance(options, dict) else {}), **{key: candidate.pop(key) for key in beside}}
-    settings_for(base, method, {key: options[key] for key in options.keys() - own})  # raises where one is unknown
+    for key in options.keys() - own:
+        raise AutoSparseError(f"{key} of {base} is {options[key]!r}: {suggest(str(key), own | _CANDIDATE)}")
     _check_numbers(method.settings, options, base)
     try:
         candidate["options"] = TypeAdapter(method.settings).validate_python(options)

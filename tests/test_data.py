@@ -34,25 +34,6 @@ def make(count: int = 10, side: int = 8, channels: int = 2, augment: str = "crop
     return ImageData(split(count), split(2), split(3), 3, mean, std, augment)
 
 
-# -- size ------------------------------------------------------------------------------------------------------------
-
-
-def test_resized_images_are_means_with_their_own_statistics() -> None:
-    images = torch.tensor([[[[0, 100], [100, 200]]], [[[20, 20], [60, 60]]]], dtype=torch.uint8)
-    split = Split(images, torch.tensor([0, 1]))
-    empty = Split(images[:0], split.labels[:0])
-    data = ImageData(split, empty, split, 2, torch.tensor([0.5]), torch.tensor([0.5]), "none").resized(1)
-    assert data.train.images.tolist() == [[[[100]]], [[[40]]]] and data.train.images.dtype == torch.uint8
-    assert data.train.labels.tolist() == [0, 1] and data.validation.images.shape == (0, 1, 1, 1)
-    assert data.mean.item() == pytest.approx(70 / 255) and data.std.item() == pytest.approx(30 / 255)
-    assert data.normalise(data.test.images).flatten().tolist() == pytest.approx([1, -1], abs=1e-6)
-
-
-def test_resizing_is_that_of_the_settings(digits: ImageData) -> None:
-    small = load_data(DataSettings("digits", image_size=4, limit=96, limit_test=40, validation=1 / 3))
-    assert digits.resized(4).content == small.content and digits.resized(8).content == digits.content
-
-
 # -- splits ----------------------------------------------------------------------------------------------------------
 
 

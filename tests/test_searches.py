@@ -19,7 +19,6 @@ from autosparse.experiment.benchmark import grid
 from autosparse.experiment.candidates import Candidate, expand, find_masks, identity
 from autosparse.masks.layers import prunable_layers
 from autosparse.masks.mask import Masks
-from autosparse.network.size import layer_macs
 from autosparse.search import concrete, halving, irp, sparsify
 from autosparse.search.concrete import first_logits
 from autosparse.search.gmp import GMPSettings
@@ -248,45 +247,6 @@ def test_a_ticket_that_is_never_rewound_gives_its_weights(digits: ImageData, con
     assert result.weights is not None and result.steps == 0 and result.epochs == 2
     with pytest.raises(AutoSparseError, match="rewind is 'nevr': known: round, end, never"):
         Candidate("irp", options={"rewind": "nevr"})
-
-
-# -- smaller images ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["gmp", "irp"])
-def test_a_search_on_smaller_images_costs_less(name: str, digits: ImageData, convnet: Make, unchanged: Any) -> None:
-    """Convolutions cost a quarter at half the side, the last layer after the pool as much as before."""
-    model = convnet()
-    with unchanged(model):
-        small, full = search(model, digits, name, image_size=4), search(model, digits, name)
-    assert small.masks == search(model, digits.resized(4), name).masks != full.masks
-    macs = layer_macs(model, digits.normalise(digits.train.images[:2]))
-    last = list(macs)[-1]
-    convolutions = sum(macs.values()) - macs[last]
-    share = (convolutions / 4 + macs[last]) / (convolutions + macs[last])
-    assert small.epochs == pytest.approx(full.epochs * share)
-    assert small.masks.report.effective_sparsity == pytest.approx(0.9, abs=0.05), "seen at the size of the training"
-
-
-def test_after_a_search_on_smaller_images_the_whole_training_is_still_to_come(digits: ImageData, convnet: Make) -> None:
-    full, small = (search(convnet(), digits, "gmp", continues=True, image_size=side) for side in (None, 4))
-    assert full.steps == RECIPE.length(digits) and small.steps == 0
-    assert full.weights is not None and small.weights is not None
-
-
-def test_a_size_that_cannot_be_searched_on(digits: ImageData, convnet: Make) -> None:
-    assert Candidate("gmp", options={"epochs": 4}, image_size=8).name == "gmp-4-8px"
-    assert Candidate("densities:gmp", image_size=8).name == "densities:gmp-8px"
-    assert "image_size" not in identity(Candidate("gmp")), "rows without it stay what they were"
-    with pytest.raises(AutoSparseError, match="image_size of snip is 8: only methods that search by training have it"):
-        Candidate("snip", image_size=8)
-    with pytest.raises(AutoSparseError, match="image_size is 0: give at least 1"):
-        Candidate("gmp", image_size=0)
-    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10))
-    with pytest.raises(
-        AutoSparseError, match=r"cannot take batches of shape \(2, 1, 4, 4\): .* change image_size of gmp-4px"
-    ):
-        search(model, digits, "gmp", image_size=4)
 
 
 # -- successive halving -------------------------------------------------------------------------------------------------

@@ -20,7 +20,6 @@ from autosparse.masks.layers import prunable_layers
 from autosparse.masks.schedule import SCHEDULES, check_sparsity
 from autosparse.network.graph import trace
 from autosparse.network.signals import parse_warmup
-from autosparse.network.size import size as size_of
 from autosparse.plugins import is_outside, source_of
 from autosparse.pruning.criteria import PRESETS, Inverted, Preset, preset_for
 from autosparse.pruning.prune import describe, prune
@@ -33,7 +32,6 @@ from autosparse.search.method import METHODS, Method, SearchResult, method_for, 
 from autosparse.trainability.prepare import check_preparation, prepare
 from autosparse.training.content import of_start
 from autosparse.training.data import ImageData
-from autosparse.training.loop import check_fits
 from autosparse.training.recipe import Recipe
 
 
@@ -59,9 +57,6 @@ class Candidate:
             `criterion`: `{criterion: irp, rounds: 7, epochs: 2}`.
         continues: the final training goes on with the weights that the method ended with, instead of rewinding to the
             initialization.
-        image_size: of methods that search by training: side of the images that they search on. At half the side a step of a
-            convolutional network costs a quarter, so that a search of the same cost takes four times as many. Its cost is
-            counted so, by the multiply-accumulates of one image.
         prepare: what is done to the remaining weights before the final training (`autosparse list preparations`); the
             masks are those of the candidate without it.
     """
@@ -78,7 +73,6 @@ class Candidate:
     warmup: WarmupSettings | None = None
     options: Any = None
     continues: bool = False
-    image_size: int | None = None
     prepare: str | None = None
 
     def __post_init__(self) -> None:
@@ -102,14 +96,12 @@ class Candidate:
             require(self.schedule in SCHEDULES, "schedule", self.schedule, f"known: {', '.join(SCHEDULES)}")
         if self.granularity is not None:
             parse_granularity(self.granularity)
-        for key in ("steps", "n_batches", "batch_size", "image_size"):
+        for key in ("steps", "n_batches", "batch_size"):
             value = getattr(self, key)
             require(value is None or value >= 1, key, value, "give at least 1")
         for key in ("steps", "n_batches", "batch_size", "schedule"):
             value = getattr(self, key)
             require(value is None or not self.searches, f"{key} of {self.base}", value, "it has none; leave it out")
-        only = "only methods that search by training have it; leave it out"
-        require(self.image_size is None or self.searches, f"image_size of {self.base}", self.image_size, only)
         require(
             self.granularity in (None, "unstructured") or not self.searches,
             f"granularity of {self.base}",
@@ -200,7 +192,7 @@ class Candidate:
             return self.label
         name = self.base
         if self.searches:
-            name += getattr(self.options, "label", "") + ("" if self.image_size is None else f"-{self.image_size}px")
+            name += getattr(self.options, "label", "")
             if self.continues and not getattr(self.options, "continues", False):
                 name += "-continues"
         elif self.base.endswith(".safetensors"):
@@ -369,14 +361,10 @@ def _search(work: _Work, candidate: Candidate) -> SearchResult:
             given["starts"] = {name: result.masks for name, result in found.items()}
             seconds += sum(result.seconds for result in found.values())
             epochs += sum(result.epochs for result in found.values())
-        data = work.data
-        if candidate.image_size is not None:
-            data = data.resized(candidate.image_size)
-            check_fits(work.model, data, f"image_size of {candidate.name}")
         result = method.search(
             work.model,
             layers,
-            data,
+            work.data,
             work.recipe,
             candidate.options,
             density,
@@ -388,23 +376,11 @@ def _search(work: _Work, candidate: Candidate) -> SearchResult:
         )
         if not candidate.continues:
             result = replace(result, weights=None, steps=0)
-        elif candidate.image_size is not None:
-            result = replace(result, steps=0)  # the whole training is still to come, on the images as they are
-        result = replace(result, epochs=result.epochs * _share(work, candidate.image_size))
         origin = {"criterion": candidate.base, "sparsity": work.sparsity, "seed": work.seed}
         masks = result.masks
         masks.report = replace(masks.report, origin={**masks.report.origin, **origin})
         result = replace(result, masks=describe(work.model, masks, example))
     return replace(result, seconds=result.seconds + seconds, epochs=result.epochs + epochs)
-
-
-def _share(work: _Work, side: int | None) -> float:
-    """What a pass over images of this side costs of a pass over the images as they are, in multiply-accumulates."""
-    if side is None:
-        return 1.0
-    full = work.data.normalise(work.data.train.images[:2])
-    small = full.new_zeros((*full.shape[:2], side, side))
-    return size_of(work.model, small).macs / size_of(work.model, full).macs
 
 
 def _start(work: _Work, start: Candidate, scope: Scope | None) -> SearchResult:

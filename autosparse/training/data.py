@@ -123,14 +123,6 @@ class ImageData:
         train, validation, test = (split.to(device) for split in (self.train, self.validation, self.test))
         return ImageData(train, validation, test, self.classes, self.mean.to(device), self.std.to(device), self.augment)
 
-    def resized(self, side: int) -> ImageData:
-        """The same images at `side`×`side` pixels, with the mean and standard deviation that they have then."""
-        train, validation, test = (
-            Split(_resize(split.images, side), split.labels) for split in (self.train, self.validation, self.test)
-        )
-        mean, std = (value.to(self.device) for value in _moments(train.images.cpu()))
-        return ImageData(train, validation, test, self.classes, mean, std, self.augment)
-
     def without(self, *splits: str) -> ImageData:
         """The same with these splits empty: for trainings that have no business with them."""
         empty: dict[str, Any] = {name: Split(self.train.images[:0], self.train.labels[:0]) for name in splits}
@@ -285,21 +277,14 @@ def _split(images: np.ndarray, labels: np.ndarray, image_size: int | None) -> Sp
     # torch then takes every batch for channels-last.
     tensor = torch.empty(tuple(images.shape[i] for i in (0, 3, 1, 2)), dtype=torch.uint8)
     tensor.copy_(torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2))
-    if image_size is not None:
-        tensor = _resize(tensor, image_size)
+    if image_size is not None and len(tensor) and tuple(tensor.shape[2:]) != (image_size, image_size):
+        resized = [
+            torch.nn.functional.interpolate(
+                part.float(), size=(image_size, image_size), mode="bilinear", antialias=True, align_corners=False
+            )
+            for part in tensor.split(4096)
+        ]
+        tensor = torch.cat([part.round().clamp(0, 255).to(torch.uint8) for part in resized])
+    elif image_size is not None and len(tensor) == 0:
+        tensor = tensor.new_empty((0, tensor.shape[1], image_size, image_size))
     return Split(tensor.contiguous(), torch.from_numpy(labels.astype(np.int64)))
-
-
-def _resize(images: Tensor, side: int) -> Tensor:
-    """uint8 `(N, C, H, W)` → uint8 `(N, C, side, side)`, bilinear with antialiasing."""
-    if len(images) == 0:
-        return images.new_empty((0, images.shape[1], side, side))
-    if tuple(images.shape[2:]) == (side, side):
-        return images
-    resized = [
-        torch.nn.functional.interpolate(
-            part.float(), size=(side, side), mode="bilinear", antialias=True, align_corners=False
-        )
-        for part in images.split(4096)
-    ]
-    return torch.cat([part.round().clamp(0, 255).to(torch.uint8) for part in resized]).contiguous()

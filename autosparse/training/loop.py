@@ -159,11 +159,8 @@ AUXILIARY = 0.3  # weight of each auxiliary classifier in the loss
 
 
 @torch.no_grad()
-def check_fits(model: nn.Module, data: ImageData, setting: str = "data.image_size") -> None:
-    """Raise `AutoSparseError` unless the model takes the images and has an output for every class, in both modes.
-
-    `setting`: what sets their size, for the message.
-    """
+def check_fits(model: nn.Module, data: ImageData) -> None:
+    """Raise `AutoSparseError` unless the model takes the images and has an output for every class, in both modes."""
     device = next(model.parameters()).device
     images = data.normalise(data.train.images[:2].to(data.device)).to(device)
     try:
@@ -176,7 +173,7 @@ def check_fits(model: nn.Module, data: ImageData, setting: str = "data.image_siz
         raise_out_of_memory(error, f"running {type(model).__name__} on two images")
         raise AutoSparseError(
             f"{type(model).__name__} cannot take batches of shape {tuple(images.shape)}: {first_line(error)}; "
-            f"change {setting}, or give a model for these images"
+            "change data.image_size, or give a model for these images"
         ) from error
     for mode, found in (("eval", [outputs]), ("train", logits_of(trained))):
         for logits in found:

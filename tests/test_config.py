@@ -274,6 +274,21 @@ def test_overrides_of_another_form_are_told(tmp_path: Path, override: str, messa
 
 
 @pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("scorer=a.safetensors", "scorer is 'a.safetensors': a design begins at design.base; leave it out"),
+        ("tune.pairs=3", "tune.pairs is 3: a design does not use it; leave it out"),
+    ],
+)
+def test_what_a_design_does_not_use_is_told(tmp_path: Path, override: str, message: str) -> None:
+    path = write(tmp_path / "c.yaml", "{data: digits, design: {draws: 2}}")
+    assert load_config(TuneConfig, path).design is not None
+    with pytest.raises(AutoSparseError) as caught:
+        load_config(TuneConfig, path, [override])
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("a: [1", "is not YAML: "),

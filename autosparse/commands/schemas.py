@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -88,12 +89,12 @@ class TuneConfig:
     """`autosparse tune`: a scorer whose layer densities are learned from the outcome of short trainings, into `output`.
 
     `scorer`: its file or name; `null` begins at ERK densities, without a network. `tasks` are drawn as for `generate`, by another seed than the scorer's corpus; their data
-    need validation images. With `design`, a designed experiment on layer densities is run instead, and `scorer` and `tune` are
-    not used.
+    need validation images. With `design`, a designed experiment on layer densities is run instead of `tune`, and begins at its own
+    `base` instead of a scorer.
     """
 
     output: str = "runs/tune"
-    scorer: str | None = "runs/scorer/scorer.safetensors"
+    scorer: str | None = None
     name: str = "tuned"
     tasks: TaskSettings = TaskSettings(seed=1)
     data: DataSettings = DataSettings("cifar10", image_size=16, limit=5000, validation=0.4)
@@ -105,6 +106,11 @@ class TuneConfig:
 
     def __post_init__(self) -> None:
         _check_file_name(self.name)
+        if self.design is not None:
+            require(self.scorer is None, "scorer", self.scorer, "a design begins at design.base; leave it out")
+            for field in dataclasses.fields(self.tune):
+                value, usual = getattr(self.tune, field.name), getattr(OutcomeSettings(), field.name)
+                require(value == usual, f"tune.{field.name}", value, "a design does not use it; leave it out")
 
 
 @settings

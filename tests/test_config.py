@@ -233,6 +233,7 @@ def test_what_the_work_is_about_has_to_be_given(
         (PruneConfig, "criterion={criterion: irp, granularity: channel}", "granularity of irp is 'channel'"),
         (PruneConfig, "criterion.granularity=2:4", "criterion.criterion is missing: give it"),
         (PruneConfig, "criterion={criterion: irp, steps: 5}", "steps of irp is 5"),
+        (PruneConfig, "criterion={criterion: acdc, every: 20}", "every is 20: AC/DC changes its masks when a phase begins"),
         (PruneConfig, "criterion={criterion: gmp, flor: 0.1}", "flor of gmp is 0.1: did you mean 'floor'? known: "),
         (PruneConfig, "criterion={criterion: gmp, gain: 0.1}", "gain of gmp is 0.1: did you mean 'begin'? known: "),
         (PruneConfig, "criterion={criterion: snip, prepare: repair}", "prepare is 'repair': prune writes masks, no weights"),

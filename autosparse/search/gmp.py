@@ -69,7 +69,7 @@ class ACDCSettings(SparseTraining):
     `last` on the network stays sparse.
 
     Source: Peste et al. 2021, whose CIFAR schedule of 200 epochs the defaults are: sparse from 10, 50, …, 170, dense from
-    30, 70, …, 150. `every` is not used.
+    30, 70, …, 150. It has no `every`.
     """
 
     warmup: float = 0.05
@@ -80,6 +80,8 @@ class ACDCSettings(SparseTraining):
         super().__post_init__()
         require(0 <= self.warmup < self.last < 1, "warmup", self.warmup, f"it must be under last {self.last}, under 1")
         require(0 < self.phase < 1, "phase", self.phase, "it is a share of the training, in (0, 1)")
+        usual = SparseTraining.every
+        require(self.every == usual, "every", self.every, "AC/DC changes its masks when a phase begins; leave it out")
 
     def due(self, step: int, steps: int) -> bool:
         return step in self._phases(steps)

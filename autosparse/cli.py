@@ -128,7 +128,7 @@ def train(config: Config, overrides: Overrides = None, profile: Profile = False)
     train.run(load_config(TrainConfig, config, overrides or []), profile=profile)
 
 
-@app.command(epilog="Example: autosparse export configs/export.yaml export.forms=[safetensors,onnx,channels]")
+@app.command(epilog="Example: autosparse export configs/export.yaml export.forms=\\[safetensors,onnx,channels]")
 def export(config: Config, overrides: Overrides = None) -> None:
     """Write a pruned network as safetensors, ONNX, torch.export, 2:4 or physically smaller, and measure each.
 
@@ -166,7 +166,7 @@ def check(config: Config, overrides: Overrides = None) -> None:
     benchmark.run(load_config(CheckConfig, config, overrides or []))
 
 
-@app.command(epilog="Example: autosparse diagnose configs/diagnose.yaml sparsity=0.98 criteria=[erk,snip]")
+@app.command(epilog="Example: autosparse diagnose configs/diagnose.yaml sparsity=0.98 criteria=\\[erk,snip]")
 def diagnose(config: Config, overrides: Overrides = None) -> None:
     """How well a network can train, dense, pruned and prepared: Lipschitz constants, Jacobian, Hessians, gradient flow.
 
@@ -179,7 +179,7 @@ def diagnose(config: Config, overrides: Overrides = None) -> None:
     diagnose.run(load_config(DiagnoseConfig, config, overrides or []))
 
 
-@app.command(epilog="Example: autosparse shrink configs/shrink/resnet20-cpu.yaml methods=[tpp,l1,snip] ratios=[0.7]")
+@app.command(epilog="Example: autosparse shrink configs/shrink/resnet20-cpu.yaml methods=\\[tpp,l1,snip] ratios=[0.7]")
 def shrink(config: Config, overrides: Overrides = None) -> None:
     """Make networks physically smaller: filters, units, residual branches or whole layers go, by the methods of the config.
 

@@ -11,11 +11,15 @@ from hypothesis import strategies as st
 from pandas import DataFrame
 
 from autosparse.errors import AutoSparseError
+from autosparse.experiment.benchmark import grid
 from autosparse.experiment.candidates import Candidate, expand
 from autosparse.report import checks
 from autosparse.report.checks import checked, conclusion, split, tables, verdict, verdicts
 from autosparse.report.rows import clean, paired_test
 from autosparse.report.text import p_text
+from autosparse.training.data import DataSettings
+from autosparse.training.models import ModelSettings
+from autosparse.training.recipe import Recipe
 
 # -- what is run --------------------------------------------------------------------------------------------------------
 
@@ -36,6 +40,38 @@ def test_every_candidate_is_followed_by_its_variants() -> None:
     assert [c.name for c in prepared] == ["snip+repair", "reinit:snip+repair"]
     assert split(prepared[1].name) == ("reinit", prepared[0].name)
     assert found[1] == Candidate("densities:snip", floor=0.1) and found[5].options.rounds == 3 and found[9].steps == 4
+
+
+def test_a_name_tells_what_layers_and_patterns_are_chosen_by() -> None:
+    assert Candidate("igq", scope="erk").name == "igq in erk"
+    assert Candidate("densities:snip", scope="erk").name == "densities:snip in erk"
+    assert Candidate("snip", scope="densities:erk").name == "snip in erk"
+    assert Candidate("snip", granularity="2:4").name == "snip 2:4"
+    assert Candidate("snip", granularity="unstructured").name == "snip"
+    continues = Candidate("gmp", continues=True)
+    assert [c.name for c in expand([continues], ["densities"])] == ["gmp-continues", "densities:gmp-continues"]
+
+
+def test_a_criterion_is_set_against_a_variant_of_its_own_settings() -> None:
+    def made(*candidates: Candidate, sparsity: float = 0.9) -> list[str]:
+        cells = grid([ModelSettings("convnet")], DataSettings("digits"), Recipe(), candidates, [sparsity], [0])
+        return [cell.criterion for cell in cells[1:]]
+
+    gmp = Candidate("gmp", options={"begin": 0.3})
+    with pytest.raises(
+        AutoSparseError, match="criterion is 'densities:gmp': its settings are not those of gmp: give it a la"
+    ):
+        made(gmp, Candidate("densities:gmp"))
+    with pytest.raises(AutoSparseError, match="criterion is 'densities:mine'"):
+        made(Candidate("snip", label="mine", steps=3), Candidate("densities:snip", label="densities:mine"))
+    assert made(gmp, *expand([gmp], ["densities"])[1:]) == ["gmp", "densities:gmp"]
+    assert made(gmp, Candidate("densities:gmp", label="another")) == ["gmp", "another"]
+    pattern = Candidate("magnitude", granularity="2:4")
+    with pytest.raises(
+        AutoSparseError, match=r"magnitude 2:4 at sparsity 0.9: sparsity is 0.9: 2:4 sets 0.5: give this one"
+    ):
+        made(pattern)
+    assert made(pattern, sparsity=0.5) == ["magnitude 2:4"]
 
 
 def test_a_variant_that_a_candidate_cannot_have_is_told() -> None:

@@ -73,6 +73,14 @@ def test_a_rule_from_outside() -> None:
         autosparse.prune(model, 0.75, "magnitude", scope="test_densities:wrong", example_input=torch.ones(1, 4))
 
 
+def test_a_layer_without_a_density_is_named() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
+    for scope in ({"0.weight": 0.5}, {"1.weight": 2.0, "0.weight": 0.5}):
+        match = "scope has no density of '1.weight'|density of '1.weight' in scope is 2.0"
+        with pytest.raises(AutoSparseError, match=match):
+            autosparse.prune(model, 0.5, "magnitude", scope=scope, example_input=torch.ones(1, 4))
+
+
 @pytest.mark.parametrize("scope", ["ekr", "nowhere:rule", "test_densities:missing", "global:erk:x"])
 def test_an_unknown_rule_is_one_line(scope: str) -> None:
     with pytest.raises(AutoSparseError, match="scope is"):

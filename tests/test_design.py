@@ -16,7 +16,7 @@ import autosparse
 from autosparse.commands.loading import load_config
 from autosparse.commands.schemas import TuneConfig
 from autosparse.commands.tune import run
-from autosparse.errors import AutoSparseError
+from autosparse.errors import AutoSparseError, AutoSparseFailure
 from autosparse.experiment.design import (
     BASE,
     DENSE,
@@ -175,7 +175,7 @@ def test_places_tell_tasks_apart() -> None:
     assert place_of(one) != place_of({**one, "seed": 1})
 
 
-def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     config = tmp_path / "c.yaml"
     config.write_text(
         f"{{output: {tmp_path / 'out'}, data: {{name: digits, limit: 200, validation: 0.2}}, executor: inline, device: cpu, "
@@ -184,6 +184,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     )
     path = run(load_config(TuneConfig, config))
     out = capsys.readouterr().out
+    assert "fewer networks than features: the standard errors mean little" in out
     assert "10 trainings of 2 networks" in out and "rank correlation" in out and path.name == "mine.safetensors"
     assert read_json(tmp_path / "out" / "rule.json", "rule")["networks"] == 2
     scorer = load_scorer(path)
@@ -194,6 +195,14 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert masks.kept == round(0.2 * masks.total)
     run(load_config(TuneConfig, config, ["design.draws=6"]))
     assert "14 trainings of 2 networks" in capsys.readouterr().out, "more draws go on in the same directory"
+
+    def no_rule(*_: object) -> None:
+        raise AutoSparseError("design: give more draws")
+
+    monkeypatch.setattr("autosparse.commands.tune.fit_rule", no_rule)
+    with pytest.raises(AutoSparseFailure, match="design: give more draws; no scorer is saved"):
+        run(load_config(TuneConfig, config, ["design.draws=6"]))
+    assert f"results: {tmp_path / 'out' / 'design.csv'}" in capsys.readouterr().out
     for wrong, message in (
         ("design.draws=0", "design.draws is 0"),
         ("design.rivals=[erk, foo]", "foo'.: give each once"),

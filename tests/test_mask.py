@@ -165,6 +165,22 @@ def test_enforce_follows_the_precision_of_the_model(model: nn.Module, masks: Mas
     assert_masked(model, masks)
 
 
+def test_enforce_refuses_what_it_could_not_hold(model: nn.Module, masks: Masks) -> None:
+    other = nn.Linear(2, 2)
+    with pytest.raises(AutoSparseError, match="optimizer is 'SGD': it trains none of the masked weights"):
+        masks.enforce(model, torch.optim.SGD(other.parameters(), lr=0.1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    handle = masks.enforce(model, optimizer)
+    fewer = Masks({n: m & (torch.arange(m.numel()).view(m.shape) % 2 == 0) for n, m in masks.items()})
+    masks.enforce(model, optimizer)
+    fewer.enforce(model, optimizer)
+    with pytest.raises(AutoSparseError, match=r"under enforced masks already, which remove weights that these keep"):
+        masks.enforce(model, optimizer)
+    step(model, optimizer)
+    assert_masked(model, fewer)
+    handle.remove()
+
+
 def test_a_copied_optimizer_needs_enforce_again(model: nn.Module, masks: Masks) -> None:
     """What the docstring warns of."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch_geometric.data import Data
 
 import autosparse
-from autosparse import NM, AutoSparseError, Channel, Masks, prune
+from autosparse import NM, AutoSparseError, Channel, Masks, Preset, prune
 from autosparse.errors import AutoSparseFailure
 from autosparse.masks.layers import Layer, prunable_layers
 from autosparse.network import flow_rules, reachability
@@ -132,6 +132,16 @@ def test_presets_bring_their_scope_and_arguments_win() -> None:
     assert prune(mlp(), 0.5, "erk").report.origin["scope"] == "erk"
 
 
+def test_what_is_no_model_or_criterion_is_told() -> None:
+    model = nn.Linear(4, 4)
+    wrong: list[Any] = [model.state_dict(), None, nn.Linear]
+    for one in wrong:
+        with pytest.raises(AutoSparseError, match=r"model is '.*': give a torch\.nn\.Module, not its class or state"):
+            prune(one, 0.5)
+    with pytest.raises(AutoSparseError, match="criterion is 'snip': a Preset holds a criterion with name"):
+        prune(model, 0.5, Preset("snip", scope="erk"))  # type: ignore[arg-type]
+
+
 def test_two_of_four() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(8, 4))
     batches = pairs(4, shape=(3, 5, 5))
@@ -142,7 +152,7 @@ def test_two_of_four() -> None:
         assert (masks["2.weight"].movedim(1, -1).reshape(-1, 4).sum(1) == 2).all()
         assert (masks["4.weight"].view(-1, 4).sum(1) == 2).all()
     assert prune(model, 0.5, "magnitude", granularity=NM(2, 4)) == prune(model, None, "magnitude", granularity="2:4")
-    with pytest.raises(AutoSparseError, match=r"sparsity is 0\.9 but the pattern 2:4 sets 0\.5: leave sparsity out"):
+    with pytest.raises(AutoSparseError, match=r"sparsity is 0\.9 but the pattern 2:4 sets 0\.5: give this, or None"):
         prune(model, 0.9, "magnitude", granularity="2:4")
 
 

@@ -147,7 +147,7 @@ def test_names_and_variants_of_what_continues() -> None:
     assert gmp.name == "gmp-continues" and ticket.name == "irp-2-rewind-never"
     assert ticket.continues and not Candidate("irp", options={"rewind": "end"}).continues
     shuffles = expand([gmp, ticket], ["densities"])
-    assert [c.name for c in shuffles[1::2]] == ["densities:gmp", "densities:irp-2-rewind-never"]
+    assert [c.name for c in shuffles[1::2]] == ["densities:gmp-continues", "densities:irp-2-rewind-never"]
     assert not any(c.continues for c in shuffles[1::2]), "a shuffle is trained from the initialization"
     assert identity(gmp) != identity(Candidate("gmp"))
     with pytest.raises(AutoSparseError, match="continues of irp is True: only a method that returns"):
@@ -247,6 +247,16 @@ def test_a_ticket_that_is_never_rewound_gives_its_weights(digits: ImageData, con
     assert result.weights is not None and result.steps == 0 and result.epochs == 2
     with pytest.raises(AutoSparseError, match="rewind is 'nevr': known: round, end, never"):
         Candidate("irp", options={"rewind": "nevr"})
+
+
+# -- remarks ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_too_short_to_be_gradual_is_a_note_of_its_masks(digits: ImageData, convnet: Make) -> None:
+    result = search(convnet(), digits, "gmp", options={"every": 100})
+    assert len(result.notes) == 1 and result.notes[0].startswith("every is 100: one update fits into a training of 12")
+    assert result.notes[0] in result.masks.report.notes
+    assert not search(convnet(), digits, "gmp").notes
 
 
 # -- successive halving -------------------------------------------------------------------------------------------------

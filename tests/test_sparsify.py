@@ -544,5 +544,11 @@ def test_the_state_of_another_model_is_refused() -> None:
         handle.load_state_dict(handle_of(other, optimizer_of(other), "gmp").state_dict())
     with pytest.raises(AutoSparseError, match=r"method is 'GMPSettings.*: the saved state is of RigLSettings\(.*every"):
         handle.load_state_dict(handle_of(model, optimizer_of(model), "rigl").state_dict())
+    for key, value in (("densities", "uniform"), ("floor", 0.01)):
+        message = f"{key} is .*: the saved state is for {value!r}; give the same"
+        with pytest.raises(AutoSparseError, match=message):
+            handle_of(model, optimizer_of(model), "gmp").load_state_dict(
+                handle_of(model, optimizer_of(model), "gmp", **{key: value}).state_dict()
+            )
     with pytest.raises(AutoSparseError, match="the state of sparsify is None: give what"):
         handle.load_state_dict(None)  # type: ignore[arg-type]

@@ -19,6 +19,7 @@ from autosparse.jobs.cells import unfinished
 from autosparse.report.checks import tables
 from autosparse.report.collect import collect
 from autosparse.report.rows import summary
+from autosparse.report.text import unique
 from autosparse.tracking import track
 from autosparse.training.data import load_data
 from autosparse.training.loop import fabric_for
@@ -79,6 +80,8 @@ def run(
             )
         live.end(f"{what}: {len(cells)} cells")
         tracker.artifact(directory / "results.csv")
+    for line in unique(f"{r['criterion']}: {note}" for r in results for note in r.get("remarks", [])):
+        say(f"note: {line}")
     rows = collect(directory).rows
     for title, headers, lines in summary(rows):
         print_table(f"accuracy after the last epoch, % ({title})", headers, lines)

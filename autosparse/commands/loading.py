@@ -170,7 +170,8 @@ def _override(values: dict[str, Any], text: str) -> None:
     try:
         at[last] = _read(value)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise AutoSparseError(f"override {text!r}: the value is not YAML") from error
+        quoted = f"; where it has spaces, quote it in the shell: '{key}=…'" if "{" in value or "[" in value else ""
+        raise AutoSparseError(f"override {text!r}: the value is not YAML{quoted}") from error
 
 
 def _expanded(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -195,10 +196,14 @@ def _expanded(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _collect_options(candidate: Any) -> None:
     """The settings of a method, which stand beside `criterion` in a config, as its `options`."""
+    if isinstance(candidate, dict):
+        for key in candidate:
+            if str(key).startswith("criterion:"):
+                raise AutoSparseError(f"unknown key {key!r}: put a space after the colon, as YAML needs")
     if not isinstance(candidate, dict) or not isinstance(name := candidate.get("criterion"), str):
         return
     base = split(name)[1]
-    if is_scorer(base) or (method := method_for(base)) is None:
+    if split(base)[0] is not None or is_scorer(base) or (method := method_for(base)) is None:
         return
     own = {field.name for field in dataclasses.fields(method.settings)}
     beside = {key for key in candidate if key in own or key not in _CANDIDATE}

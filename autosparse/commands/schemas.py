@@ -89,8 +89,8 @@ class TuneConfig:
     """`autosparse tune`: a scorer whose layer densities are learned from the outcome of short trainings, into `output`.
 
     `scorer`: its file or name; `null` begins at ERK densities, without a network. `tasks` are drawn as for `generate`, by another seed than the scorer's corpus; their data
-    need validation images. With `design`, a designed experiment on layer densities is run instead of `tune`, and begins at its own
-    `base` instead of a scorer.
+    need validation images. With `design`, a designed experiment on layer densities is run instead of `tune`: it begins at its own
+    `base` instead of a scorer, and its rule is fitted to accuracy on the test images.
     """
 
     output: str = "runs/tune"
@@ -133,9 +133,11 @@ class PruneConfig:
         if self.sparsity is not None:
             check_sparsity(self.sparsity)
         chosen = self.criterion
-        for key, value in (("criterion", chosen.variant == "reinit" or chosen.continues), ("prepare", chosen.prepare)):
-            given = getattr(chosen, key)
-            require(not value, key, given, "prune writes masks, no weights: benchmark and check can")
+        no_weights = "prune writes masks, no weights: benchmark and check can"
+        always = getattr(chosen.options, "continues", False)
+        require(chosen.variant != "reinit" and not always, "criterion", chosen.name, no_weights)
+        require(not chosen.continues, "continues", chosen.continues, no_weights)
+        require(chosen.prepare is None, "prepare", chosen.prepare, no_weights)
 
 
 @settings

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from autosparse.commands.directory import claim_directory
@@ -51,10 +52,11 @@ def run(config: TrainConfig, *, profile: bool = False) -> dict[str, Any]:
         example = data.normalise(data.train.images[:2]).cpu()
         prepared = prepare(model, masks, config.prepare, example_input=example, seed=config.seed)
         before, after = ([getattr(p, f"lipschitz_{when}") for p in prepared.layers] for when in ("before", "after"))
-        say(
-            f"{config.prepare}: Lipschitz constants of {len(before)} layers {min(before):.2f} … {max(before):.2f}, "
-            f"now {min(after):.2f} … {max(after):.2f}"
-        )
+        if any(math.isfinite(value) for value in before):
+            say(
+                f"{config.prepare}: Lipschitz constants of {len(before)} layers {min(before):.2f} … {max(before):.2f}, "
+                f"now {min(after):.2f} … {max(after):.2f}"
+            )
         if masks is not None and prepared.masks != masks:
             prepared.masks.save(directory / "masks.safetensors")
             say(f"masks: {directory / 'masks.safetensors'}, chosen by {config.prepare}")

@@ -11,13 +11,14 @@ from typing import Any
 from autosparse.commands.directory import claim_directory
 from autosparse.commands.schemas import TuneConfig
 from autosparse.commands.terminal import Live, bars, quiet_warnings, say, say_failed
-from autosparse.errors import AutoSparseFailure, require
+from autosparse.errors import AutoSparseError, AutoSparseFailure, require
 from autosparse.experiment.design import BATCH, DesignSettings, design, fit_rule, run_design
 from autosparse.files import write_json
 from autosparse.jobs.cells import unfinished
 from autosparse.jobs.executor import Job, run_jobs
 from autosparse.jobs.status import journal
 from autosparse.network.signals import SignalSettings
+from autosparse.report.text import plural
 from autosparse.scorers.loading import load_scorer
 from autosparse.scorers.outcome import Task, Trial, do_trial, no_scorer, sought, starting_point, tune
 from autosparse.search.irp import IRPSettings
@@ -87,7 +88,11 @@ def run_designed(config: TuneConfig, chosen: DesignSettings) -> Path:
     failed = [result for result in results if result.get("error")]
     for result in failed:
         say_failed(f"{result['model']} {result['source']}: {result['error']}")
-    rule = fit_rule(results, chosen.base, chosen.along)
+    say(f"results: {directory / 'design.csv'}")
+    try:
+        rule = fit_rule(results, chosen.base, chosen.along)
+    except AutoSparseError as error:
+        raise AutoSparseFailure(f"{error}; no scorer is saved") from error
     write_json(directory / "rule.json", dataclasses.asdict(rule))
     outcome = {"design": dataclasses.asdict(chosen), "rule": dataclasses.asdict(rule)}
     path = directory / f"{config.name}.safetensors"
@@ -110,8 +115,11 @@ def run_designed(config: TuneConfig, chosen: DesignSettings) -> Path:
     )
     if not rule.correlation > 0:
         say("  this rule does not predict networks that were left out: do not expect it to be better than its base")
+    if rule.networks < networks:
+        say(f"  {plural(networks - rule.networks, 'network')} left out: failed, or at one accuracy whatever is kept")
+    if rule.networks <= len(rule.coefficients):
+        say("  fewer networks than features: the standard errors mean little, give more tasks")
     if failed:
         raise AutoSparseFailure(f"{len(failed)} of {len(cells)} trainings failed; start again to try them again")
-    say(f"results: {directory / 'design.csv'}")
     say(f"scorer: {path}")
     return path

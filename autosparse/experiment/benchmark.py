@@ -133,7 +133,8 @@ def grid(
     """All cells, seed by seed, so that a stop leaves whole comparisons; the dense network first.
 
     Raises:
-        AutoSparseError: an empty axis, a sparsity out of range, two candidates of one name, an unknown scorer file.
+        AutoSparseError: an empty axis, a sparsity out of range, two candidates of one name, a variant (`"densities:snip"`) of
+            other settings than the candidate that it would be compared with, an unknown scorer file.
     """
     for what, axis in (("models", models), ("criteria", candidates), ("sparsities", sparsities), ("seeds", seeds)):
         require(len(axis) > 0, what, list(axis), "give at least one")
@@ -144,6 +145,18 @@ def grid(
     names = [c.name for c in candidates]
     for name in names:
         require(names.count(name) == 1 and name != "dense", "criterion name", name, "give each its own label")
+    for variant in candidates:
+        for plain in candidates:
+            if variant.variant is not None and variant.name == f"{variant.variant}:{plain.name}":
+                one, two = (
+                    dataclasses.replace(c, criterion=c.base, label=None, continues=False) for c in (variant, plain)
+                )
+                require(
+                    one == two,
+                    "criterion",
+                    variant.name,
+                    f"its settings are not those of {plain.name}: give it a label",
+                )
     for candidate in candidates:
         for sparsity in sparsities:
             try:
@@ -309,6 +322,7 @@ def _result(cell: Cell, found: SearchResult | None, trained: Trained, epochs: fl
         "floor": "" if cell.candidate is None or cell.candidate.floor == 0 else cell.candidate.floor,
         "error": "",
         "notes": [] if masks is None else list(masks.report.notes),
+        "remarks": [] if found is None else list(found.notes),
         "layers": [] if masks is None else [{"name": r.name, "kept": r.kept, "total": r.total} for r in masks.layers()],
         "history": trained.history,
         "arithmetic": trained.arithmetic,

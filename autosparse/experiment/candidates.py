@@ -15,7 +15,7 @@ from torch import nn
 from autosparse.errors import AutoSparseError, require, settings, suggest
 from autosparse.files import fingerprint, sha256
 from autosparse.masks.densities import Scope, check_scope
-from autosparse.masks.granularity import parse_granularity
+from autosparse.masks.granularity import NM, parse_granularity
 from autosparse.masks.layers import prunable_layers
 from autosparse.masks.schedule import SCHEDULES, check_sparsity
 from autosparse.network.graph import trace
@@ -76,6 +76,7 @@ class Candidate:
     prepare: str | None = None
 
     def __post_init__(self) -> None:
+        require(split(self.base)[0] is None, "criterion", self.criterion, "give one variant before the colon")
         by_name = self.base.partition("@")[0] in (*PRESETS, *METHODS)
         if not by_name and not is_scorer(self.base) and not is_outside(self.base):
             raise AutoSparseError(
@@ -197,8 +198,12 @@ class Candidate:
                 name += "-continues"
         elif self.base.endswith(".safetensors"):
             name = Path(self.base).stem
+        if self.granularity not in (None, "unstructured"):
+            name = f"{name} {self.granularity}"
         if (other := self.layer_densities) is not None:
             name = f"{name} in {other.name}"
+        elif self.scope is not None:
+            name = f"{name} in {self.scope}"
         if self.prepare is not None:
             name = f"{name}+{self.prepare}"
         return name if self.variant is None else f"{self.variant}:{name}"
@@ -217,7 +222,11 @@ class Candidate:
 
     def check(self, validation: float, sparsity: float) -> None:
         """Raise `AutoSparseError` where its method cannot find masks of `sparsity` with this share of validation images."""
-        method = self.method
+        method, pattern = self.method, parse_granularity(self.granularity)
+        if isinstance(pattern, NM):
+            set_by = 1 - pattern.n / pattern.m
+            fits = f"{pattern.n}:{pattern.m} sets {set_by:g}: give this one"
+            require(abs(sparsity - set_by) < 1e-9, "sparsity", sparsity, fits)
         if method is not None:
             method.check(self.options, validation, 1 - sparsity, self.scope)
         if (other := self.layer_densities) is not None:
@@ -230,16 +239,17 @@ class Candidate:
 def expand(candidates: Sequence[Candidate], checks: Sequence[str]) -> list[Candidate]:
     """Every candidate, followed by its variants; a method that searches by training has no scores to invert.
 
-    AutoSparseError: a variant that the candidate cannot have.
+    Raises:
+        AutoSparseError: a variant that the candidate cannot have.
     """
     result = []
     for candidate in candidates:
         result.append(candidate)
         for check in unique(checks):
             if check != "inverted" or not candidate.searches:
-                label = candidate.label and f"{check}:{candidate.label}"
-                criterion = f"{check}:{candidate.criterion}"
-                result.append(replace(candidate, criterion=criterion, label=label, continues=False))
+                name = f"{check}:{candidate.name}"
+                variant = replace(candidate, criterion=f"{check}:{candidate.criterion}", label=None, continues=False)
+                result.append(variant if variant.name == name else replace(variant, label=name))
     return result
 
 
@@ -378,7 +388,8 @@ def _search(work: _Work, candidate: Candidate) -> SearchResult:
             result = replace(result, weights=None, steps=0)
         origin = {"criterion": candidate.base, "sparsity": work.sparsity, "seed": work.seed}
         masks = result.masks
-        masks.report = replace(masks.report, origin={**masks.report.origin, **origin})
+        notes = (*masks.report.notes, *result.notes)
+        masks.report = replace(masks.report, origin={**masks.report.origin, **origin}, notes=notes)
         result = replace(result, masks=describe(work.model, masks, example))
     return replace(result, seconds=result.seconds + seconds, epochs=result.epochs + epochs)
 

@@ -173,7 +173,7 @@ def statuses(directory: Path) -> list[Status]:
     plans = sorted(p for p in files_under(directory) if p.parts[-2:] == (FOLDER, "plan.json"))
     if not plans:
         raise AutoSparseError(
-            f"no campaign or grid under {str(directory)!r}: give the output of autosparse generate, benchmark or check"
+            f"no campaign or grid under {str(directory)!r}: give the output of autosparse generate, benchmark, check, diagnose, shrink or tune"
         )
     return [_status(plan.parent.parent) for plan in plans]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 
-from autosparse.errors import require
+from autosparse.errors import AutoSparseError, require
 from autosparse.masks.layers import Layer
 from autosparse.masks.schedule import check_density
 from autosparse.plugins import is_outside, load_outside
@@ -73,7 +73,9 @@ def check_scope(scope: Scope, layers: Mapping[str, Layer] | None = None, what: s
     `package.module:name`, or, where `layers` are given, a density in [0, 1] for each."""
     if isinstance(scope, Mapping):
         for name in layers or {}:
-            given = scope.get(name, math.nan)
+            if name not in scope:
+                raise AutoSparseError(f"{what} has no density of {name!r}: give each layer one in [0, 1]")
+            given = scope[name]
             require(0 <= given <= 1, f"density of {name!r} in {what}", given, "give each layer one in [0, 1]")
     elif isinstance(scope, str) and is_outside(scope) and not scope.startswith("densities:"):
         require(callable(load_outside(scope, what)), what, scope, "it must be a function of layers and density")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autosparse.errors import AutoSparseError, first_line
+from autosparse.errors import AutoSparseError, first_line, require
 from autosparse.masks.layers import Layer, unwrap
 from autosparse.masks.parametrized import Place, parametrized
 from autosparse.masks.random import make_generator
@@ -121,7 +121,24 @@ class _Enforced(Holder):
 
     def __init__(self, weights: Mapping[str, Tensor], masks: Mapping[str, Tensor], at: torch.optim.Optimizer) -> None:
         super().__init__(weights.values(), False, at)
+        self._kept = {id(weight): masks[name] for name, weight in weights.items()}
         self._zero = Zeroing(masks[name] for name in weights)
+        steered = {id(p) for group in at.param_groups for p in group["params"]}
+        require(
+            bool(steered & self._kept.keys()), "optimizer", type(at).__name__, "it trains none of the masked weights"
+        )
+        for hook in at._optimizer_step_post_hooks.values():
+            other = getattr(hook, "__self__", None)
+            if isinstance(other, _Enforced) and any(other.removes(key, mask) for key, mask in self._kept.items()):
+                raise AutoSparseError(
+                    "this optimizer is under enforced masks already, which remove weights that these keep: call remove() of "
+                    "that handle first"
+                )
+
+    def removes(self, weight: int, mask: Tensor) -> bool:
+        """Whether these masks remove something of the weight of this id that `mask` keeps."""
+        own = self._kept.get(weight)
+        return own is not None and bool((mask.cpu() & ~own.cpu()).any())
 
     def after_step(self, *_: Any) -> None:
         self._zero(self.weights)
@@ -275,7 +292,8 @@ class Masks(Mapping[str, Tensor]):
         wrapped by `torch.compile`, DDP or Fabric.
 
         Raises:
-            AutoSparseError: the mask was made for another model, or `sparsify` holds these weights already.
+            AutoSparseError: the mask was made for another model, the optimizer trains none of its weights, or `sparsify` or
+                other masks, which remove more, hold them already.
         """
         weights = {n: w for n, w in self._weights(model).items() if not isinstance(w, Place)}
         enforced = _Enforced(weights, self._tensors, optimizer)

@@ -54,6 +54,9 @@ def prune(
     """`autosparse.prune`, which takes the names of scorers too and has the arguments explained.
 
     `shuffled`: positions are then drawn anew within each layer."""
+    require(
+        isinstance(model, nn.Module), "model", type(model).__name__, "give a torch.nn.Module, not its class or state"
+    )
     model, seed = fused(unwrap(model)), int(seed)
     pattern = parse_granularity(granularity)
     preset = _preset(default_criterion(pattern) if criterion is None else criterion)
@@ -261,18 +264,16 @@ def describe(model: nn.Module, masks: Masks, example: Any, graph: Graph | None =
 
 
 def _preset(criterion: str | Criterion | Preset) -> Preset:
-    if isinstance(criterion, Preset):
-        return criterion
     if isinstance(criterion, str):
         return preset_for(criterion)
-    fits = callable(criterion) and all(hasattr(criterion, part) for part in ("name", "signals", "n_batches"))
-    require(
-        fits,
-        "criterion",
-        criterion,
-        "give a preset's name, a scorer's name or file, a Preset, or a criterion with name, signals and n_batches",
-    )
-    return Preset(criterion)
+    preset = criterion if isinstance(criterion, Preset) else Preset(criterion)
+    rule = preset.criterion
+    fits = callable(rule) and all(hasattr(rule, part) for part in ("name", "signals", "n_batches"))
+    way_out = "give a preset's name, a scorer's name or file, a Preset, or a criterion with name, signals and n_batches"
+    if preset is criterion:
+        way_out = "a Preset holds a criterion with name, signals and n_batches; prune takes the names of presets"
+    require(fits, "criterion", rule, way_out)
+    return preset
 
 
 def _mean_density(scope: Mapping[str, float], layers: Mapping[str, Layer]) -> float:
@@ -285,7 +286,8 @@ def _density(sparsity: float | None, pattern: Granularity) -> float:
         density = pattern.n / pattern.m
         if sparsity is not None and abs(1 - density - sparsity) > 1e-9:
             raise AutoSparseError(
-                f"sparsity is {sparsity} but the pattern {pattern.n}:{pattern.m} sets {1 - density:g}: leave sparsity out"
+                f"sparsity is {sparsity} but the pattern {pattern.n}:{pattern.m} sets {1 - density:g}: give this, or None "
+                "(in a config null)"
             )
         return density
     if sparsity is None:

@@ -20,7 +20,7 @@ class SearchResult:
 
     `weights`: all parameters and buffers after `steps` optimizer steps under the masks, for a training that continues
     from there instead of rewinding to `θ₀`; its optimizer starts anew. `None` if the method trained none.
-    `fitness`: of K-starts, what each start measured, in the order of training.
+    `fitness`: of K-starts, what each start measured, in the order of training. `notes`: what the user should know.
     """
 
     masks: Masks
@@ -29,6 +29,7 @@ class SearchResult:
     weights: Mapping[str, Tensor] | None = None
     steps: int = 0
     fitness: tuple[tuple[float, ...], ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

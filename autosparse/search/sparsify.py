@@ -141,12 +141,8 @@ class Sparsifier(Holder):
             raise AutoSparseError(
                 f"every is {method.every}: no update fits into a training of {steps} steps; give a smaller number"
             )
-        if updates == 1 and method.gradual:
-            warnings.warn(
-                f"every is {method.every}: one update fits into a training of {steps} steps, so the masks do not change "
-                "gradually; give a smaller number, or more steps",
-                stacklevel=3,
-            )
+        for note in remarks(method, steps):
+            warnings.warn(note, stacklevel=3)
         own = dict(unwrap(model).named_parameters())
         self.method, self.optimizer, self.steps, self.step = method, optimizer, steps, 0
         self._layers, self._density, self._scope, self._floor, self._seed = dict(layers), density, scope, floor, seed
@@ -213,6 +209,8 @@ class Sparsifier(Holder):
             "steps": self.steps,
             "density": self._density,
             "method": self._described(),
+            "densities": self._scope if self._scope is None or isinstance(self._scope, str) else dict(self._scope),
+            "floor": self._floor,
             "path": list(self.path),
             **{key: {n: t.cpu().clone() for n, t in values.items()} for key, values in tensors.items()},
         }
@@ -225,13 +223,18 @@ class Sparsifier(Holder):
         """
         if not isinstance(state, Mapping):
             raise AutoSparseError(f"the state of sparsify is {state!r}: give what state_dict() returned")
-        absent = [key for key in ("step", "steps", "density", "path", "method") if key not in state]
+        absent = [
+            key for key in ("step", "steps", "density", "densities", "floor", "path", "method") if key not in state
+        ]
         if absent:
             raise AutoSparseError(f"the state of sparsify has no {absent[0]}: give what state_dict() returned")
         own = self._described()
         require(state["method"] == own, "method", own, f"the saved state is of {state['method']}; give the same")
         steps, density = state["steps"], state["density"]
         require(steps == self.steps, "steps", self.steps, f"the saved state is of a training of {steps}; give the same")
+        held: Any
+        for key, held in (("densities", self._scope), ("floor", self._floor)):
+            require(state[key] == held, key, held, f"the saved state is for {state[key]!r}; give the same")
         same = math.isclose(density, self._density, rel_tol=1e-9)
         require(same, "sparsity", 1 - self._density, f"the saved state is for {1 - density:.6g}; give the same")
         for key, values in (("masks", self._masks), ("removed_in", self._removed_in)):
@@ -512,7 +515,19 @@ def search(
     masks.report = replace(masks.report, origin=origin)
     masks.signs = {n: weights[n] >= 0 for n in masks}
     done = length if settings.epochs is None else 0
-    return SearchResult(masks, length / per_epoch, trained.seconds, weights=weights, steps=done)
+    notes = remarks(settings, length)
+    return SearchResult(masks, length / per_epoch, trained.seconds, weights=weights, steps=done, notes=notes)
+
+
+def remarks(method: SparseTraining, steps: int) -> tuple[str, ...]:
+    """What a user should know of a method in a training of so many steps."""
+    updates = sum(method.due(step, steps) for step in range(1, steps + 1))
+    if updates != 1 or not method.gradual:
+        return ()
+    return (
+        f"every is {method.every}: one update fits into a training of {steps} steps, so the masks do not change "
+        "gradually; give a smaller number, or more steps",
+    )
 
 
 def check_task(settings: SparseTraining, validation: float, density: float, scope: Scope | None) -> None:

@@ -259,6 +259,14 @@ def test_a_run_too_short_to_be_gradual_is_a_note_of_its_masks(digits: ImageData,
     assert not search(convnet(), digits, "gmp").notes
 
 
+def test_smaller_weights_without_norm_layers_are_a_note_of_the_masks(digits: ImageData, convnet: Make) -> None:
+    with_norm, without = (
+        search(convnet(norm=norm), digits, "gmp", options={"init_gain": 0.5}) for norm in (True, False)
+    )
+    assert not with_norm.notes
+    assert without.notes[0].startswith("init_gain is 0.5: the network has no norm layers, so smaller weights change")
+
+
 # -- successive halving -------------------------------------------------------------------------------------------------
 
 

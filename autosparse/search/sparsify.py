@@ -22,6 +22,7 @@ from autosparse.masks.random import make_generator
 from autosparse.masks.schedule import check_density, check_sparsity
 from autosparse.masks.selection import select
 from autosparse.network.graph import trace
+from autosparse.network.running import NORMS
 from autosparse.search.method import METHODS, SearchResult, method_for, settings_for
 from autosparse.training.data import ImageData
 from autosparse.training.loop import full_state, rewound
@@ -516,6 +517,11 @@ def search(
     masks.signs = {n: weights[n] >= 0 for n in masks}
     done = length if settings.epochs is None else 0
     notes = remarks(settings, length)
+    if settings.init_gain is not None and not any(isinstance(module, NORMS) for module in model.modules()):
+        notes += (
+            f"init_gain is {settings.init_gain}: the network has no norm layers, so smaller weights change what it computes; "
+            "leave it out",
+        )
     return SearchResult(masks, length / per_epoch, trained.seconds, weights=weights, steps=done, notes=notes)
 
 

@@ -124,9 +124,10 @@ class _Enforced(Holder):
         self._kept = {id(weight): masks[name] for name, weight in weights.items()}
         self._zero = Zeroing(masks[name] for name in weights)
         steered = {id(p) for group in at.param_groups for p in group["params"]}
-        require(
-            bool(steered & self._kept.keys()), "optimizer", type(at).__name__, "it trains none of the masked weights"
-        )
+        trains = not weights or bool(
+            steered & self._kept.keys()
+        )  # none are left where a parametrization masks them all
+        require(trains, "optimizer", type(at).__name__, "it trains none of the masked weights")
         for hook in at._optimizer_step_post_hooks.values():
             other = getattr(hook, "__self__", None)
             if isinstance(other, _Enforced) and any(other.removes(key, mask) for key, mask in self._kept.items()):

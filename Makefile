@@ -9,7 +9,7 @@ quickstart: $(VENV)/.installed
 	$(BIN)/autosparse quickstart
 
 test: $(VENV)/.installed lint docs
-	$(BIN)/python -m pytest tests -n 2 --dist loadfile
+	$(BIN)/python -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -124,9 +124,7 @@ class _Enforced(Holder):
         self._kept = {id(weight): masks[name] for name, weight in weights.items()}
         self._zero = Zeroing(masks[name] for name in weights)
         steered = {id(p) for group in at.param_groups for p in group["params"]}
-        trains = not weights or bool(
-            steered & self._kept.keys()
-        )  # none are left where a parametrization masks them all
+        trains = len(weights) < len(masks) or bool(steered & self._kept.keys())  # else parametrizations hold some
         require(trains, "optimizer", type(at).__name__, "it trains none of the masked weights")
         for hook in at._optimizer_step_post_hooks.values():
             other = getattr(hook, "__self__", None)

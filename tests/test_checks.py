@@ -48,8 +48,6 @@ def test_a_name_tells_what_layers_and_patterns_are_chosen_by() -> None:
     assert Candidate("snip", scope="densities:erk").name == "snip in erk"
     assert Candidate("snip", granularity="2:4").name == "snip 2:4"
     assert Candidate("snip", granularity="unstructured").name == "snip"
-    continues = Candidate("gmp", continues=True)
-    assert [c.name for c in expand([continues], ["densities"])] == ["gmp-continues", "densities:gmp-continues"]
 
 
 def test_a_criterion_is_set_against_a_variant_of_its_own_settings() -> None:
@@ -68,10 +66,20 @@ def test_a_criterion_is_set_against_a_variant_of_its_own_settings() -> None:
     assert made(gmp, Candidate("densities:gmp", label="another")) == ["gmp", "another"]
     pattern = Candidate("magnitude", granularity="2:4")
     with pytest.raises(
-        AutoSparseError, match=r"magnitude 2:4 at sparsity 0.9: sparsity is 0.9: 2:4 sets 0.5: give this one"
+        AutoSparseError, match=r"magnitude 2:4 at sparsity 0.9: sparsity is 0.9 but the pattern 2:4 sets 0.5: give that"
     ):
         made(pattern)
     assert made(pattern, sparsity=0.5) == ["magnitude 2:4"]
+
+
+def test_what_continues_with_trained_weights_is_not_checked() -> None:
+    """Its variants train from the initialization, so the difference tells of the weights, not of the mask."""
+    for candidate in (Candidate("gmp", continues=True), Candidate("irp", options={"rewind": "never"})):
+        assert expand([candidate], []) == [candidate]
+        with pytest.raises(
+            AutoSparseError, match=f"criterion is '{candidate.name}': checks compare masks, .* let it rewind"
+        ):
+            expand([candidate], ["densities"])
 
 
 def test_a_variant_that_a_candidate_cannot_have_is_told() -> None:
@@ -128,6 +136,13 @@ def frame(rows: list[dict[str, Any]]) -> DataFrame:
 def only(*results: list[dict[str, Any]], check: str = "densities") -> checks.Comparison:
     (row,) = checked(frame([r for part in results for r in part]))
     return row.tests[check]
+
+
+def test_rows_that_continue_are_not_compared_with_variants_that_do_not() -> None:
+    shuffle = rows("densities:gmp", 0.4, 0.5)
+    goes_on = [{**row, "continues": "yes"} for row in rows("gmp", 0.6, 0.7)]
+    assert [row.criterion for row in checked(frame([*rows("gmp", 0.6, 0.7), *shuffle]))] == ["gmp"]
+    assert checked(frame([*goes_on, *shuffle])) == []
 
 
 def test_pairs_are_seeds_that_both_have() -> None:

@@ -152,7 +152,7 @@ def test_two_of_four() -> None:
         assert (masks["2.weight"].movedim(1, -1).reshape(-1, 4).sum(1) == 2).all()
         assert (masks["4.weight"].view(-1, 4).sum(1) == 2).all()
     assert prune(model, 0.5, "magnitude", granularity=NM(2, 4)) == prune(model, None, "magnitude", granularity="2:4")
-    with pytest.raises(AutoSparseError, match=r"sparsity is 0\.9 but the pattern 2:4 sets 0\.5: give this, or None"):
+    with pytest.raises(AutoSparseError, match=r"sparsity is 0\.9 but the pattern 2:4 sets 0\.5: give that"):
         prune(model, 0.9, "magnitude", granularity="2:4")
 
 

@@ -149,7 +149,7 @@ def test_hessians_and_jacobian_may_be_left_out(run: Run) -> None:
         ({"prepare": ["repare"]}, "prepare is 'repare': did you mean 'repair'?"),
         ({"sparsity": 1.5}, "sparsity is 1.5"),
         ({"criteria": ["snap"]}, "criterion is 'snap'"),
-        ({"prepare": ["signs"]}, "prepare is 'signs': erk has none: only masks of methods that train have signs"),
+        ({"prepare": ["signs"]}, "prepare of erk is 'signs': only masks of methods that train have signs"),
         ({"criteria": ["erk", "erk"]}, "state is 'erk': it is there twice: give criteria a label"),
         (
             {"criteria": ["reinit:erk"]},

@@ -53,13 +53,17 @@ _Loader.add_implicit_resolver(
 def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
     """A mapping, none of whose keys is there twice: the last one would win silently."""
     lines: dict[Any, int] = {}
-    for name, _ in node.value:
+    for name, value in node.value:
         line, key = name.start_mark.line + 1, loader.construct_object(name, deep=True)
         if not isinstance(key, Hashable):
             raise yaml.constructor.ConstructorError(None, None, f"the key in line {line} is no text", None)
         if key in lines:
             where = f"in line {line}" if lines[key] == line else f"in lines {lines[key]} and {line}"
             raise yaml.constructor.ConstructorError(None, None, f"{key!r} is given twice, {where}: keep one")
+        if node.flow_style and ":" in str(key) and value.value == "":
+            raise yaml.constructor.ConstructorError(
+                None, None, f"{key!r} has no value: put a space after the colon", None
+            )
         lines[key] = line
     return loader.construct_mapping(node, deep=True)
 
@@ -170,8 +174,10 @@ def _override(values: dict[str, Any], text: str) -> None:
     try:
         at[last] = _read(value)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        quoted = f"; where it has spaces, quote it in the shell: '{key}=…'" if "{" in value or "[" in value else ""
-        raise AutoSparseError(f"override {text!r}: the value is not YAML{quoted}") from error
+        reason = "; where it has spaces, quote the override in the shell" if set("{[") & set(value) else ""
+        if isinstance(error, yaml.constructor.ConstructorError):
+            reason = f": {error.problem}"
+        raise AutoSparseError(f"override {text!r}: the value is not YAML{reason}") from error
 
 
 def _expanded(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -196,10 +202,6 @@ def _expanded(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _collect_options(candidate: Any) -> None:
     """The settings of a method, which stand beside `criterion` in a config, as its `options`."""
-    if isinstance(candidate, dict):
-        for key in candidate:
-            if str(key).startswith("criterion:"):
-                raise AutoSparseError(f"unknown key {key!r}: put a space after the colon, as YAML needs")
     if not isinstance(candidate, dict) or not isinstance(name := candidate.get("criterion"), str):
         return
     base = split(name)[1]

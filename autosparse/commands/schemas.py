@@ -108,9 +108,11 @@ class TuneConfig:
         _check_file_name(self.name)
         if self.design is not None:
             require(self.scorer is None, "scorer", self.scorer, "a design begins at design.base; leave it out")
-            for field in dataclasses.fields(self.tune):
-                value, usual = getattr(self.tune, field.name), getattr(OutcomeSettings(), field.name)
-                require(value == usual, f"tune.{field.name}", value, "a design does not use it; leave it out")
+            usual = OutcomeSettings()
+            for field in dataclasses.fields(usual):
+                value = getattr(self.tune, field.name)
+                unused = value == getattr(usual, field.name)
+                require(unused, f"tune.{field.name}", value, "a design does not use it; leave it out")
 
 
 @settings
@@ -282,6 +284,8 @@ class DiagnoseConfig:
             require(one.prepare is None, f"prepare of {one.criterion}", one.prepare, "prepare of the config adds them")
             draws = one.variant == "reinit" or one.continues
             require(not draws, "criteria", one.criterion, "diagnose measures masks on the network's own weights")
+            for how in self.prepare:
+                dataclasses.replace(one, prepare=how)  # raises where the two do not go together
 
 
 @settings

@@ -15,14 +15,14 @@ from torch import nn
 from autosparse.errors import AutoSparseError, require, settings, suggest
 from autosparse.files import fingerprint, sha256
 from autosparse.masks.densities import Scope, check_scope
-from autosparse.masks.granularity import NM, parse_granularity
+from autosparse.masks.granularity import parse_granularity
 from autosparse.masks.layers import prunable_layers
 from autosparse.masks.schedule import SCHEDULES, check_sparsity
 from autosparse.network.graph import trace
 from autosparse.network.signals import parse_warmup
 from autosparse.plugins import is_outside, source_of
 from autosparse.pruning.criteria import PRESETS, Inverted, Preset, preset_for
-from autosparse.pruning.prune import describe, prune
+from autosparse.pruning.prune import density_for, describe, prune
 from autosparse.pruning.warmup import WarmupSettings, warmup
 from autosparse.report.checks import CHECKS, split
 from autosparse.report.text import unique
@@ -221,12 +221,9 @@ class Candidate:
         return [Candidate(name, floor=floor) for name in method.starts(self.options)]
 
     def check(self, validation: float, sparsity: float) -> None:
-        """Raise `AutoSparseError` where its method cannot find masks of `sparsity` with this share of validation images."""
-        method, pattern = self.method, parse_granularity(self.granularity)
-        if isinstance(pattern, NM):
-            set_by = 1 - pattern.n / pattern.m
-            fits = f"{pattern.n}:{pattern.m} sets {set_by:g}: give this one"
-            require(abs(sparsity - set_by) < 1e-9, "sparsity", sparsity, fits)
+        """Raise `AutoSparseError` where it cannot find masks of `sparsity` with this share of validation images."""
+        density_for(sparsity, parse_granularity(self.granularity))
+        method = self.method
         if method is not None:
             method.check(self.options, validation, 1 - sparsity, self.scope)
         if (other := self.layer_densities) is not None:
@@ -240,16 +237,18 @@ def expand(candidates: Sequence[Candidate], checks: Sequence[str]) -> list[Candi
     """Every candidate, followed by its variants; a method that searches by training has no scores to invert.
 
     Raises:
-        AutoSparseError: a variant that the candidate cannot have.
+        AutoSparseError: a variant that the candidate cannot have, or one that continues with its trained weights: variants
+            train from the initialization, so the difference would tell of the weights, not of the mask.
     """
     result = []
     for candidate in candidates:
+        from_start = "checks compare masks, trained from the initialization; let it rewind"
+        require(not (candidate.continues and checks), "criterion", candidate.name, from_start)
         result.append(candidate)
         for check in unique(checks):
             if check != "inverted" or not candidate.searches:
-                name = f"{check}:{candidate.name}"
-                variant = replace(candidate, criterion=f"{check}:{candidate.criterion}", label=None, continues=False)
-                result.append(variant if variant.name == name else replace(variant, label=name))
+                label = candidate.label and f"{check}:{candidate.label}"
+                result.append(replace(candidate, criterion=f"{check}:{candidate.criterion}", label=label))
     return result
 
 

@@ -61,11 +61,6 @@ def states(criteria: Sequence[Candidate], masks: Path | None, prepare: Sequence[
     """
     if masks is not None and not masks.is_file():
         raise AutoSparseError(f"masks file {masks} does not exist: check the path")
-    if "signs" in prepare:
-        for one in criteria:
-            require(
-                one.searches, "prepare", "signs", f"{one.name} has none: only masks of methods that train have signs"
-            )
     pruned: list[Candidate | Path] = [*([] if masks is None else [masks]), *criteria]
     found = [State(), *(State(one, how) for one in pruned for how in (None, *prepare))]
     names = [state.name for state in found]

@@ -100,44 +100,43 @@ class Zeroing:
 class Holder:
     """What holds pruned weights at zero after each step of an optimizer, by a hook that is a method of it.
 
-    `weights`: of its masks. `changing`: whether these masks change in training.
+    `weights`: of its masks. `fixed`: these masks, or `None` if they change in training.
     """
 
-    def __init__(self, weights: Iterable[Tensor], changing: bool, optimizer: torch.optim.Optimizer) -> None:
-        """Raises `AutoSparseError` where two would not agree: another holds one of the weights, and masks change."""
-        self.weights, self.changing = list(weights), changing
+    def __init__(
+        self, weights: Iterable[Tensor], fixed: Iterable[Tensor] | None, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Raises `AutoSparseError` where two would not agree: another holds one of the weights, and masks change, or it
+        removes what this one keeps."""
+        self.weights = list(weights)
+        self.fixed = None if fixed is None else {id(w): m for w, m in zip(self.weights, fixed, strict=True)}
         own = {id(weight) for weight in self.weights}
         for hook in optimizer._optimizer_step_post_hooks.values():
             other = getattr(hook, "__self__", None)
             if not isinstance(other, Holder) or not any(id(weight) in own for weight in other.weights):
                 continue
-            if changing or other.changing:
-                what = "sparsified" if other.changing else "under enforced masks"
+            what = "sparsified" if other.fixed is None else "under enforced masks"
+            if self.fixed is None or other.fixed is None:
                 raise AutoSparseError(f"this optimizer is {what} already: call remove() of that handle first")
+            both = self.fixed.keys() & other.fixed.keys()
+            if any(bool((self.fixed[key].cpu() & ~other.fixed[key].cpu()).any()) for key in both):
+                raise AutoSparseError(
+                    f"this optimizer is {what} already, which remove weights that these keep: call remove() of that handle "
+                    "first"
+                )
 
 
 class _Enforced(Holder):
     """Fixed masks."""
 
     def __init__(self, weights: Mapping[str, Tensor], masks: Mapping[str, Tensor], at: torch.optim.Optimizer) -> None:
-        super().__init__(weights.values(), False, at)
-        self._kept = {id(weight): masks[name] for name, weight in weights.items()}
+        super().__init__(weights.values(), (masks[name] for name in weights), at)
         self._zero = Zeroing(masks[name] for name in weights)
         steered = {id(p) for group in at.param_groups for p in group["params"]}
-        trains = len(weights) < len(masks) or bool(steered & self._kept.keys())  # else parametrizations hold some
+        trains = len(weights) < len(masks) or any(
+            id(w) in steered for w in self.weights
+        )  # else parametrizations hold some
         require(trains, "optimizer", type(at).__name__, "it trains none of the masked weights")
-        for hook in at._optimizer_step_post_hooks.values():
-            other = getattr(hook, "__self__", None)
-            if isinstance(other, _Enforced) and any(other.removes(key, mask) for key, mask in self._kept.items()):
-                raise AutoSparseError(
-                    "this optimizer is under enforced masks already, which remove weights that these keep: call remove() of "
-                    "that handle first"
-                )
-
-    def removes(self, weight: int, mask: Tensor) -> bool:
-        """Whether these masks remove something of the weight of this id that `mask` keeps."""
-        own = self._kept.get(weight)
-        return own is not None and bool((mask.cpu() & ~own.cpu()).any())
 
     def after_step(self, *_: Any) -> None:
         self._zero(self.weights)

@@ -61,7 +61,7 @@ def prune(
     pattern = parse_granularity(granularity)
     preset = _preset(default_criterion(pattern) if criterion is None else criterion)
     given = sparsity is None and isinstance(scope, Mapping)  # then the layer densities say it
-    density = 1.0 if given else _density(sparsity, pattern)
+    density = 1.0 if given else density_for(sparsity, pattern)
     rule = preset.criterion
     steps = preset.steps if steps is None else steps
     others: dict[str, Any] = {"loss": loss, "seed": seed, "include": include, "exclude": exclude}
@@ -281,13 +281,17 @@ def _mean_density(scope: Mapping[str, float], layers: Mapping[str, Layer]) -> fl
     return kept / sum(layer.numel for layer in layers.values())
 
 
-def _density(sparsity: float | None, pattern: Granularity) -> float:
+def density_for(sparsity: float | None, pattern: Granularity) -> float:
+    """The density that a sparsity and a granularity ask for; N:M patterns set it.
+
+    Raises:
+        AutoSparseError: they disagree, or neither says it.
+    """
     if isinstance(pattern, NM):
         density = pattern.n / pattern.m
         if sparsity is not None and abs(1 - density - sparsity) > 1e-9:
             raise AutoSparseError(
-                f"sparsity is {sparsity} but the pattern {pattern.n}:{pattern.m} sets {1 - density:g}: give this, or None "
-                "(in a config null)"
+                f"sparsity is {sparsity} but the pattern {pattern.n}:{pattern.m} sets {1 - density:g}: give that"
             )
         return density
     if sparsity is None:

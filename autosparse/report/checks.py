@@ -67,7 +67,10 @@ def split(name: str) -> tuple[str | None, str]:
 
 
 def checked(rows: DataFrame) -> list[Checked]:
-    """Every criterion with at least one of its variants beside it; rows of one (data, recipe)."""
+    """Every criterion with at least one of its variants beside it; rows of one (data, recipe).
+
+    Without those that continue with trained weights: their variants, trained from the initialization, are no fair rivals.
+    """
     from autosparse.report.rows import paired_differences, paired_test, summarise
 
     cells = {cell.Index: cell for cell in summarise(rows).itertuples()}
@@ -76,7 +79,7 @@ def checked(rows: DataFrame) -> list[Checked]:
         tests = {}
         for check in CHECKS:
             rival = f"{check}:{criterion}"
-            if (model, rival, sparsity) in cells:
+            if (model, rival, sparsity) in cells and not cell.continues:
                 differences = paired_differences(rows, model, sparsity, criterion, rival)
                 tests[check] = Comparison(stat(differences), paired_test(differences), cells[model, rival, sparsity])
         if tests:

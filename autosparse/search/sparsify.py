@@ -151,7 +151,7 @@ class Sparsifier(Holder):
         steered = {id(p) for group in optimizer.param_groups for p in group["params"]}
         for name, weight in self._weights.items():
             require(id(weight) in steered, "weight", name, "the optimizer does not train it: leave it out by exclude")
-        super().__init__(self._weights.values(), True, optimizer)
+        super().__init__(self._weights.values(), None, optimizer)
         for hook in optimizer._optimizer_step_pre_hooks.values():
             other = getattr(hook, "__self__", None)
             if not isinstance(other, Sparsifier):

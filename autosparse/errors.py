@@ -6,7 +6,7 @@ import dataclasses
 import math
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from numbers import Integral, Real
 from typing import Any, TypeVar, dataclass_transform
@@ -85,6 +85,16 @@ def require(condition: bool, what: str, value: Any, way_out: str) -> None:
     """Raise `AutoSparseError("what is value: way_out")` unless `condition` holds."""
     if not condition:
         raise AutoSparseError(f"{what} is {value!r}: {way_out}")
+
+
+def require_unset(values: Any, names: Sequence[str], of: str, why: str) -> None:
+    """Raise `AutoSparseError` where a field that nothing uses is not at its default: `of` before the names, `why` unused."""
+    usual = {field.name: field for field in dataclasses.fields(values)}
+    for name in names:
+        field, value = usual[name], getattr(values, name)
+        factory = field.default_factory
+        default = field.default if factory is dataclasses.MISSING else factory()
+        require(value == default, f"{of}{name}", value, f"{why}; leave it out")
 
 
 def from_mapping(cls: type[T], given: Mapping[str, Any], of: str) -> T:

@@ -112,6 +112,10 @@ def test_cells_come_seed_by_seed_with_the_dense_network_first() -> None:
         ({"sparsities": []}, r"sparsities is \[\]"),
         ({"seeds": []}, r"seeds is \[\]"),
         ({"sparsities": [1.0]}, "sparsity is 1.0"),
+        (
+            {"sparsities": [0.5, 0.9], "candidates": [replace(SNIP, floor=0.2)]},
+            r"snip at sparsity 0.9: floor is 0.2: the density is 0.1; lower it",
+        ),
         ({"candidates": [SNIP, replace(SNIP, floor=0.1)]}, "criterion name is 'snip': give each its own label"),
         ({"candidates": [replace(SNIP, label="dense")]}, "criterion name is 'dense'"),
     ],
@@ -240,15 +244,15 @@ def test_a_stop_keeps_what_is_done(
 def test_a_failed_cell_is_recorded_and_the_others_go_on(
     tmp_path: Path, data: ImageData, trainings: list[float]
 ) -> None:
-    """A floor that asks for more than the density keeps is wrong in one cell only."""
-    greedy = replace(SNIP, label="greedy", floor=0.15)
+    """A floor of the density itself asks for more than that keeps, since each layer is rounded up."""
+    greedy = replace(SNIP, label="greedy", floor=0.1)
     cells = cells_of(greedy, SNIP, sparsities=(0.8, 0.9))
     results = run_grid(cells, tmp_path, data, device="cpu")
     assert [bool(r["error"]) for r in results] == [False, False, False, True, False]
     (line,) = failures(results)
-    assert line.startswith("convnet-w4 greedy 0.9 seed 0: floor 0.15 asks for ") and line.endswith("lower it")
+    assert line.startswith("convnet-w4 greedy 0.9 seed 0: floor 0.1 asks for ") and line.endswith("lower it")
     row = table(tmp_path)[3]
-    assert row["criterion"] == "greedy" and row["accuracy"] == "" and row["error"].startswith("floor 0.15 asks for")
+    assert row["criterion"] == "greedy" and row["accuracy"] == "" and row["error"].startswith("floor 0.1 asks for")
     assert row["dense_accuracy"] == table(tmp_path)[0]["accuracy"]
     count = len(trainings)
     again = run_grid(cells, tmp_path, data, device="cpu")
@@ -276,6 +280,29 @@ def test_wrong_models_are_told_before_any_training(
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
     with pytest.raises(AutoSparseError, match=match):
         run_grid(grid([MODEL, model], DATA, RECIPE, [SNIP], [0.5], [0]), tmp_path, data, device="cpu")
+    assert trainings == []
+
+
+@pytest.mark.parametrize(
+    ("candidate", "match"),
+    [
+        (Candidate("set", options={"epochs": 0.25}), "set-0.25: every is 100: no update fits into a training of "),
+        (Candidate("kstarts", options={"epochs": 50}), r"kstarts: kstarts\.epochs is 50"),
+        (Candidate("dissipating", options={"epochs": 50}), r"dissipating: dissipating\.epochs is 50"),
+        (
+            Candidate("kstarts_dissipating", options={"dissipating": DissipatingSettings(epochs=50)}),
+            r"kstarts_dissipating: dissipating\.epochs is 50",
+        ),
+        (Candidate("snip", scope="densities:rigl"), "snip in rigl: every is 100"),
+        (Candidate("halving", options={"starts": ("erk", "rigl")}), "halving-2x0.5: every is 100"),
+    ],
+    ids=lambda value: value.name if isinstance(value, Candidate) else "",
+)
+def test_searches_that_do_not_fit_are_told_before_any_training(
+    tmp_path: Path, data: ImageData, trainings: list[float], candidate: Candidate, match: str
+) -> None:
+    with pytest.raises(AutoSparseError, match=match):
+        run_grid(cells_of(SNIP, candidate), tmp_path, data, device="cpu")
     assert trainings == []
 
 
@@ -587,6 +614,10 @@ def test_the_layer_densities_of_another_candidate_as_scope(name: str, data: Imag
         ),
         ({"criterion": "kstarts", "granularity": "2:4"}, "granularity of kstarts"),
         ({"criterion": "densities:snip", "granularity": "channel"}, "granularity of densities:"),
+        ({"criterion": "magnitude", "n_batches": 3}, "n_batches is 3: magnitude takes no batches; leave it out"),
+        ({"criterion": "random_snip", "n_batches": 3}, "n_batches is 3: random_snip takes no batches"),
+        ({"criterion": "snip", "schedule": "linear"}, "schedule is 'linear': one step goes straight to the sparsity"),
+        ({"criterion": "synflow", "steps": 1, "schedule": "linear"}, "schedule is 'linear': one step"),
     ],
 )
 def test_settings_that_do_not_belong_to_a_criterion(given: dict[str, Any], message: str) -> None:

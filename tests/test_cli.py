@@ -460,13 +460,13 @@ def test_a_directory_with_nothing_to_report(run: Run) -> None:
 
 def test_status_of_campaigns_and_grids(run: Run) -> None:
     assert run("generate", generate_config(output="both/irp"), "executor=local").code == 0
-    greedy = {"criterion": "snip", "label": "greedy", "floor": 0.5}
+    greedy = {"criterion": "snip", "label": "greedy", "floor": 0.2}
     assert run("benchmark", benchmark_config(output="both/grid", criteria=["random", greedy])).code == 1
     answer = run("status", "both")
     assert answer.code == 0
     grid, failed, campaign = answer.out.splitlines()
     assert grid == "both/grid: 3 jobs: 2 done, 0 running, 1 failed, 0 waiting; nobody works on it"
-    assert failed.startswith("  failed: mlp-w8_greedy_0.8_s0_") and "floor 0.5 asks for" in failed
+    assert failed.startswith("  failed: mlp-w8_greedy_0.8_s0_") and "floor 0.2 asks for" in failed
     assert campaign == "both/irp: 2 jobs: 2 done, 0 running, 0 failed, 0 waiting; nobody works on it"
     refused(run("status", "nowhere"), "no campaign or grid under 'nowhere'")
 
@@ -578,6 +578,9 @@ def test_the_same_initialization_is_pruned_and_trained(run: Run) -> None:
     kept = torch.cat([model.get_parameter(n).detach()[m].abs() for n, m in masks.items()])
     pruned = torch.cat([model.get_parameter(n).detach()[~m].abs() for n, m in masks.items()])
     assert float(kept.min()) >= float(pruned.max())
+    here, elsewhere = ({**train_config(masks="prune/masks.safetensors", seed=s), "output": f"t{s}"} for s in (4, 5))
+    assert "note:" not in run("train", here).out
+    assert "prune/masks.safetensors was chosen for other initial weights" in run("train", elsewhere).out
 
 
 def test_networks_are_made_smaller(run: Run) -> None:

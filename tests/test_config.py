@@ -300,6 +300,12 @@ def test_what_a_design_does_not_use_is_told(tmp_path: Path, override: str, messa
         ("just text", "holds a str: it must hold keys with values"),
         ("- 1\n- 2", "holds a list: it must hold keys"),
         ("recipe: {epochs: 0}", "recipe.epochs is 0: give at least 1"),
+        (
+            "irp: {rounds: 3}\ngradual: {updates: 9}",
+            "irp and gradual are both given: each run is one of the two; leave one",
+        ),
+        ("irp: {n_batches: 3}", "irp.n_batches is 3: only snip takes batches; leave it out"),
+        ("irp: {density: 0.1, floor: 0.2}", "irp.floor is 0.2: irp.density keeps fewer; lower it"),
         ("recipe:\n  epochs: 3\n epochs: 4", "is not YAML: "),
         ("recipe:\n\tepochs: 3", "is not YAML: "),
         ("seed: 1\nrecipe: {}\nseed: 2", "is not YAML: 'seed' is given twice, in lines 1 and 3: keep one"),

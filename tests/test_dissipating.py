@@ -209,7 +209,7 @@ def stopping(after: int, rows: list) -> Callable[[dict[str, float]], None]:
 def test_a_stop_loses_only_the_epoch_in_flight(
     after: int, by: str, digits: ImageData, convnet: Make, tmp_path: Path
 ) -> None:
-    settings = DissipatingSettings(epochs=3, by=by, threshold=0.01)
+    settings = DissipatingSettings(3, by, **({"threshold": 0.01} if by == "threshold" else {}))  # type: ignore[arg-type]
     whole = run(convnet(), digits, settings)
     model = convnet()
     before = full_state(model)
@@ -291,7 +291,14 @@ def test_mistakes_are_named(digits: ImageData, convnet: Make) -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"epochs": 0}, {"by": "magnitude"}, {"change": "signed"}, {"threshold": -1.0}, {"threshold": math.inf}],
+    [
+        {"epochs": 0},
+        {"by": "magnitude"},
+        {"change": "signed"},
+        {"threshold": -1.0},
+        {"threshold": math.inf},
+        {"threshold": 0.2},
+    ],
     ids=str,
 )
 def test_bad_settings(wrong: dict) -> None:

@@ -310,7 +310,7 @@ def test_a_start_that_diverges(digits: ImageData, convnet: Make) -> None:
     "wrong",
     [
         *({"k": 0}, {"epochs": 0.0}, {"epochs": math.inf}, {"fitness": "loss"}, {"generations": -1}),
-        *({"mutation": 1.5}, {"scope": "global"}),
+        *({"mutation": 1.5}, {"mutation": 0.5}, {"scope": "global"}),
         *({"k": 2, "generations": 1}, {"generations": 1, "fitness": "random"}),
     ],
     ids=str,

@@ -177,7 +177,7 @@ def test_data_of_tasks_take_what_they_do_not_say(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("key", "value"), [("models", ["resnet8"]), ("seeds", [0, 1])])
 def test_tasks_draw_models_and_seeds(tmp_path: Path, key: str, value: list[object]) -> None:
-    with pytest.raises(AutoSparseError, match=rf"{key} is .*: tasks draws the {key}: leave it or tasks out"):
+    with pytest.raises(AutoSparseError, match=rf"{key} is .*: tasks draws the networks; leave it out"):
         load_config(GenerateConfig, write(tmp_path / "c.yaml", **{key: value}))
 
 

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
-from autosparse.errors import require, settings, suggest
+from autosparse.errors import AutoSparseError, require, require_unset, settings, suggest
 from autosparse.experiment.candidates import Candidate, expand
 from autosparse.experiment.design import DesignSettings
 from autosparse.experiment.structured import Thinning, thinnings
@@ -35,7 +35,7 @@ from data_gen.gradual import GradualSettings
 class GenerateConfig:
     """`autosparse generate`: IRP runs of every model with every seed, into `output/records`.
 
-    With `gradual`, each is one gradual run instead, at the cost of two trainings; `irp` is not used then.
+    With `gradual`, each is one gradual run instead, at the cost of two trainings, and there is no `irp`.
     With `tasks`, which draws the networks, the runs are those of the tasks, and there are no `models` and `seeds`. In a
     file, each of `tasks.data` takes from `data` what it does not say.
     """
@@ -54,10 +54,10 @@ class GenerateConfig:
     tracking: bool = True
 
     def __post_init__(self) -> None:
-        default = {"models": (ModelSettings("resnet20"),), "seeds": (0,)}
-        for key, value in default.items():
-            given = getattr(self, key)
-            require(self.tasks is None or given == value, key, given, f"tasks draws the {key}: leave it or tasks out")
+        if self.tasks is not None:
+            require_unset(self, ("models", "seeds"), "", "tasks draws the networks")
+        if self.gradual is not None and self.irp != IRPSettings():
+            raise AutoSparseError("irp and gradual are both given: each run is one of the two; leave one of them out")
 
 
 def _check_file_name(name: str) -> None:
@@ -107,12 +107,9 @@ class TuneConfig:
     def __post_init__(self) -> None:
         _check_file_name(self.name)
         if self.design is not None:
-            require(self.scorer is None, "scorer", self.scorer, "a design begins at design.base; leave it out")
-            usual = OutcomeSettings()
-            for field in dataclasses.fields(usual):
-                value = getattr(self.tune, field.name)
-                unused = value == getattr(usual, field.name)
-                require(unused, f"tune.{field.name}", value, "a design does not use it; leave it out")
+            require_unset(self, ("scorer",), "", "a design begins at design.base")
+            names = [field.name for field in dataclasses.fields(OutcomeSettings)]
+            require_unset(self.tune, names, "tune.", "a design does not use it")
 
 
 @settings

@@ -32,6 +32,11 @@ def run(config: TrainConfig, *, profile: bool = False) -> dict[str, Any]:
     model = build_model(config.model, data, config.seed)
     if masks is not None:
         masks.check(model)
+        chosen = masks.report.origin.get("network")
+        if chosen is not None and chosen != of_network(model, source=False):
+            say(
+                f"note: {config.masks} was chosen for other initial weights: for those give the seed and the data of prune"
+            )
     directory = claim_directory(config)
     done = directory / "result.json"
     result = read_json(done, "result") if done.exists() else {}

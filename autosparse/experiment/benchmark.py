@@ -186,6 +186,18 @@ def with_inputs(cells: Sequence[Work], data: ImageData) -> list[Work]:
     return [dataclasses.replace(cell, inputs=known[cell.model.label(), cell.seed]) for cell in cells]
 
 
+def check_lengths(cells: Sequence[Cell], data: ImageData) -> None:
+    """Raise `AutoSparseError` where a search does not fit into the trainings of its recipe."""
+    seen: list[tuple[Candidate, Recipe]] = []
+    for cell in cells:
+        if cell.candidate is not None and (cell.candidate, cell.recipe) not in seen:
+            seen.append((cell.candidate, cell.recipe))
+            try:
+                cell.candidate.check_length(data, cell.recipe)
+            except AutoSparseError as error:
+                raise AutoSparseError(f"{cell.candidate.name}: {error}") from None
+
+
 def check_prunable(model: nn.Module, data: ImageData) -> None:
     """Raise `AutoSparseError` unless the model takes the images, has an output for every class, and prunable weights."""
     check_fits(model, data)
@@ -355,6 +367,7 @@ def run_grid(
         AutoSparseError: a model or a scorer cannot work, or another process works on the directory.
     """
     cells = with_inputs(cells, data)
+    check_lengths(cells, data)
     fresh = unfinished(cells, directory)
     for model in {cell.model.label(): cell.model for cell in fresh}.values():
         check_prunable(build_model(model, data), data.to("cpu"))  # wrong input ends here, before hours are spent

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from autosparse.errors import AutoSparseError, require, settings, suggest
+from autosparse.errors import AutoSparseError, require, require_unset, settings, suggest
 from autosparse.files import fingerprint, sha256
 from autosparse.masks.densities import Scope, check_scope
 from autosparse.masks.granularity import parse_granularity
@@ -30,7 +30,7 @@ from autosparse.scorers.loading import criterion_for, find_scorer, is_scorer
 from autosparse.scorers.scorer import read_scorer
 from autosparse.search.method import METHODS, Method, SearchResult, method_for, settings_for
 from autosparse.trainability.prepare import check_preparation, prepare
-from autosparse.training.content import of_start
+from autosparse.training.content import of_network, of_start
 from autosparse.training.data import ImageData
 from autosparse.training.recipe import Recipe
 
@@ -89,8 +89,6 @@ class Candidate:
             require(
                 self.options is None, f"options of {self.base}", self.options, "only methods have them; leave it out"
             )
-            if not is_scorer(self.base):
-                preset_for(self.base)  # raises where the horizon of a warm-up is wrong
         if self.scope is not None and self.layer_densities is None:
             check_scope(self.scope)
         if self.schedule is not None:
@@ -103,6 +101,12 @@ class Candidate:
         for key in ("steps", "n_batches", "batch_size", "schedule"):
             value = getattr(self, key)
             require(value is None or not self.searches, f"{key} of {self.base}", value, "it has none; leave it out")
+        if not self.searches and not is_scorer(self.base):
+            preset = preset_for(self.base)  # raises where the horizon of a warm-up is wrong
+            if (preset.n_batches or preset.criterion.n_batches) == 0:
+                require_unset(self, ("n_batches",), "", f"{self.base} takes no batches")
+        if (self.steps or self._usual_steps) == 1:
+            require_unset(self, ("schedule",), "", "one step goes straight to the sparsity")
         require(
             self.granularity in (None, "unstructured") or not self.searches,
             f"granularity of {self.base}",
@@ -185,7 +189,12 @@ class Candidate:
         """Whether finding its masks takes many passes, so that they are worth keeping."""
         if self.searches or self.warms_up or (self.layer_densities is not None and self.layer_densities.repeats):
             return True
-        return not is_scorer(self.base) and (self.steps or preset_for(self.base).steps) > 1
+        return not is_scorer(self.base) and (self.steps or self._usual_steps) > 1
+
+    @property
+    def _usual_steps(self) -> int:
+        """How many steps it takes unless `steps` says so; 0 for a method."""
+        return 0 if self.searches else 1 if is_scorer(self.base) else preset_for(self.base).steps
 
     @property
     def name(self) -> str:
@@ -223,6 +232,7 @@ class Candidate:
     def check(self, validation: float, sparsity: float) -> None:
         """Raise `AutoSparseError` where it cannot find masks of `sparsity` with this share of validation images."""
         density_for(sparsity, parse_granularity(self.granularity))
+        require(self.floor <= 1 - sparsity + 1e-9, "floor", self.floor, f"the density is {1 - sparsity:g}; lower it")
         method = self.method
         if method is not None:
             method.check(self.options, validation, 1 - sparsity, self.scope)
@@ -231,6 +241,13 @@ class Candidate:
         for start in self.starts:
             scope = self.scope if method is not None and method.hands_on else None
             replace(start, scope=scope).check(validation, sparsity)
+
+    def check_length(self, data: ImageData, recipe: Recipe) -> None:
+        """Raise `AutoSparseError` where a method that it is, or needs, does not fit into the trainings of `recipe`."""
+        if self.method is not None:
+            self.method.check_length(self.options, data, recipe)
+        for other in (*self.starts, *([self.layer_densities] if self.layer_densities is not None else [])):
+            other.check_length(data, recipe)
 
 
 def expand(candidates: Sequence[Candidate], checks: Sequence[str]) -> list[Candidate]:
@@ -310,7 +327,8 @@ def find_masks(
         masks = _scored(replace(work, scope=densities), candidate, inverted=True).masks
         result = replace(result, masks=masks)  # a check, so at the cost of what it checks
     masks = result.masks
-    origin = {**masks.report.origin, "candidate": candidate.name, "inputs": inputs(model, data, candidate)}
+    of = {"candidate": candidate.name, "inputs": inputs(model, data, candidate)}
+    origin = {**masks.report.origin, **of, "network": of_network(model, source=False)}
     masks.report = replace(masks.report, origin=origin)
     return result
 

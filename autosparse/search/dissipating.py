@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autosparse.errors import AutoSparseError, of_state, require, settings
+from autosparse.errors import AutoSparseError, of_state, require, require_unset, settings
 from autosparse.files import read_safetensors, write_json, write_safetensors
 from autosparse.masks.densities import Scope, check_scope
 from autosparse.masks.layers import Layer, unwrap
@@ -22,6 +22,7 @@ from autosparse.masks.selection import select
 from autosparse.search.kstarts import (
     STATE,
     KStartsSettings,
+    check_start,
     fingerprint,
     kstarts,
     read_progress,
@@ -59,6 +60,8 @@ class DissipatingSettings:
             self.threshold,
             "give 0 or more",
         )
+        if self.by == "rank":
+            require_unset(self, ("threshold",), "dissipating.", "by: rank has none")
 
 
 def dissipating(
@@ -98,9 +101,9 @@ def dissipating(
             the density, the floor asks for more than the density keeps, or the state is another search's.
         AutoSparseFailure: the training diverged.
     """
-    per_epoch = steps_per_epoch(data, recipe.batch_size)
+    per_epoch = check_length(settings, data, recipe)
     scope = scope or ("erk" if settings.change == "relative" else "global")
-    masks, target, path = _plan(layers, settings, density, masks, scope, floor, recipe.length(data) / per_epoch)
+    masks, target, path = _plan(layers, settings.epochs, density, masks, scope, floor)
     threshold = settings.threshold if settings.by == "threshold" else None
     path = path if threshold is None else [density] * settings.epochs
     recipe = replace(recipe, weight_decay=0.0)
@@ -143,6 +146,24 @@ def dissipating(
     return SearchResult(masks, float(len(reached)), seconds, weights=final, steps=len(reached) * per_epoch)
 
 
+def check_length(settings: DissipatingSettings, data: ImageData, recipe: Recipe) -> int:
+    """Optimizer steps of an epoch.
+
+    Raises:
+        AutoSparseError: the epochs are more than a training has.
+    """
+    per_epoch = steps_per_epoch(data, recipe.batch_size)
+    most = recipe.length(data) / per_epoch
+    require(settings.epochs <= most, "dissipating.epochs", settings.epochs, f"a training has {most:g}; lower it")
+    return per_epoch
+
+
+def check_both_lengths(settings: CombinedSettings, data: ImageData, recipe: Recipe) -> None:
+    """The `Method.check_length` of both methods, one after the other."""
+    check_start(settings.kstarts, data, recipe)
+    check_length(settings.dissipating, data, recipe)
+
+
 def _save(model: nn.Module, state: Path, masks: Masks, progress: dict[str, Any]) -> None:
     """Write what is known after an epoch, and delete what was known before."""
     done = len(progress["densities"])
@@ -162,19 +183,16 @@ def _resume(model: nn.Module, state: Path, done: int) -> Masks:
 
 def _plan(
     layers: Mapping[str, Layer],
-    settings: DissipatingSettings,
+    epochs: int,
     density: float,
     masks: Masks | None,
     scope: Scope,
     floor: float,
-    most: float,
 ) -> tuple[Masks, int, list[float]]:
-    """The masks to start within, how many weights stay at the end, and the density after each epoch of at most `most`."""
+    """The masks to start within, how many weights stay at the end, and the density after each epoch."""
     check_density(density)
     check_scope(scope, layers)
     require(0 <= floor < 1, "floor", floor, "it is the smallest density of a layer, in [0, 1)")
-    epochs = settings.epochs
-    require(epochs <= most, "dissipating.epochs", epochs, f"a training has {most:g}; lower it")
     if masks is None:
         masks = Masks({n: torch.ones(layer.shape, dtype=torch.bool) for n, layer in layers.items()}, layers)
     elif set(masks) != set(layers):
@@ -249,6 +267,7 @@ def combined(
     named scope but its own.
     """
     check_density(density)
+    check_both_lengths(settings, data, recipe)
     between = math.sqrt(density) if settings.between is None else settings.between
     require(between >= density, "between", between, f"it must be at least the density {density:g}")
     given = None if isinstance(scope, str) else scope
@@ -262,5 +281,5 @@ def combined(
     return replace(then, epochs=first.epochs + then.epochs, seconds=first.seconds + then.seconds, fitness=first.fitness)
 
 
-METHOD = Method(DissipatingSettings, dissipating, continues=True)
-COMBINED = Method(CombinedSettings, combined, continues=True)
+METHOD = Method(DissipatingSettings, dissipating, continues=True, check_length=check_length)
+COMBINED = Method(CombinedSettings, combined, continues=True, check_length=check_both_lengths)

@@ -16,7 +16,7 @@ from autosparse.masks.random import make_generator
 from autosparse.masks.updates import exchange, exchange_fraction
 from autosparse.search.gmp import prune_gradually
 from autosparse.search.method import Method
-from autosparse.search.sparsify import SparseTraining, Update, at_share, check_task, random_masks, search
+from autosparse.search.sparsify import SparseTraining, Update, at_share, check_length, check_task, random_masks, search
 
 
 @settings
@@ -126,6 +126,6 @@ def exchange_all(now: Update, fraction: float, masks: Mapping[str, Tensor], *, b
     return changed
 
 
-SET = Method(SETSettings, search, continues=True, check=check_task)
-RIGL = Method(RigLSettings, search, continues=True, check=check_task)
-GRANET = Method(GraNetSettings, search, continues=True, check=check_task)
+SET = Method(SETSettings, search, continues=True, check=check_task, check_length=check_length)
+RIGL = Method(RigLSettings, search, continues=True, check=check_task, check_length=check_length)
+GRANET = Method(GraNetSettings, search, continues=True, check=check_task, check_length=check_length)

@@ -7,12 +7,12 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from autosparse.errors import require, settings
+from autosparse.errors import require, require_unset, settings
 from autosparse.masks.densities import Scope, layer_densities
 from autosparse.masks.selection import select
 from autosparse.masks.updates import gradual_density
 from autosparse.search.method import Method
-from autosparse.search.sparsify import SparseTraining, Update, at_share, check_task, search
+from autosparse.search.sparsify import SparseTraining, Update, at_share, check_length, check_task, search
 
 
 @settings
@@ -80,8 +80,7 @@ class ACDCSettings(SparseTraining):
         super().__post_init__()
         require(0 <= self.warmup < self.last < 1, "warmup", self.warmup, f"it must be under last {self.last}, under 1")
         require(0 < self.phase < 1, "phase", self.phase, "it is a share of the training, in (0, 1)")
-        usual = SparseTraining.every
-        require(self.every == usual, "every", self.every, "AC/DC changes its masks when a phase begins; leave it out")
+        require_unset(self, ("every",), "", "AC/DC changes its masks when a phase begins")
 
     def due(self, step: int, steps: int) -> bool:
         return step in self._phases(steps)
@@ -102,5 +101,5 @@ class ACDCSettings(SparseTraining):
         return phases | {min(max(1, at_share(self.last, steps)), steps): True}
 
 
-METHOD = Method(GMPSettings, search, continues=True, check=check_task)
-ACDC = Method(ACDCSettings, search, continues=True, check=check_task)
+METHOD = Method(GMPSettings, search, continues=True, check=check_task, check_length=check_length)
+ACDC = Method(ACDCSettings, search, continues=True, check=check_task, check_length=check_length)

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from autosparse.errors import AutoSparseError, of_state, require, settings
+from autosparse.errors import AutoSparseError, of_state, require, require_unset, settings
 from autosparse.files import read_safetensors, write_json, write_safetensors
 from autosparse.masks.densities import Scope, check_scope
 from autosparse.masks.layers import Layer, unwrap
@@ -62,7 +62,10 @@ class IRPSettings:
         check_scope(self.scope, what="irp.scope")
         require(self.rewind_step >= 0, "irp.rewind_step", self.rewind_step, "give a step, 0 or more")
         require(0 <= self.floor < 1, "irp.floor", self.floor, "it is the smallest density of a layer, in [0, 1)")
+        require(self.floor <= self.density + 1e-9, "irp.floor", self.floor, "irp.density keeps fewer; lower it")
         require(self.n_batches >= 1, "irp.n_batches", self.n_batches, "give at least 1")
+        if self.criterion != "snip":
+            require_unset(self, ("n_batches",), "irp.", "only snip takes batches")
         require(self.rewind in REWIND, "irp.rewind", self.rewind, f"known: {', '.join(REWIND)}")
 
     def densities(self) -> list[float]:

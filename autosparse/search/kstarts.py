@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autosparse.errors import AutoSparseFailure, AutoSparseStateError, of_state, require, settings
+from autosparse.errors import AutoSparseFailure, AutoSparseStateError, of_state, require, require_unset, settings
 from autosparse.files import fingerprint as content
 from autosparse.files import read_json, read_safetensors, write_json, write_safetensors
 from autosparse.masks.densities import Scope, check_scope
@@ -66,6 +66,8 @@ class KStartsSettings:
             self.generations == 0 or self.k >= 3, "kstarts.k", self.k, "two parents and a child need 3 or more of them"
         )
         require(0 <= self.mutation <= 1, "kstarts.mutation", self.mutation, "it is a share, in [0, 1]")
+        if self.generations == 0:
+            require_unset(self, ("mutation",), "kstarts.", "only generations have children")
         require(self.scope != "global", "kstarts.scope", self.scope, "random masks need layer densities, such as erk")
         check_scope(self.scope, what="kstarts.scope")
 
@@ -109,7 +111,7 @@ def kstarts(
     """
     clock = time.perf_counter()
     check_density(density)
-    per_epoch, steps = steps_per_epoch(data, recipe.batch_size), _check_lengths(settings, data, recipe)
+    per_epoch, steps = steps_per_epoch(data, recipe.batch_size), check_start(settings, data, recipe)
     generator = make_generator(seed, "starts")
     noise = {n: torch.rand(layer.shape, generator=generator) for n, layer in layers.items()}
     seeds = [[derive(seed, "start", g, i) for i in range(settings.k)] for g in range(settings.generations + 1)]
@@ -176,8 +178,8 @@ def _keep(
             path.unlink()
 
 
-def _check_lengths(settings: KStartsSettings, data: ImageData, recipe: Recipe) -> int:
-    """How many steps each start has."""
+def check_start(settings: KStartsSettings, data: ImageData, recipe: Recipe) -> int:
+    """How many steps each start has; the `Method.check_length` of K-starts."""
     per_epoch, length = steps_per_epoch(data, recipe.batch_size), recipe.length(data)
     steps = max(1, round(settings.epochs * per_epoch))
     require(steps <= length, "kstarts.epochs", settings.epochs, f"a training has {length / per_epoch:g}; lower it")
@@ -323,4 +325,4 @@ def read_progress(path: Path | None, of: str, nothing: dict[str, Any]) -> dict[s
     return progress
 
 
-METHOD = Method(KStartsSettings, kstarts, continues=True)
+METHOD = Method(KStartsSettings, kstarts, continues=True, check_length=check_start)

@@ -12,6 +12,8 @@ from torch import Tensor
 from autosparse.errors import from_mapping, require
 from autosparse.masks.mask import Masks
 from autosparse.plugins import is_outside, load_outside
+from autosparse.training.data import ImageData
+from autosparse.training.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,8 @@ class Method:
     training can go on with the weights of its result. `starts`: from the settings, the names of other candidates (criteria,
     scorers, variants) whose masks the function needs; it gets them as `starts={name: Masks}`, and their cost is added.
     `hands_on`: these masks are found with the scope and floor that the user gave; otherwise with their own. `check(settings, validation, density, scope)` raises `AutoSparseError` before any work
-    where the settings do not fit the task; `validation` is the share or number of validation images.
+    where the settings do not fit the task; `validation` is the share or number of validation images. `check_length(settings,
+    data, recipe)` raises it where they do not fit the length of a training.
     """
 
     settings: type
@@ -50,6 +53,7 @@ class Method:
     starts: Callable[[Any], Sequence[str]] = lambda settings: ()
     hands_on: bool = False
     check: Callable[[Any, float, float, Any], None] = lambda settings, validation, density, scope: None
+    check_length: Callable[[Any, ImageData, Recipe], Any] = lambda settings, data, recipe: None
 
 
 METHODS = {

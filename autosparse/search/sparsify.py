@@ -137,11 +137,7 @@ class Sparsifier(Holder):
             least <= kept, "floor", floor, f"it asks for {least} weights over all layers, the sparsity keeps {kept}"
         )
         require(isinstance(seed, Integral), "seed", seed, "give a whole number")
-        updates = sum(method.due(step, steps) for step in range(1, steps + 1))
-        if updates == 0:
-            raise AutoSparseError(
-                f"every is {method.every}: no update fits into a training of {steps} steps; give a smaller number"
-            )
+        count_updates(method, steps)
         for note in remarks(method, steps):
             warnings.warn(note, stacklevel=3)
         own = dict(unwrap(model).named_parameters())
@@ -490,10 +486,8 @@ def search(
         AutoSparseError: as `sparsify`; the state is another search's.
         AutoSparseFailure: the training diverged.
     """
-    per_epoch = steps_per_epoch(data, recipe.batch_size)
-    if settings.epochs is not None:
-        recipe = replace(recipe, steps=max(1, round(settings.epochs * per_epoch)))
-    length = recipe.length(data)
+    per_epoch, length = steps_per_epoch(data, recipe.batch_size), check_length(settings, data, recipe)
+    recipe = replace(recipe, steps=length)
     schedule = MaskSchedule(settings, dict(layers), density, scope, floor)
     with rewound(model):
         if settings.init_gain is not None:
@@ -525,10 +519,21 @@ def search(
     return SearchResult(masks, length / per_epoch, trained.seconds, weights=weights, steps=done, notes=notes)
 
 
+def count_updates(method: SparseTraining, steps: int) -> int:
+    """How often the masks change in a training of so many steps.
+
+    Raises:
+        AutoSparseError: it is never.
+    """
+    updates = sum(method.due(step, steps) for step in range(1, steps + 1))
+    none = f"no update fits into a training of {steps} steps; give a smaller number"
+    require(updates > 0, "every", method.every, none)
+    return updates
+
+
 def remarks(method: SparseTraining, steps: int) -> tuple[str, ...]:
     """What a user should know of a method in a training of so many steps."""
-    updates = sum(method.due(step, steps) for step in range(1, steps + 1))
-    if updates != 1 or not method.gradual:
+    if count_updates(method, steps) > 1 or not method.gradual:
         return ()
     return (
         f"every is {method.every}: one update fits into a training of {steps} steps, so the masks do not change "
@@ -539,6 +544,15 @@ def remarks(method: SparseTraining, steps: int) -> tuple[str, ...]:
 def check_task(settings: SparseTraining, validation: float, density: float, scope: Scope | None) -> None:
     """`Method.check` of a method that is one training."""
     settings.check(density, scope)
+
+
+def check_length(settings: SparseTraining, data: ImageData, recipe: Recipe) -> int:
+    """Optimizer steps of the search; the `Method.check_length` of a method that is one training."""
+    if settings.epochs is not None:
+        recipe = replace(recipe, steps=max(1, round(settings.epochs * steps_per_epoch(data, recipe.batch_size))))
+    length = recipe.length(data)
+    count_updates(settings, length)
+    return length
 
 
 def random_masks(layers: Mapping[str, Layer], density: float, scope: Scope | None, floor: float, seed: int) -> Masks:

@@ -296,16 +296,27 @@ def test_what_a_design_does_not_use_is_told(tmp_path: Path, override: str, messa
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a: [1", "is not YAML: "),
-        ("just text", "holds a str: it must hold keys with values"),
-        ("- 1\n- 2", "holds a list: it must hold keys"),
-        ("recipe: {epochs: 0}", "recipe.epochs is 0: give at least 1"),
         (
             "irp: {rounds: 3}\ngradual: {updates: 9}",
             "irp and gradual are both given: each run is one of the two; leave one",
         ),
         ("irp: {n_batches: 3}", "irp.n_batches is 3: only snip takes batches; leave it out"),
         ("irp: {density: 0.1, floor: 0.2}", "irp.floor is 0.2: irp.density keeps fewer; lower it"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_told(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(AutoSparseError) as caught:
+        load_config(GenerateConfig, write(tmp_path / "c.yaml", text))
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [1", "is not YAML: "),
+        ("just text", "holds a str: it must hold keys with values"),
+        ("- 1\n- 2", "holds a list: it must hold keys"),
+        ("recipe: {epochs: 0}", "recipe.epochs is 0: give at least 1"),
         ("recipe:\n  epochs: 3\n epochs: 4", "is not YAML: "),
         ("recipe:\n\tepochs: 3", "is not YAML: "),
         ("seed: 1\nrecipe: {}\nseed: 2", "is not YAML: 'seed' is given twice, in lines 1 and 3: keep one"),

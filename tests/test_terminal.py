@@ -8,13 +8,13 @@ import pytest
 from rich.console import Console
 from rich.progress import Progress
 
-from autosparse.commands.terminal import Live, bars, busy, share_done, words
+from autosparse.commands.terminal import Live, bars, busy, epochs_of, share_done, words
 from autosparse.experiment import estimate
 from autosparse.experiment.estimate import seconds_of_trainings
 from autosparse.jobs.executor import INLINE, Event, ExecutorSettings
 from autosparse.training.data import ImageData
 from autosparse.training.models import ModelSettings
-from autosparse.training.recipe import Recipe
+from autosparse.training.recipe import Recipe, steps_per_epoch
 
 
 @pytest.mark.parametrize(
@@ -27,6 +27,8 @@ from autosparse.training.recipe import Recipe
         ({"round": 1, "rounds": 3, "epoch": 6}, 12, 0.375),
         ({"round": 1, "rounds": 3, "density": 0.5, "accuracy": 0.9}, 12, 0.5),  # the end of a round
         ({"stage": "ramp", "epoch": 6}, 12, 0.5),
+        ({"stage": "search", "epoch": 6}, 12, 0.25),
+        ({"stage": "search", "epoch": 30}, 12, 0.5),
         ({"note": "…"}, 12, 0.0),
     ],
 )
@@ -56,6 +58,29 @@ def test_the_bar_moves_with_the_epochs_of_all_workers() -> None:
         assert shown.tasks[0].total == 4 and len(shown.tasks) == 3
         live.end("done")
         assert len(shown.tasks) == 1
+
+
+def test_a_training_after_a_search_has_what_the_search_left() -> None:
+    """A search of many trainings begins each anew; the job is at its end only when its last training is."""
+    with Progress(console=Console(file=io.StringIO())) as shown:
+        live, at = Live(shown, "benchmark", total=1, epochs=10), []
+        live.show(Event("started", "a", 0, "cpu", {}))
+        for stage, epoch in (("search", 5), ("search", 10), ("search", 1), ("training", 1), ("training", 5)):
+            live.show(Event("progress", "a", 0, "cpu", {"stage": stage, "epoch": epoch}))
+            at.append(shown.tasks[0].completed)
+        assert at == pytest.approx([0.25, 0.5, 0.5, 0.55, 0.75])
+    short = Live(Progress(), "benchmark", total=1, epochs=10)
+    short.show(Event("started", "a", 0, "cpu", {}))
+    for stage, epoch in (("search", 2), ("training", 10)):
+        short.show(Event("progress", "a", 0, "cpu", {"stage": stage, "epoch": epoch}))
+    assert short._shares["a"] == pytest.approx(1.0)
+
+
+def test_a_training_of_steps_has_a_length_in_epochs(digits: ImageData) -> None:
+    per_epoch = steps_per_epoch(digits, 32)
+    assert epochs_of(Recipe(steps=3 * per_epoch, batch_size=32), digits) == 3
+    assert epochs_of(Recipe(epochs=4), digits) == epochs_of(Recipe(epochs=4)) == 4
+    assert epochs_of(Recipe(steps=5)) is None
 
 
 def test_bars_in_a_pipe_are_their_last_lines(capsys: pytest.CaptureFixture[str]) -> None:

@@ -56,7 +56,7 @@ def run(
     enabled = config.tracking and bool(unfinished(cells, directory))
     first = bars(f"{what}: getting ready")
     with first as shown, track(tracking or directory, what, plain(config), enabled=enabled) as tracker:
-        live = Live(shown, what, len(cells), counts=False, epochs=epochs_of(config.recipe))
+        live = Live(shown, what, len(cells), counts=False, epochs=epochs_of(config.recipe, data))
 
         def on_cell(number: int, cell: Any, result: Mapping[str, Any], known: bool) -> None:
             accuracy = result.get("accuracy")

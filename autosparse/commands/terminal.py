@@ -12,6 +12,7 @@ from autosparse.commands.streams import readable
 
 if TYPE_CHECKING:
     from autosparse.jobs.executor import Event
+    from autosparse.training.data import ImageData
     from autosparse.training.recipe import Recipe
 
 
@@ -69,13 +70,14 @@ class Live:
     """
 
     def __init__(
-        self, shown: Any, what: str, total: int, done: int = 0, counts: bool = True, epochs: int | None = None
+        self, shown: Any, what: str, total: int, done: int = 0, counts: bool = True, epochs: float | None = None
     ) -> None:
         self._bars, self._counts, self._epochs = shown, counts, epochs
         self._all = shown.task_ids[0] if shown.task_ids else shown.add_task(what)
         self._what, self._total, self._done = what, total, done
         self._workers: dict[int, Any] = {}
         self._shares: dict[str, float] = {}
+        self._found: dict[str, float] = {}  # how much was done when the search of a job ended
         if done:
             self.advance(done, what)
         else:
@@ -90,8 +92,11 @@ class Live:
             text = f"worker {event.worker} {event.device}: {event.key}"
             self._workers[event.worker] = self._bars.add_task(text, total=None)
         elif event.kind == "progress":
-            share = max(self._shares.get(event.key, 0.0), share_done(event.values, self._epochs))
-            self._shares[event.key] = share
+            before, share = self._shares.get(event.key, 0.0), share_done(event.values, self._epochs)
+            if event.values.get("stage") == "training":  # after a search
+                found = self._found.setdefault(event.key, before)
+                share = found + (1 - found) * share
+            self._shares[event.key] = max(before, share)
             text = f"worker {event.worker} {event.device}: {event.key}: {doing(event.values)}"
             self._bars.update(self._workers[event.worker], description=text)
             self._update()
@@ -102,6 +107,7 @@ class Live:
                 self._bars.console.print(f"{event.kind}: {event.key}: {event.values['error']}", markup=False)
                 return  # tried again, from its last checkpoint
             self._shares.pop(event.key, None)
+            self._found.pop(event.key, None)
             if self._counts:
                 self.advance(self._done + 1, f"{self._what}: {event.key} {event.kind}")
 
@@ -120,12 +126,15 @@ class Live:
         self._bars.update(self._all, description=text)
 
 
-def share_done(values: Mapping[str, Any], epochs: int | None) -> float:
-    """How much of a job its last progress says is done, in [0, 1]: of its rounds, and of the epochs of the round at work."""
+def share_done(values: Mapping[str, Any], epochs: float | None) -> float:
+    """How much of a job its last progress says is done, in [0, 1]: of its rounds, and of the epochs of the round at work.
+
+    A search is half of its job at most, because how many trainings it takes is not known here.
+    """
     rounds = values.get("rounds", 0) + 1
     now = values["epoch"] / epochs if epochs and "epoch" in values else 0.0
     at = values.get("round", 0) + (1.0 if "density" in values else min(now, 1.0))
-    return min(at / rounds, 1.0)
+    return min(at / rounds, 1.0) / (2 if values.get("stage") == "search" else 1)
 
 
 def words(seconds: float) -> str:
@@ -185,7 +194,12 @@ def quiet_warnings() -> Iterator[None]:
         yield
 
 
-def epochs_of(recipe: Recipe) -> int | None:
+def epochs_of(recipe: Recipe, data: ImageData | None = None) -> float | None:
+    """The length of a training; `None` where only the data tell, and are not loaded."""
+    if data is not None:
+        from autosparse.training.recipe import steps_per_epoch
+
+        return recipe.length(data) / steps_per_epoch(data, recipe.batch_size)
     return recipe.epochs if recipe.steps is None else None
 
 

@@ -226,7 +226,7 @@ def run_cell(
         if cell.candidate is not None:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # what they say stands in the result: dead layers, ties
-                found = _search(cell, model, data, device, state, store, on_epoch)
+                found = _search(cell, model, data, device, state, store, _stage("search", on_epoch))
                 if cell.candidate.variant == "reinit":
                     model = build_model(cell.model, data, derive(cell.seed, "redrawn weights")).to(data.device)
                 if cell.candidate.prepare is not None:
@@ -242,10 +242,15 @@ def run_cell(
             device=device,
             start_step=0 if found is None else found.steps,
             checkpoint=None if state is None else state / "final.pt",
-            on_epoch=on_epoch,
+            on_epoch=on_epoch if found is None else _stage("training", on_epoch),
         )
         epochs = cell.recipe.length(data) / steps_per_epoch(data, cell.recipe.batch_size)
         return _result(cell, found, trained, epochs, len(data.train))
+
+
+def _stage(name: str, on_epoch: Callable[[dict[str, Any]], None] | None) -> Callable[[dict[str, Any]], None] | None:
+    """`on_epoch` with the stage of the cell in every row."""
+    return None if on_epoch is None else lambda row: on_epoch({"stage": name, **row})
 
 
 def _search(

@@ -41,15 +41,17 @@ def prune(
     exclude: str | Sequence[str] | None = None,
     floor: float = 0.0,
 ) -> Masks:
-    """Choose which weights of `model` to keep. Neither the model nor what it remembers is changed.
+    """Choose which weights of `model` to keep. The model (weights, buffers, gradients, modes, hooks) is not changed.
 
     In each of `steps` steps the signals are measured on `θ ⊙ m`, the criterion scores them, and the weights with the
     highest scores are kept. After the last step these are exactly `round((1 − sparsity)·N)` of the N prunable weights.
+    Blocks and channels come as near to that as whole ones can. With N:M, layers that M does not divide stay dense.
     Weights that `torch.nn.utils.parametrize` computes are scored and masked as the network uses them.
 
     Args:
         model: any module; its prunable weights are those of convolutions, linear layers and attention projections.
-        sparsity: fraction of the prunable weights to remove, in [0, 1). `None` where an N:M pattern or `scope` set it.
+        sparsity: fraction of the prunable weights to remove, in [0, 1). `None` if an N:M pattern sets it, or if `scope`
+            gives the density of each layer.
         criterion: name of a preset (`autosparse list criteria`), the name, file or `models:/` URI of a scorer, your own
             `package.module:name`, or a `Criterion` or `Preset` itself. `"densities:NAME"` keeps the layer densities of one of
             these and puts the positions at random (the layer-wise shuffle). By default `"igq"`, which needs neither data nor an
@@ -67,7 +69,8 @@ def prune(
         steps: number of removals, by default the preset's. Steps towards an N:M pattern go through n:m with larger n.
         schedule: of the density over the steps, `"exponential"` or `"linear"`; by default the preset's.
         loss: called as `loss(outputs, targets)`; cross-entropy by default.
-        signals: signals that are known already, such as those of a warm-up. They are used unchanged in every step.
+        signals: measured signals, `{signal: {parameter name: tensor of its shape}}`, such as `warmup(…).signals`. They
+            are used unchanged in every step.
         seed: for random scores, ties, data loaders, dropout, and signals that draw random numbers.
         include, exclude: shell patterns on parameter names; only these weights are pruned, or all but these.
         floor: smallest density of any layer.
@@ -91,14 +94,14 @@ def prune(
     common |= {"include": include, "exclude": exclude}
     variant, name = split(criterion) if isinstance(criterion, str) else (None, "")
     if variant is not None:
-        require(variant == "densities", "criterion", criterion, "only benchmark and check have it")
+        require(variant == "densities", "criterion", criterion, f"give {name!r}, or use autosparse benchmark")
         pattern = parse_granularity(granularity) if isinstance(granularity, str) else granularity
         require(pattern is None, "granularity", granularity, f"{criterion} chooses single weights; leave it out")
         common["shuffled"], criterion = True, name
     if isinstance(criterion, str) and criterion in METHODS:
         raise AutoSparseError(
-            f"criterion is {criterion!r}: it trains to find its masks, so it needs a recipe; name it in the config of a command, "
-            "or call its function"
+            f"criterion is {criterion!r}: this method trains the network to find its masks; use the command autosparse "
+            "prune, or, in your own training loop, autosparse.sparsify"
         )
     if isinstance(scope, str) and scope.startswith("densities:") and is_scorer(scope.removeprefix("densities:")):
         first, batches = itertools.tee(batches) if isinstance(batches, Iterator) else (batches, batches)

@@ -29,7 +29,7 @@ Config = Annotated[Path, typer.Argument(help="YAML file, such as those in config
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="[KEY=VALUE]...",
+        metavar="KEY=VALUE",
         help="Settings that override the file's: recipe.epochs=10 device=cuda:0,1 (a training on two GPUs)",
     ),
 ]
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             _fail(f"{error.strerror}{f': {error.filename}' if error.filename else ''}", 1)
         except SystemExit as end:
             if end.code == 130:  # what typer makes of Ctrl-C, without a word
-                _fail("stopped: run the same command again to go on", 130)
+                _fail("stopped; run the same command again to continue", 130)
             raise
 
 
@@ -72,10 +72,10 @@ def _fail(message: str, code: int) -> None:
 
 @app.command(epilog="Example: autosparse generate configs/irp/digits.yaml seeds=[0,1] irp.rounds=8")
 def generate(config: Config, overrides: Overrides = None, profile: Profile = False) -> None:
-    """Run IRP on every model with every seed, or on networks drawn at random (configs/corpus), and record what each
-    weight looked like and survived.
+    """Run IRP on every model with every seed, or on random networks (configs/corpus). Records each weight's signals at
+    initialization and the number of rounds that it survives.
 
-    A second start goes on after the last finished round; a finished run answers at once.
+    After a stop, the same command continues after the last finished round.
     """
     from autosparse.commands import generate
     from autosparse.commands.loading import load_config
@@ -98,7 +98,7 @@ def fit(config: Config, overrides: Overrides = None) -> None:
 def tune(config: Config, overrides: Overrides = None) -> None:
     """Learn a scorer's layer densities from the outcome of trainings, by evolution strategies or a designed experiment.
 
-    Stopped, it goes on where it was. With `design` in the config, it prints a rule of layer densities with standard errors
+    After a stop, the same command continues. With `design` in the config, it prints a rule of layer densities with standard errors
     (configs/design/igq.yaml); otherwise it ends with a paired comparison on tasks that it did not learn from.
     """
     from autosparse.commands import tune
@@ -132,8 +132,8 @@ def train(config: Config, overrides: Overrides = None, profile: Profile = False)
 def export(config: Config, overrides: Overrides = None) -> None:
     """Write a pruned network as safetensors, ONNX, torch.export, 2:4 or physically smaller, and measure each.
 
-    Every file is checked against the masked network. The table tells parameters, FLOPs, bytes and latency beside the dense
-    network's, and plainly where a form is not faster.
+    Every file is checked against the masked network. The table compares parameters, FLOPs, bytes and latency with the
+    dense network, and says where a form is not faster.
     """
     from autosparse.commands import export
     from autosparse.commands.loading import load_config
@@ -196,8 +196,8 @@ def shrink(config: Config, overrides: Overrides = None) -> None:
 
 
 @app.command(epilog="Example: autosparse status runs/irp")
-def status(directory: Annotated[Path, typer.Argument(help="The output of generate, benchmark or check.")]) -> None:
-    """What of a campaign or grid is done, running, failed (and why) or waiting; while it runs and after."""
+def status(directory: Annotated[Path, typer.Argument(help="Output of a command that runs many trainings.")]) -> None:
+    """Show which jobs of generate, tune, benchmark, check, diagnose or shrink are done, running, failed or waiting."""
     from autosparse.commands import status
 
     status.run(directory)
@@ -220,7 +220,7 @@ def list_(
         ),
     ] = "all",
 ) -> None:
-    """Names that configs and `prune` understand."""
+    """List the names that configs and `prune` accept."""
     from autosparse.commands import names
 
     names.run(what)
@@ -233,8 +233,8 @@ def quickstart(
 ) -> None:
     """See the whole idea on small digits in under 3 minutes on 2 CPU cores.
 
-    IRP on two small networks and two seeds, a scorer fitted on their records, and a third network pruned by it at
-    initialization and trained, beside random, ERK, magnitude and SNIP.
+    Records IRP runs of two small networks with two seeds each, and fits a scorer to them. Then trains a third network
+    under masks of the scorer, random, ERK, SNIP, shuffled layer densities, a short search and a ticket.
     """
     if config is not None and "=" in str(config):  # `quickstart key=value`: no file was given
         overrides, config = [str(config), *(overrides or [])], None

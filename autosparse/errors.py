@@ -56,7 +56,7 @@ def settings(cls: type[T]) -> type[T]:
 _KINDS: Mapping[str, tuple[type, str]] = {
     "int": (Integral, "a whole number"),
     "float": (Real, "a number"),
-    "str": (str, "a text"),
+    "str": (str, "a string"),
     "bool": (bool, "True or False"),
 }
 

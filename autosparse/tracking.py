@@ -162,7 +162,9 @@ def download_scorer(uri: str, directory: Path | None = None) -> Path:
     here = directory is not None and (Path(directory) / "mlflow.db").is_file()
     if not here and not os.environ.get("MLFLOW_TRACKING_URI"):
         where = "MLFLOW_TRACKING_URI is not set" if directory is None else f"no mlflow.db in {str(directory)!r}"
-        raise AutoSparseError(f"scorer {uri!r} cannot be looked up: {where}; set MLFLOW_TRACKING_URI")
+        raise AutoSparseError(
+            f"scorer {uri!r} cannot be looked up: {where}; set MLFLOW_TRACKING_URI to the store that holds it"
+        )
     from mlflow.artifacts import download_artifacts
     from mlflow.exceptions import MlflowException
 
@@ -173,7 +175,7 @@ def download_scorer(uri: str, directory: Path | None = None) -> Path:
         folder = Path(download_artifacts(artifact_uri=source, tracking_uri=client.tracking_uri))
     except (MlflowException, OSError) as error:
         raise AutoSparseError(
-            f"scorer {uri!r} cannot be had from {client.tracking_uri}: {first_line(error)}"
+            f"scorer {uri!r} cannot be read from {client.tracking_uri}: {first_line(error)}; check the name and the version"
         ) from error
     files = sorted(folder.rglob("*.safetensors"))
     if len(files) != 1:
@@ -266,4 +268,6 @@ def clean_key(key: str) -> str:
 
 
 def warn(error: Exception) -> None:
-    logging.getLogger("autosparse").warning("tracking is off from here on, the work goes on: %s", first_line(error))
+    logging.getLogger("autosparse").warning(
+        "MLflow failed (%s): tracking is off for the rest of this run, which continues", first_line(error)
+    )

@@ -250,9 +250,9 @@ def test_a_failed_cell_is_recorded_and_the_others_go_on(
     results = run_grid(cells, tmp_path, data, device="cpu")
     assert [bool(r["error"]) for r in results] == [False, False, False, True, False]
     (line,) = failures(results)
-    assert line.startswith("convnet-w4 greedy 0.9 seed 0: floor 0.1 asks for ") and line.endswith("lower it")
+    assert line.startswith("convnet-w4 greedy 0.9 seed 0: floor 0.1 needs ") and line.endswith("lower floor")
     row = table(tmp_path)[3]
-    assert row["criterion"] == "greedy" and row["accuracy"] == "" and row["error"].startswith("floor 0.1 asks for")
+    assert row["criterion"] == "greedy" and row["accuracy"] == "" and row["error"].startswith("floor 0.1 needs")
     assert row["dense_accuracy"] == table(tmp_path)[0]["accuracy"]
     count = len(trainings)
     again = run_grid(cells, tmp_path, data, device="cpu")

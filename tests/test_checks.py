@@ -66,7 +66,7 @@ def test_a_criterion_is_set_against_a_variant_of_its_own_settings() -> None:
     assert made(gmp, Candidate("densities:gmp", label="another")) == ["gmp", "another"]
     pattern = Candidate("magnitude", granularity="2:4")
     with pytest.raises(
-        AutoSparseError, match=r"magnitude 2:4 at sparsity 0.9: sparsity is 0.9 but the pattern 2:4 sets 0.5: give that"
+        AutoSparseError, match=r"magnitude 2:4 at sparsity 0.9: sparsity is 0.9, but 2:4 sets 0.5: give that"
     ):
         made(pattern)
     assert made(pattern, sparsity=0.5) == ["magnitude 2:4"]
@@ -77,7 +77,7 @@ def test_what_continues_with_trained_weights_is_not_checked() -> None:
     for candidate in (Candidate("gmp", continues=True), Candidate("irp", options={"rewind": "never"})):
         assert expand([candidate], []) == [candidate]
         with pytest.raises(
-            AutoSparseError, match=f"criterion is '{candidate.name}': checks compare masks, .* let it rewind"
+            AutoSparseError, match=f"criterion is '{candidate.name}': checks train masks .* leave continues out"
         ):
             expand([candidate], ["densities"])
 
@@ -159,13 +159,13 @@ def test_pairs_are_seeds_that_both_have() -> None:
         ((0.47, 0.46, 0.47), "worse than its shuffle (−3.3 ± 0.6, p = 0.010, n = 3)"),
         (
             (0.51, 0.52, 0.49),
-            "no sign that positions matter: not told apart from its shuffle by 3 seeds (+0.7 ± 1.5, p = 0.53)",
+            "no sign that positions matter: 3 seeds do not separate it from its shuffle (+0.7 ± 1.5, p = 0.53)",
         ),
         ((0.53,), "one seed: cannot tell"),
         ((0.53, 0.53), "all 2 differences equal: cannot tell (+3.0 ± 0.0, p –, n = 2)"),
         (
             (0.5, 0.5),
-            "no sign that positions matter: not told apart from its shuffle by 2 seeds (+0.0 ± 0.0, p = 1.00)",
+            "no sign that positions matter: 2 seeds do not separate it from its shuffle (+0.0 ± 0.0, p = 1.00)",
         ),
     ],
 )
@@ -206,11 +206,11 @@ def test_the_table_of_a_terminal() -> None:
         ["m", "snip", "90 %", "52.0 ± 1.0", "91.0", "1", "3", "+2.0 ± 1.0, p = 0.074", ""],
         ["m", "irp", "90 %", "60.0 ± 0.0", "91.0", "1", "1", "", "+0.0 ± –, p –"],
     ]
-    assert lines[-1] == "1 test: were there no difference anywhere, about 0.1 would still come out below p = 0.05."
+    assert lines[-1] == "1 test: even with no real difference, about 0.1 would have p < 0.05."
     assert "nan" not in str(table) + str(lines)
     assert tables(frame(rows("snip", 0.5))) == []
     ((_, lines),) = tables(frame([*rows("snip", 0.5), *rows("densities:snip", 0.4), *rows("reinit:snip", 0.4)]))
-    assert lines == ["snip: one seed: cannot tell", "No test: give two seeds or more."]
+    assert lines == ["snip: one seed: cannot tell", "No test was possible: run at least two seeds."]
 
 
 def test_p_in_words() -> None:

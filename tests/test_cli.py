@@ -141,7 +141,7 @@ def test_lists(run: Run) -> None:
         "gradient",
         "log_saliency",
         "preparations: rei, repair",
-        "stamp: filters for a task",
+        "stamp: filters are chosen for a task",
     ):
         assert name in everything.out
     assert run("list", "models").out.startswith("models: ") and "snip" not in run("list", "models").out
@@ -404,9 +404,9 @@ def test_wrong_files_are_one_line(run: Run) -> None:
     refused(run("train", train_config(masks="damaged.safetensors")), "truncated or not safetensors")
     refused(run("train", train_config(masks="scorer/scorer.safetensors")), "not autosparse.masks/1")
     other = train_config(masks="prune/masks.safetensors", model=CONVNET)
-    refused(run("train", other), "which ConvNet does not have: it was made for another model")
+    refused(run("train", other), "which ConvNet does not have: give the model that they were made for")
     wider = train_config(masks="prune/masks.safetensors", model={"name": "mlp", "width": 9})
-    refused(run("train", wider), "has shape (8, 64), the model's weight (9, 64): it was made for another model")
+    refused(run("train", wider), "has shape (8, 64), the model's weight (9, 64): give the model that it was made for")
     Path("irp/records/convnet-w4_digits_s0.h5").write_bytes(record[:-100])
     refused(run("generate", generate_config(seeds=[0])), "truncated or not HDF5")
 
@@ -465,9 +465,9 @@ def test_status_of_campaigns_and_grids(run: Run) -> None:
     answer = run("status", "both")
     assert answer.code == 0
     grid, failed, campaign = answer.out.splitlines()
-    assert grid == "both/grid: 3 jobs: 2 done, 0 running, 1 failed, 0 waiting; nobody works on it"
-    assert failed.startswith("  failed: mlp-w8_greedy_0.8_s0_") and "floor 0.2 asks for" in failed
-    assert campaign == "both/irp: 2 jobs: 2 done, 0 running, 0 failed, 0 waiting; nobody works on it"
+    assert grid == "both/grid: 3 jobs: 2 done, 0 running, 1 failed, 0 waiting; no process is running"
+    assert failed.startswith("  failed: mlp-w8_greedy_0.8_s0_") and "floor 0.2 needs" in failed
+    assert campaign == "both/irp: 2 jobs: 2 done, 0 running, 0 failed, 0 waiting; no process is running"
     refused(run("status", "nowhere"), "no campaign or grid under 'nowhere'")
 
 
@@ -512,7 +512,7 @@ def test_a_stop_says_how_to_go_on(run: Run, monkeypatch: pytest.MonkeyPatch) -> 
         raise KeyboardInterrupt
 
     monkeypatch.setattr(command, "train", interrupted)
-    refused(run("train", train_config()), "stopped: run the same command again to go on", code=130)
+    refused(run("train", train_config()), "stopped; run the same command again to continue", code=130)
 
 
 def test_bugs_show_their_traceback(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -607,7 +607,7 @@ def test_networks_are_made_smaller(run: Run) -> None:
     assert run("shrink", config, "ratios=[0.5,{features.4.weight: 0.25}]", "methods=[l1]").code == 0
     assert before.items() < {p.name: p.read_bytes() for p in Path("small/networks").iterdir()}.items()
     refused(run("shrink", config, "tpp.ramp=4"), "belongs to another config", "there tpp.ramp is 3, here 4")
-    refused(run("shrink", config, "methods=[tpq]"), "criterion is 'tpq'")
+    refused(run("shrink", config, "methods=[tpq]"), "methods holds 'tpq': did you mean 'tpp'")
     refused(run("shrink", config, "ratios=[2.0]"), "ratio is 2.0: it is the share of filters that go")
     refused(run("shrink", config, "output=none", "model=mlp"), "MLP has no convolution whose filters can go alone")
     assert "3 jobs: 3 done" in run("status", "small").out

@@ -146,13 +146,13 @@ def test_overrides_win_over_the_file_and_the_last_over_the_first(tmp_path: Path)
 @pytest.mark.parametrize(
     ("schema", "text", "overrides", "missing"),
     [
-        (TrainConfig, "# nothing", [], "data and model missing: give them"),
-        (TrainConfig, "model: mlp", [], "data missing: give it"),
+        (TrainConfig, "# nothing", [], "data and model must be given"),
+        (TrainConfig, "model: mlp", [], "data must be given"),
         (TrainConfig, "seed: 3", ["data=digits", "model=mlp"], None),
-        (GenerateConfig, "{}", [], "data and models missing"),
-        (GenerateConfig, "tasks: {count: 3}", [], "data missing"),
+        (GenerateConfig, "{}", [], "data and models must be given"),
+        (GenerateConfig, "tasks: {count: 3}", [], "data must be given"),
         (GenerateConfig, "tasks: {data: [digits]}", [], None),
-        (FitConfig, "", [], "records missing"),
+        (FitConfig, "", [], "records must be given"),
         (ExportConfig, "model: mlp", ["input_size=[1, 8, 8]", "classes=10"], None),
         (QuickstartConfig, "", [], None),
     ],
@@ -240,12 +240,12 @@ def test_what_the_work_is_about_has_to_be_given(
         (PruneConfig, "criterion=densities:densities:snip", "criterion is 'densities:densities:snip': give one variant"),
         (PruneConfig, "criterion={criterion: gmp, flor: 0.1}", "flor of gmp is 0.1: did you mean 'floor'? known: "),
         (PruneConfig, "criterion={criterion: gmp, gain: 0.1}", "gain of gmp is 0.1: did you mean 'begin'? known: "),
-        (PruneConfig, "criterion={criterion: snip, prepare: repair}", "prepare is 'repair': prune writes masks, no weights"),
+        (PruneConfig, "criterion={criterion: snip, prepare: repair}", "prepare is 'repair': prune writes masks, and this changes the weights too"),
         (TrainConfig, "prepare=repiar", "prepare is 'repiar': did you mean 'repair'?"),
         (CheckConfig, "checks=[densitys]", "checks is 'densitys': did you mean 'densities'?"),
         (CheckConfig, "checks=[]", "checks is []: give at least one of densities, reinit, inverted"),
         (CheckConfig, "criteria=[densities:snip]", "criteria is 'densities:snip': give 'snip'"),
-        (CheckConfig, "criteria=[{criterion: snip, granularity: 2:4}]", "granularity of densities: is '2:4'"),
+        (CheckConfig, "criteria=[{criterion: snip, granularity: 2:4}]", "granularity of densities:snip is '2:4'"),
         (CheckConfig, "sparsities=[7]", "sparsity is 7.0: it is the share"),
         (CheckConfig, "seeds=3", "seeds is 3: input should be a valid list"),
         (TuneConfig, "name=../x", "name is '../x': it becomes NAME.safetensors"),
@@ -268,7 +268,7 @@ def test_what_is_wrong_is_said_in_one_line(schema: type, override: str, message:
         ("recipe.lr", "override 'recipe.lr': write key=value or key.sub=value"),
         ("=3", "override '=3': write key=value"),
         ("recipe.lr=[1", "override 'recipe.lr=[1': the value is not YAML"),
-        ("seeds.0=3", "override 'seeds.0=3': seeds is a list, it has no keys"),
+        ("seeds.0=3", "override 'seeds.0=3': seeds holds [1], which has no keys; write seeds=VALUE"),
     ],
 )
 def test_overrides_of_another_form_are_told(tmp_path: Path, override: str, message: str) -> None:
@@ -301,7 +301,10 @@ def test_what_a_design_does_not_use_is_told(tmp_path: Path, override: str, messa
             "irp and gradual are both given: each run is one of the two; leave one",
         ),
         ("irp: {n_batches: 3}", "irp.n_batches is 3: only snip takes batches; leave it out"),
-        ("irp: {density: 0.1, floor: 0.2}", "irp.floor is 0.2: irp.density keeps fewer; lower it"),
+        (
+            "irp: {density: 0.1, floor: 0.2}",
+            "irp.floor is 0.2: it is above the final density irp.density; lower irp.floor",
+        ),
     ],
 )
 def test_settings_that_do_not_go_together_are_told(tmp_path: Path, text: str, message: str) -> None:
@@ -325,9 +328,9 @@ def test_settings_that_do_not_go_together_are_told(tmp_path: Path, text: str, me
         ("seed: 1" + 5000 * "0", "is not YAML: "),
         (3000 * "[", "is not YAML: it nests too deeply"),
         ("recipe: {epochs:3}", "is not YAML: 'epochs:3' has no value: put a space after the colon"),
-        ("? [1, 2]\n: 3", "is not YAML: the key in line 1 is no text"),
+        ("? [1, 2]\n: 3", "is not YAML: the key in line 1 is not text"),
         ("seed: !!python/object:os.system x", "is not YAML: "),
-        ("command: fit\nseed: 3", "is one of autosparse fit: run that, or give another config"),
+        ("command: fit\nseed: 3", "is for autosparse fit: run that command, or give another config"),
     ],
 )
 def test_files_that_are_no_config_are_told(tmp_path: Path, text: str, message: str) -> None:

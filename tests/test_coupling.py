@@ -315,7 +315,7 @@ def test_the_exact_mask_of_two_residual_blocks() -> None:
     assert masks["head.weight"].all() and masks.kept == 20
     assert masks.report.dense_layers == ("head.weight",) and masks.report.notes == ()
     assert by_score(0.5, torch.zeros(1, 1, 2, 2)).kept == 13
-    assert by_score(0.6, torch.zeros(1, 1, 2, 2)).report.notes == ("whole channels keep 13 weights, 16 were asked",)
+    assert by_score(0.6, torch.zeros(1, 1, 2, 2)).report.notes == ("whole channels keep 13 weights; 16 were asked for",)
 
 
 def test_the_outputs_alone_hold_more_than_was_asked() -> None:

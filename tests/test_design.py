@@ -166,7 +166,7 @@ def test_a_planted_rule_is_found() -> None:
         fit_rule(noise, MEAN)
     untrained = [{**r, "model": f"dead {r['model']}", "accuracy": 0.1} for r in planted()]
     assert fit_rule([*planted(), *untrained], MEAN) == rule
-    with pytest.raises(AutoSparseError, match="1 network with draws to compare; two are needed"):
+    with pytest.raises(AutoSparseError, match="1 network with draws to compare; a rule needs two"):
         fit_rule([r for r in planted() if r["model"] == "n0"], MEAN)
 
 

@@ -274,7 +274,7 @@ def test_a_stop_in_the_combination(after: int, digits: ImageData, convnet: Make,
 
 
 def test_mistakes_are_named(digits: ImageData, convnet: Make) -> None:
-    with pytest.raises(AutoSparseError, match=r"dissipating\.epochs is 4: a training has 3; lower it"):
+    with pytest.raises(AutoSparseError, match=r"dissipating\.epochs is 4: a training has 3 epochs; lower it"):
         run(convnet(), digits, DissipatingSettings(epochs=4))
     with pytest.raises(AutoSparseError, match=r"scope is 'layer': known: global, uniform, erk"):
         run(convnet(), digits, DissipatingSettings(), scope="layer")

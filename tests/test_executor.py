@@ -403,7 +403,7 @@ def test_grids_are_the_same_by_every_executor(tmp_path: Path) -> None:
     """With a method and two variants of it, which share one search; and a cell that fails."""
     irp = Candidate("irp", options={"rounds": 2})
     shared = [Candidate(f"{variant}:irp", options={"rounds": 2}) for variant in ("densities", "reinit")]
-    greedy = Candidate("snip", label="greedy", floor=0.5)
+    greedy = Candidate("snip", label="greedy", floor=0.2)
     cells = grid([MODEL], DATA, RECIPE, [shared[0], irp, shared[1], Candidate("snip"), greedy], [0.8], [0, 1])
     data = load_data(DATA)
     inline = run_grid(cells, tmp_path / "inline", data, device="cpu")
@@ -423,7 +423,7 @@ def test_grids_are_the_same_by_every_executor(tmp_path: Path) -> None:
         "running": 0,
         "waiting": 0,
     }
-    assert all("floor 0.5 asks for" in job.detail for job in found.jobs if job.state == "failed")
+    assert all("floor 0.2 needs" in job.detail for job in found.jobs if job.state == "failed")
 
 
 def test_a_grid_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -538,7 +538,7 @@ def test_status_while_it_runs_and_after(tmp_path: Path) -> None:
             ("c", "running"),
             ("d", "waiting"),
         ]
-        assert found.jobs[1].detail == "ZeroDivisionError: x" and "goes on from its last" in found.jobs[3].detail
+        assert found.jobs[1].detail == "ZeroDivisionError: x" and "will resume from its last" in found.jobs[3].detail
         assert found.jobs[2].detail.startswith("worker 1 (cuda:1), 0:00:0")
         assert found.jobs[2].detail.endswith(": round 2/5, density 0.250, accuracy 50.0 %")
         with pytest.raises(AutoSparseError, match="is being written by another process"), journal(tmp_path, places):

@@ -166,7 +166,7 @@ def test_what_cannot_be_fused() -> None:
     for runs, how, message in (
         ([("features.0", "features.1")], "data", "has 1 Linear or Conv2d layers: two at least"),
         ([("features.0", "classifier")], "data", "neighbouring children of one nn.Sequential"),
-        ([("features.0", "features.99")], "data", "no module of this name"),
+        ([("features.0", "features.99")], "data", "the network has no module"),
         ([("features.0", "features.10")], "data", "end the run before what changes the size"),
         ([("features.0", "features.10")], "gaussian", "in a row; give batches"),
         ([("features.0", "features.3")], "best", "known: data, gaussian"),
@@ -200,7 +200,7 @@ def test_the_comparison(tmp_path: Path) -> None:
     assert [row[1] for row in summary(results).rows] == list(FUSED) and summary(results).rows[0][3] == "–"
     again: list[Any] = []
     assert run_thinnings(plan(chosen), tmp_path, images, device="cpu", on_event=again.append) == results and not again
-    for wrong, message in (((), "needs fuse.runs"), ((("features.0", "features.77"),), "no module of this name")):
+    for wrong, message in (((), "needs fuse.runs"), ((("features.0", "features.77"),), "the network has no module")):
         with pytest.raises(AutoSparseError, match=message):
             run_thinnings(plan(FuseSettings(wrong)), tmp_path / "none", images, device="cpu")
     assert not (tmp_path / "none" / "networks").exists()

@@ -309,7 +309,7 @@ def test_what_it_refuses(digits: ImageData) -> None:
         train_gated(vgg, digits, RECIPE, GateSettings(), device="cpu")
     with pytest.raises(AutoSparseError, match="a network that changes is not compiled"):
         train_gated(vgg, digits, Recipe(steps=2, compile=True), GateSettings("units"), device="cpu")
-    for values, message in (({"of": "heads"}, "known: layers, units"), ({"begin": 0.9}, "under end 0.6")):
+    for values, message in (({"of": "heads"}, "known: layers, units"), ({"begin": 0.9}, "end is 0.6")):
         with pytest.raises(AutoSparseError, match=message):
             GateSettings(**values)
 

@@ -253,7 +253,7 @@ def test_mistakes_are_named(digits: ImageData, convnet: Make) -> None:
     settings = IRPSettings(rounds=1, density=0.2)
     with pytest.raises(AutoSparseError, match=r"irp\.rewind_step is 8: a training has 8 steps"):
         run(convnet(), digits, IRPSettings(rounds=1, density=0.2, rewind_step=8))
-    with pytest.raises(AutoSparseError, match=r"irp\.floor is 0\.5: irp\.density keeps fewer"):
+    with pytest.raises(AutoSparseError, match=r"irp\.floor is 0\.5: it is above the final density irp\.density"):
         run(convnet(), digits, IRPSettings(rounds=1, density=0.2, floor=0.5))
     with pytest.raises(AutoSparseError, match="masks to continue from are another model's"):
         run(convnet(), digits, settings, start=1, masks=Masks({"a": torch.ones(1, dtype=torch.bool)}))

@@ -292,11 +292,11 @@ def test_mistakes_are_named(digits: ImageData, convnet: Make) -> None:
     none = Split(digits.validation.images[:0], digits.validation.labels[:0])
     with pytest.raises(AutoSparseError, match=r"kstarts\.fitness is 'validation': the data have no validation images"):
         run(convnet(), dataclasses.replace(digits, validation=none), KStartsSettings(fitness="validation"))
-    with pytest.raises(AutoSparseError, match=r"kstarts\.epochs is 4: a training has 3; lower it"):
+    with pytest.raises(AutoSparseError, match=r"kstarts\.epochs is 4: a training has 3 epochs; lower it"):
         run(convnet(), digits, KStartsSettings(epochs=4))
     with pytest.raises(AutoSparseError, match=r"density is 0: it must lie in"):
         run(convnet(), digits, KStartsSettings(), 0)
-    with pytest.raises(AutoSparseError, match=r"floor 0\.5 asks for"):
+    with pytest.raises(AutoSparseError, match=r"floor 0\.5 needs"):
         run(convnet(), digits, KStartsSettings(), 0.3, floor=0.5)
 
 

@@ -68,7 +68,7 @@ def test_what_masks_refuse() -> None:
     layer = Layer("a", "linear", (2, 2))
     with pytest.raises(AutoSparseError, match="masks are empty"):
         Masks({})
-    with pytest.raises(AutoSparseError, match=r"mask 'a' has dtype torch.float32: masks are boolean"):
+    with pytest.raises(AutoSparseError, match=r"mask 'a' has dtype torch.float32: give a boolean tensor"):
         Masks({"a": torch.ones(2, 2)})
     with pytest.raises(AutoSparseError, match=r"mask 'a' has shape \(4,\), its layer \(2, 2\)"):
         Masks({"a": bits(1, 1, 1, 1)}, {"a": layer})
@@ -174,7 +174,7 @@ def test_enforce_refuses_what_it_could_not_hold(model: nn.Module, masks: Masks) 
     fewer = Masks({n: m & (torch.arange(m.numel()).view(m.shape) % 2 == 0) for n, m in masks.items()})
     masks.enforce(model, optimizer)
     fewer.enforce(model, optimizer)
-    with pytest.raises(AutoSparseError, match=r"under enforced masks already, which remove weights that these keep"):
+    with pytest.raises(AutoSparseError, match=r"Masks.enforce already holds weights at zero that these masks keep"):
         masks.enforce(model, optimizer)
     step(model, optimizer)
     assert_masked(model, fewer)
@@ -204,12 +204,12 @@ def test_masks_of_another_model(model: nn.Module, masks: Masks) -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     before = copy.deepcopy(model.state_dict())
     for wrong, message in (
-        (Masks({"9.weight": bits(1)}), "names '9.weight', which Sequential does not have"),
+        (Masks({"9.weight": bits(1)}), "masks hold '9.weight', which Sequential does not have"),
         (Masks({"0.weight": bits(1, 0)}), r"'0.weight' has shape \(2,\), the model's weight \(6, 4\)"),
     ):
         with pytest.raises(AutoSparseError, match=message):
             wrong.apply_(model)
-        with pytest.raises(AutoSparseError, match="made for another model"):
+        with pytest.raises(AutoSparseError, match="made for"):
             wrong.enforce(model, optimizer)
     step(model, torch.optim.SGD(model.parameters(), lr=0.0))
     assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items())

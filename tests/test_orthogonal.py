@@ -321,7 +321,7 @@ def test_mistakes() -> None:
     for prepare in (eoi, isometry):
         with pytest.raises(AutoSparseError, match="gain is 0: give a positive number"):
             prepare(model, masks, torch.ones(2, 1, 4), gain=0)
-        with pytest.raises(AutoSparseError, match="was made for another model"):
+        with pytest.raises(AutoSparseError, match="made for"):
             prepare(model, Masks({"9.weight": masks["0.weight"]}), torch.ones(2, 1, 4))
         with pytest.raises(AutoSparseError, match=r"mask is '1\.weight': no prunable weight of Sequential"):
             prepare(model, Masks({"1.weight": torch.ones(1, 4, dtype=torch.bool)}), torch.ones(2, 1, 4))

@@ -152,7 +152,7 @@ def test_two_of_four() -> None:
         assert (masks["2.weight"].movedim(1, -1).reshape(-1, 4).sum(1) == 2).all()
         assert (masks["4.weight"].view(-1, 4).sum(1) == 2).all()
     assert prune(model, 0.5, "magnitude", granularity=NM(2, 4)) == prune(model, None, "magnitude", granularity="2:4")
-    with pytest.raises(AutoSparseError, match=r"sparsity is 0\.9 but the pattern 2:4 sets 0\.5: give that"):
+    with pytest.raises(AutoSparseError, match=r"sparsity is 0\.9, but 2:4 sets 0\.5: give that"):
         prune(model, 0.9, "magnitude", granularity="2:4")
 
 
@@ -172,7 +172,7 @@ def test_channels_of_several_sizes_say_what_they_keep() -> None:
     for mask in masks.values():
         assert (mask.all(1) | ~mask.any(1)).all()
     assert abs(masks.kept - 96) <= 8
-    assert masks.kept == 96 or f"whole channels keep {masks.kept} weights, 96 were asked" in masks.report.notes
+    assert masks.kept == 96 or f"whole channels keep {masks.kept} weights; 96 were asked for" in masks.report.notes
 
 
 def test_include_exclude_and_floor() -> None:
@@ -286,8 +286,8 @@ def test_dead_layers_are_named() -> None:
     with pytest.warns(UserWarning) as seen:
         masks = prune(model, 0.5, "magnitude", example_input=torch.ones(1, 8))
     assert [str(w.message).split(": ", 1)[1] for w in seen] == [
-        "2 of 2 layers are dead (0.weight, 2.weight)",
-        "no path from input to output is left",
+        "2 of 2 layers are dead (0.weight, 2.weight); set floor, or take another scope",
+        "no path from input to output is left; lower the sparsity, set floor, or take another scope",
     ]
     assert seen[0].filename == __file__
     assert masks.report.dead_layers == ("0.weight", "2.weight")
@@ -329,7 +329,7 @@ def test_nothing_is_warned_of_without_reason() -> None:
         ({"schedule": "cosine"}, "schedule is 'cosine'"),
         ({"scope": "layer"}, "scope is 'layer'"),
         ({"granularity": "2x4"}, "granularity is '2x4'"),
-        ({"floor": 0.9}, r"floor 0\.9 asks for"),
+        ({"floor": 0.9}, r"floor 0\.9 needs"),
         ({"n_batches": 0}, "n_batches is 0: give a whole number of at least 1"),
         ({"n_batches": 1.5}, r"n_batches is 1\.5"),
         ({"batches": None}, "criterion 'snip' needs gradients: give batches"),
@@ -556,12 +556,12 @@ def test_the_shuffle_of_a_criterion() -> None:
     assert len(messages) == len(set(messages)), "of the shuffle alone"
     assert autosparse.prune(model, 0.7, "densities:erk").sparsity == pytest.approx(0.7, abs=0.01)
     for criterion, more, message in (
-        ("reinit:snip", {}, "criterion is 'reinit:snip': only benchmark and check have it"),
+        ("reinit:snip", {}, "criterion is 'reinit:snip': give 'snip', or use autosparse benchmark"),
         ("densities:snp", {}, "did you mean 'snip'"),
         ("densities:snip", {"granularity": "2:4"}, "granularity is '2:4': densities:snip chooses single weights"),
         ("densities:snip", {"granularity": "x"}, "granularity is 'x'"),
-        ("densities:gmp", {}, "criterion is 'gmp': it trains to find its masks"),
-        ("gmp", {}, "criterion is 'gmp': it trains to find its masks"),
+        ("densities:gmp", {}, "criterion is 'gmp': this method trains the network"),
+        ("gmp", {}, "criterion is 'gmp': this method trains the network"),
     ):
         with pytest.raises(AutoSparseError, match=message):
             autosparse.prune(model, 0.7, criterion, batches=batches, **more)

@@ -397,7 +397,7 @@ def test_mistakes_have_one_line(unchanged: Guard) -> None:
             autosparse.prepare(net, None, "repair", example_input=TWO, mod="both")
         with pytest.raises(AutoSparseError, match="mode is 'all'"):
             autosparse.prepare(net, None, "repair", example_input=TWO, mode="all")
-        with pytest.raises(AutoSparseError, match="made for another model"):
+        with pytest.raises(AutoSparseError, match="made for"):
             autosparse.prepare(net, wrong, "repair", example_input=TWO)
     net[0].weight.data[0, 0] = math.nan
     with pytest.raises(AutoSparseError, match="weight' is not finite"):

@@ -133,7 +133,7 @@ def rewrite(source: Scorer, path: Path, **changes: object) -> Path:
         ),
         ({"kind": "cnn"}, r"of another AutoSparse \(.* is 'cnn'"),
         ({"head": "cox"}, r"of another AutoSparse \(head is 'cox'"),
-        ({"features": list(DEFAULT[:-1])}, "damaged: its weights do not fit its own configuration"),
+        ({"features": list(DEFAULT[:-1])}, "damaged: its weights do not fit its configuration"),
         ({"head": "mse"}, "damaged: its weights do not fit"),
         ({"options": {"hidden": [8], "width": 4}}, "damaged"),
         ({"options": {}}, "damaged: its weights do not fit"),

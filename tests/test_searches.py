@@ -339,7 +339,7 @@ def test_a_prior_keeps_its_own_layer_densities(
 
 def test_what_no_method_can_do_is_said_before_any_work() -> None:
     cases: list[tuple[Candidate, DataSettings, str]] = [
-        (Candidate("rigl", scope="global"), DataSettings("digits"), "scope is 'global': random masks need"),
+        (Candidate("rigl", scope="global"), DataSettings("digits"), "is 'global': random masks cannot be ranked"),
         (
             Candidate("granet", options={"start_density": 0.05}),
             DataSettings("digits"),
@@ -353,7 +353,7 @@ def test_what_no_method_can_do_is_said_before_any_work() -> None:
         (
             Candidate("halving", options={"starts": ("snip", "set")}, scope="global"),
             DataSettings("digits"),
-            "scope is 'global': random masks need",
+            "is 'global': random masks cannot be ranked",
         ),
     ]
     for candidate, data, message in cases:

@@ -56,7 +56,7 @@ def test_within_earlier_masks() -> None:
     scores, layers = row(0.9, 0.8, 0.7, 0.6)
     earlier = {"a": torch.tensor([[False, True, False, True]])}
     assert kept(select(scores, 0.25, layers=layers, within=earlier)) == [0, 1, 0, 0]
-    with pytest.raises(AutoSparseError, match="3 weights cannot be kept: earlier steps left only 2"):
+    with pytest.raises(AutoSparseError, match="keeps 3 weights, but within leaves 2: lower density"):
         select(scores, 0.75, layers=layers, within=earlier)
 
 
@@ -118,7 +118,7 @@ def test_uneven_blocks_at_the_border() -> None:
     assert masks["a"].int().tolist() == [[0, 0, 0], [0, 0, 0], [1, 1, 1]]
     masks = select(scores, 4 / 9, layers=layers, granularity=Block(2, 2))
     assert masks.kept == 5
-    assert masks.report.notes == ("whole blocks keep 5 weights, 4 were asked",)
+    assert masks.report.notes == ("whole blocks keep 5 weights; 4 were asked for",)
 
 
 def test_apportion() -> None:
@@ -194,7 +194,7 @@ def test_exact_count_floor_and_seed(network, density, scope, floor, seed) -> Non
     total = round(density * sum(layer.numel for layer in layers.values()))
     least = {n: math.ceil(floor * layer.numel) for n, layer in layers.items()}
     if sum(least.values()) > total:
-        with pytest.raises(AutoSparseError, match=r"floor .* asks for .* weights over all layers, the density keeps"):
+        with pytest.raises(AutoSparseError, match=r"floor .* needs .* weights in all, the density keeps"):
             select(scores, density, layers=layers, scope=scope, floor=floor)
         return
     masks = select(scores, density, layers=layers, scope=scope, floor=floor, seed=seed)
@@ -377,7 +377,7 @@ def test_scores_that_mean_nothing() -> None:
             select({"a": good, "b": torch.tensor([[bad, 1.0]])}, 0.5, layers=layers)
     with pytest.raises(AutoSparseError, match=r"all scores are zero.*classifier initialized to zeros"):
         select({n: torch.zeros(1, 2) for n in "ab"}, 0.5, layers=layers)
-    with pytest.raises(AutoSparseError, match="earlier steps left are zero: those steps cut the network through"):
+    with pytest.raises(AutoSparseError, match="earlier steps left score zero: no path through the network is left"):
         within = {"a": torch.tensor([[False, True]]), "b": torch.tensor([[False, True]])}
         select({n: torch.tensor([[1.0, 0.0]]) for n in "ab"}, 0.5, layers=layers, within=within)
     with pytest.raises(AutoSparseError, match="scores lack 'b': a criterion must score each of the 2 layers"):

@@ -310,7 +310,7 @@ def test_masks_handles_and_states_that_do_not_fit() -> None:
         autosparse.sparsify(model, optimizer, "set", sparsity=0.5, steps=40, every=3, masks=floats)
     handle = autosparse.sparsify(model, optimizer, "set", sparsity=0.5, steps=40, every=3, masks=half)
     assert handle.masks == half
-    with pytest.raises(AutoSparseError, match="sparsified already"):
+    with pytest.raises(AutoSparseError, match="sparsify already holds"):
         autosparse.sparsify(model, optimizer, "set", sparsity=0.9, steps=40, every=3)
     state = handle.state_dict()
     handle.remove()
@@ -471,13 +471,15 @@ def test_masks_that_change_and_masks_that_do_not() -> None:
     masks = autosparse.prune(model, 0.5, "random", example_input=batch(0)[0])
     fixed = masks.enforce(model, optimizer)
     masks.enforce(model, optimizer)  # the same again, or fewer: what is pruned stays so
-    with pytest.raises(AutoSparseError, match="under enforced masks already: call remove"):
+    with pytest.raises(
+        AutoSparseError, match=r"Masks\.enforce already holds weights of this optimizer at zero: call remove"
+    ):
         autosparse.sparsify(model, optimizer, "set", sparsity=0.5, steps=40, every=3)
     fixed.remove()
     optimizer = optimizer_of(model)
     handle = autosparse.sparsify(model, optimizer, "gmp", sparsity=0.5, steps=40, every=3)
     before = {n: w.clone() for n, w in model.state_dict().items()}
-    with pytest.raises(AutoSparseError, match="sparsified already: call remove"):
+    with pytest.raises(AutoSparseError, match="sparsify already holds weights of this optimizer at zero: call remove"):
         masks.enforce(model, optimizer)
     assert all(torch.equal(w, before[n]) for n, w in model.state_dict().items())
     handle.remove()
@@ -505,12 +507,18 @@ def test_masks_that_change_and_masks_that_do_not() -> None:
         ({"every": 2, "masks": 3}, "masks to start with are another model's"),
         ({"method": None}, "method is None: known are gmp"),
         ({"method": "mine:nope"}, "method is 'mine:nope': No module"),
-        ({"every": 2, "floor": 0.5}, r"floor is 0\.5: it asks for \d+ weights over all layers, the sparsity keeps \d+"),
+        (
+            {"every": 2, "floor": 0.5},
+            r"floor is 0\.5: it needs \d+ weights in all, the sparsity keeps \d+; lower floor",
+        ),
         ({"every": 2, "floor": -1}, "floor is -1: it is the smallest"),
         ({"every": 2, "seed": "x"}, "seed is 'x': give a whole number"),
         ({"every": 2, "densities": "densities:snip"}, "densities is 'densities:snip': known: .* as numbers"),
         ({"densities": "erg"}, "densities is 'erg'"),
-        ({"method": "set", "every": 2, "densities": "global"}, "scope is 'global': random masks need layer densities"),
+        (
+            {"method": "set", "every": 2, "densities": "global"},
+            "rule of layer densities is 'global': random masks cannot be ranked",
+        ),
         ({"masks": {"a": torch.ones(2, 2).bool()}}, "masks to start with are another model's"),
         (
             {"method": "granet", "every": 2, "start_density": 0.01},
@@ -530,7 +538,7 @@ def test_mistakes_are_named(options: dict[str, Any], message: str) -> None:
 def test_a_weight_that_nothing_trains_is_named() -> None:
     model = network()
     optimizer = torch.optim.SGD(model[0].parameters(), lr=0.1)
-    with pytest.raises(AutoSparseError, match=r"weight is '3.weight': the optimizer does not train it"):
+    with pytest.raises(AutoSparseError, match=r"weight is '3.weight': the optimizer lacks it"):
         autosparse.sparsify(model, optimizer, "gmp", sparsity=0.5, steps=100)
     autosparse.sparsify(model, optimizer, "gmp", sparsity=0.5, steps=100, exclude="3.*")
 

@@ -184,7 +184,9 @@ def test_a_failing_store_does_not_stop_the_work(
             tracker.log({"loss": 1.0}, step)
             tracker.flush()
         tracker.artifact(directory / "mlflow.db")
-    assert caplog.messages == ["tracking is off from here on, the work goes on: disk is full"]
+    assert caplog.messages == [
+        "MLflow failed (disk is full): tracking is off for the rest of this run, which continues"
+    ]
     assert not tracker.active
     assert runs(directory)[0].info.status == "FINISHED"
 

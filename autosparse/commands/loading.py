@@ -56,7 +56,9 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
     for name, value in node.value:
         line, key = name.start_mark.line + 1, loader.construct_object(name, deep=True)
         if not isinstance(key, Hashable):
-            raise yaml.constructor.ConstructorError(None, None, f"the key in line {line} is no text", None)
+            raise yaml.constructor.ConstructorError(
+                None, None, f"the key in line {line} is not text: quote it or remove it", None
+            )
         if key in lines:
             where = f"in line {line}" if lines[key] == line else f"in lines {lines[key]} and {line}"
             raise yaml.constructor.ConstructorError(None, None, f"{key!r} is given twice, {where}: keep one")
@@ -118,7 +120,7 @@ def _read_file(path: Path, command: str) -> dict[str, Any]:
         raise AutoSparseError(f"config {path} holds a {type(values).__name__}: it must hold keys with values")
     given = values.pop("command", command)  # a resolved config.yaml is a config too
     if given != command:
-        raise AutoSparseError(f"config {path} is one of autosparse {given}: run that, or give another config")
+        raise AutoSparseError(f"config {path} is for autosparse {given}: run that command, or give another config")
     return values
 
 
@@ -154,7 +156,7 @@ def _check_given(schema: type, values: Mapping[str, Any]) -> None:
         needed.discard("data")
     missing = sorted(needed - values.keys())
     if missing:
-        raise AutoSparseError(f"{' and '.join(missing)} missing: give {'it' if len(missing) == 1 else 'them'}")
+        raise AutoSparseError(f"{' and '.join(missing)} must be given")
 
 
 def _override(values: dict[str, Any], text: str) -> None:
@@ -169,7 +171,7 @@ def _override(values: dict[str, Any], text: str) -> None:
             inner = {_SHORT[part]: inner}
         at[part] = inner = dict(inner or {}) if isinstance(inner, (dict, type(None))) else inner
         if not isinstance(inner, dict):
-            raise AutoSparseError(f"override {text!r}: {part} is a {type(inner).__name__}, it has no keys")
+            raise AutoSparseError(f"override {text!r}: {part} holds {inner!r}, which has no keys; write {part}=VALUE")
         at = inner
     try:
         at[last] = _read(value)

@@ -21,13 +21,14 @@ def run(what: str = "all") -> None:
 
     names: dict[str, list[str]] = {
         "models": [*MODELS, "torchvision:NAME", "timm:NAME", "package.module:factory"],
-        "data": [*DATA, "imagefolder:PATH", "hdf5:PATH"],
+        "data": [*DATA, "imagefolder:PATH", "hdf5:PATH", "package.module:reader"],
         "criteria": [
             *(f"{name}[@EPOCHS]" if name in EARLY else name for name in PRESETS),
             *METHODS,
             *bundled(),
             "SCORER.safetensors",
             "models:/NAME@ALIAS",
+            "package.module:name",
             *(f"{v}:ANY_OF_THESE" for v in CHECKS),
         ],
         "preparations": [*PREPARATIONS],
@@ -35,6 +36,8 @@ def run(what: str = "all") -> None:
         "scorers": [f"{name}: {read_scorer(path).card.summary}" for name, path in bundled().items()],
         "signals": [*SIGNALS, *(f"{name}@EPOCHS" for name in WARMUP_SIGNALS)],
         "features": [
+            "(θ weight, g gradient, f synaptic flow, d displacement after T epochs; N, N_l weights of network, layer; "
+            "rms, rms_l, rms_c root mean square over network, layer, channel)",
             *(f"{name}: {feature.meaning}" for name, feature in FEATURES.items()),
             *(f"{name}: all of {', '.join(members)}" for name, members in GROUPS.items()),
         ],

@@ -33,11 +33,11 @@ from data_gen.gradual import GradualSettings
 
 @settings
 class GenerateConfig:
-    """`autosparse generate`: IRP runs of every model with every seed, into `output/records`.
+    """`autosparse generate`: record IRP runs of every model with every seed, into `output/records`.
 
-    With `gradual`, each is one gradual run instead, at the cost of two trainings, and there is no `irp`.
-    With `tasks`, which draws the networks, the runs are those of the tasks, and there are no `models` and `seeds`. In a
-    file, each of `tasks.data` takes from `data` what it does not say.
+    `gradual`: record one gradual pruning run in place of each IRP run, at the cost of two trainings; leave `irp` out.
+    `tasks`: draw the networks at random; leave `models` and `seeds` out. In a YAML file, each entry of `tasks.data`
+    inherits from `data` what it does not set.
     """
 
     output: str = "runs/irp"
@@ -67,9 +67,10 @@ def _check_file_name(name: str) -> None:
 
 @settings
 class FitConfig:
-    """`autosparse fit`: a scorer from records (files, or directories that are searched), into `output`.
+    """`autosparse fit`: fit a scorer to records, into `output/NAME.safetensors`.
 
-    `alias` of the version in MLflow's registry, as in `models:/NAME@ALIAS`.
+    `records`: files, or directories that are searched for `*.h5`. `alias`: given to the new version in MLflow's
+    registry, so that `models:/NAME@ALIAS` finds it.
     """
 
     output: str = "runs/scorer"
@@ -86,11 +87,11 @@ class FitConfig:
 
 @settings
 class TuneConfig:
-    """`autosparse tune`: a scorer whose layer densities are learned from the outcome of short trainings, into `output`.
+    """`autosparse tune`: learn a scorer's layer densities from the outcome of short trainings.
 
-    `scorer`: its file or name; `null` begins at ERK densities, without a network. `tasks` are drawn as for `generate`, by another seed than the scorer's corpus; their data
-    need validation images. With `design`, a designed experiment on layer densities is run instead of `tune`: it begins at its own
-    `base` instead of a scorer, and its rule is fitted to accuracy on the test images.
+    `scorer`: name or file to start from; `null`: start from ERK densities, without a network. `tasks`: drawn as for
+    `generate`; use another seed than the scorer's corpus. `tune` needs validation images. With `design`, a designed
+    experiment replaces `tune`: it starts from `design.base`, and its rule is fitted to accuracy on the test images.
     """
 
     output: str = "runs/tune"
@@ -132,7 +133,7 @@ class PruneConfig:
         if self.sparsity is not None:
             check_sparsity(self.sparsity)
         chosen = self.criterion
-        no_weights = "prune writes masks, no weights: benchmark and check can"
+        no_weights = "prune writes masks, and this changes the weights too: use autosparse benchmark, or leave it out"
         always = getattr(chosen.options, "continues", False)
         require(chosen.variant != "reinit" and not always, "criterion", chosen.name, no_weights)
         require(not chosen.continues, "continues", chosen.continues, no_weights)
@@ -141,12 +142,11 @@ class PruneConfig:
 
 @settings
 class TrainConfig:
-    """`autosparse train`: train one network, with masks or dense, into `output/model.safetensors`.
+    """`autosparse train`: train one network, dense or with masks, into `output/model.safetensors`.
 
-    `prepare`: what is done to the weights that stay before (`autosparse list preparations`); masks that it chose itself go
-    into `output/masks.safetensors`.
-    `device` of this and the other commands: `auto`, `cpu`, `cuda`, `cuda:1`, or several, `cuda:0,1` (`cpu:2`: two
-    processes): every training runs on all of them, everything else on the first.
+    `prepare`: changes the remaining weights before training (`autosparse list preparations`); masks that it chooses
+    itself go into `output/masks.safetensors`. `device`, in every command: `auto`, `cpu`, `cuda`, `cuda:1`, or several,
+    `cuda:0,1` (`cpu:2`: two processes). Trainings use all of them, everything else the first.
     """
 
     output: str = "runs/train"
@@ -165,12 +165,12 @@ class TrainConfig:
 
 @settings
 class ExportConfig:
-    """`autosparse export`: a pruned network in the forms that others run, and their table, into `output`.
+    """`autosparse export`: write a pruned network in the forms of `export.forms`, and a table of them, into `output`.
 
-    `weights`: model.safetensors of `autosparse train`; `null` is the fresh initialization of `seed`. `masks`: those of
-    `autosparse prune`. Instead of `data`, which gives the shape of the images and the classes, `input_size` (channels,
-    height, width) and `classes` do, so that no data is needed. With `smaller` the weights are those of the physically smaller
-    network that the masks leave, trained as such; without, the masks apply to them.
+    `weights`: model.safetensors of `autosparse train`; `null`: the initialization of `seed`. `masks`: a file of
+    `autosparse prune`. To need no data, give `input_size` ([channels, height, width]) and `classes` in place of `data`.
+    `smaller: true`: `weights` are of the smaller network, without the masked filters; `false`: of the whole network, to
+    which the masks apply.
     """
 
     output: str = "runs/export"
@@ -187,11 +187,11 @@ class ExportConfig:
 
     def __post_init__(self) -> None:
         both = (self.input_size is None) == (self.classes is None)
-        require(both, "input_size", self.input_size, "give input_size and classes together, or neither, and data")
+        require(both, "input_size", self.input_size, "give both input_size and classes, or neither and set data")
         if self.input_size is not None and self.classes is not None:
             channels, height, width = self.input_size
             good = channels >= 1 and height == width >= 1
-            require(good, "input_size", list(self.input_size), "give channels and the two equal sides: [3, 32, 32]")
+            require(good, "input_size", list(self.input_size), "give [channels, side, side], such as [3, 32, 32]")
             require(self.classes >= 1, "classes", self.classes, "give at least 1")
 
 
@@ -219,7 +219,7 @@ class BenchmarkConfig:
 class CheckConfig:
     """`autosparse check`: every criterion beside its variants, into `output/results.csv`.
 
-    `criteria` without variants; `checks`: the variants of each, but for `inverted` of methods that search by training.
+    `criteria`: without variants. `checks`: the variants to add; methods that search by training get no `inverted`.
     """
 
     output: str = "runs/check"
@@ -252,11 +252,11 @@ class CheckConfig:
 
 @settings
 class DiagnoseConfig:
-    """`autosparse diagnose`: one network dense, pruned by each of `criteria`, and then prepared in each way of `prepare`;
-    figures of each layer into `output/diagnosis.csv`, of the network into `output/summary.csv`.
+    """`autosparse diagnose`: measure one network dense, pruned by each of `criteria`, and then prepared.
 
-    The network is a new one, or has `weights`, a file that `autosparse train` wrote; `masks`, as `autosparse prune` writes
-    them, are one more state. Criteria without variants that train or draw weights anew.
+    Writes `output/diagnosis.csv` (a row per layer and state) and `output/summary.csv` (a row per state). `weights`: a
+    file of `autosparse train`; `null`: the initialization of `seed`. `masks`: a file of `autosparse prune`, one more
+    state. `criteria` must keep the network's weights: no `reinit:`, no `continues`.
     """
 
     output: str = "runs/diagnose"
@@ -287,23 +287,21 @@ class DiagnoseConfig:
 
 @settings
 class ShrinkConfig:
-    """`autosparse shrink`: networks trained densely, thinned by each method at each ratio, and made smaller, into
-    `output/results.csv` and `output/networks`.
+    """`autosparse shrink`: train dense networks, make each smaller by every method, fine-tune what is left.
 
-    `recipe` of the dense training, which methods and ratios share; `tpp` of the steps after it, which methods with a ratio
-    take, with or without the penalty, with the batches and optimizer of `finetune`; `finetune` of the smaller network.
-    `methods`:
+    Writes `output/results.csv` and `output/networks`. `recipe`: the dense training, which methods with a ratio and fuse
+    share. `tpp`: the steps between that and the removal; every method with a ratio trains them, only tpp methods with
+    the penalty, with batch size and optimizer of `finetune`. `finetune`: training of the smaller network. `methods`:
 
-    - `l1` removes the filters of the lowest mean |w|, `tpp` pushes them out first; another criterion or scorer (`snip`,
-      `tpp:snip`) chooses others. `ratios` of filters that go: a share, of each convolution whose filters can go alone, or
-      shares by patterns on weight names.
-    - `fuse` puts one layer in the place of each run of `fuse.runs`, `fuse:fresh` initializes these anew, `fuse:random` keeps
-      only their norms, `fuse:scratch` initializes the whole network. No ratio.
-    - `layers` and `units` train from the initialization with the gates of `gates` on residual branches or on filters, which
-      leave in the training of `recipe`; `layers:shuffled` and `units:shuffled` let as many go at random. No ratio.
-    - `stamp`, with `reference`: the dense network is trained on those data, and its last layer begins anew on `data`. The
-      filters are chosen for `data` by a few of its images (`stamp`, see `scorers.task`), at the multiply-adds of `l1`;
-      `stamp:other` by images of the reference.
+    - `l1` removes the filters of lowest mean |w|; `tpp` first pushes them towards zero; `snip` or `tpp:snip` (any
+      criterion or scorer) chooses by that criterion. `ratios`: share of filters to remove from each convolution whose
+      filters can be removed alone, or shares by pattern on weight names.
+    - `fuse` replaces each run of layers in `fuse.runs` by one fitted layer; `fuse:fresh` initializes that layer anew,
+      `fuse:random` keeps only the norms of its filters, `fuse:scratch` initializes the whole network. No ratio.
+    - `layers` and `units` train from the initialization with `gates` on residual branches or filters, which are removed
+      during the training of `recipe`; `layers:shuffled`, `units:shuffled` remove as many at random. No ratio.
+    - `stamp` needs `reference`: the dense network is trained on that data and gets a new last layer for `data`. A few
+      images of `data` decide which filters stay, at the multiply-adds of `l1`; for `stamp:other`, of `reference`.
     """
 
     output: str = "runs/shrink"
@@ -348,7 +346,8 @@ class ShrinkConfig:
 class QuickstartConfig:
     """`autosparse quickstart`: generate, fit and benchmark on the digits, into one directory.
 
-    `irp` of the records; the ticket that the masks stand beside has `rounds` rounds. `floor` of every criterion.
+    `irp`: of the recorded runs. `rounds`: IRP rounds of the ticket in the comparison. `floor`: smallest density of a
+    layer, for every criterion.
     """
 
     output: str = "runs/quickstart"

@@ -13,7 +13,7 @@ def run(directory: Path) -> None:
     for found in statuses(directory):
         counts = ", ".join(f"{found.count(state)} {state}" for state in STATES)
         say(
-            f"{found.directory}: {len(found.jobs)} jobs: {counts}; {'at work' if found.alive else 'nobody works on it'}"
+            f"{found.directory}: {len(found.jobs)} jobs: {counts}; {'running' if found.alive else 'no process is running'}"
         )
         for job in found.jobs:
             if job.detail:

@@ -35,7 +35,8 @@ def run(config: TrainConfig, *, profile: bool = False) -> dict[str, Any]:
         chosen = masks.report.origin.get("network")
         if chosen is not None and chosen != of_network(model, source=False):
             say(
-                f"note: {config.masks} was chosen for other initial weights: for those give the seed and the data of prune"
+                f"note: {config.masks} was chosen for other initial weights; to train those, give the model, data and "
+                "seed that prune had"
             )
     directory = claim_directory(config)
     done = directory / "result.json"

@@ -68,7 +68,7 @@ def run(config: TuneConfig) -> Path:
         gain = held_out["accuracy"]
         say(
             f"on {gain['n']} held-out trainings: {100 * gain['mean']:+.2f} ± {100 * gain['std']:.2f} points over the "
-            f"scorer as it was (p = {gain['p']:.2g})"
+            f"scorer before tuning (p = {gain['p']:.2g})"
         )
     say(f"scorer: {path}")
     return path
@@ -105,7 +105,8 @@ def run_designed(config: TuneConfig, chosen: DesignSettings) -> Path:
     )
     replace(scorer, card=replace(scorer.card, outcome=outcome)).save(path)
     say(
-        f"{rule.trainings} trainings of {rule.networks} networks; points per standard deviation and unit of log density:"
+        f"{rule.trainings} trainings of {rule.networks} networks; accuracy points per std of the feature × unit of log "
+        "density:"
     )
     for name, value in sorted(rule.coefficients.items(), key=lambda item: -abs(item[1])):
         say(f"  {name:16} {value:+.2f} ± {rule.errors[name]:.2f}")
@@ -116,7 +117,9 @@ def run_designed(config: TuneConfig, chosen: DesignSettings) -> Path:
     if not rule.correlation > 0:
         say("  this rule does not predict networks that were left out: do not expect it to be better than its base")
     if rule.networks < networks:
-        say(f"  {plural(networks - rule.networks, 'network')} left out: failed, or at one accuracy whatever is kept")
+        say(
+            f"  {plural(networks - rule.networks, 'network')} left out: trainings failed, or all reached the same accuracy"
+        )
     if rule.networks <= len(rule.coefficients):
         say("  fewer networks than features: the standard errors mean little, give more tasks")
     if failed:

@@ -76,7 +76,9 @@ class Candidate:
     prepare: str | None = None
 
     def __post_init__(self) -> None:
-        require(split(self.base)[0] is None, "criterion", self.criterion, "give one variant before the colon")
+        require(
+            split(self.base)[0] is None, "criterion", self.criterion, "give one variant only, such as densities:snip"
+        )
         by_name = self.base.partition("@")[0] in (*PRESETS, *METHODS)
         if not by_name and not is_scorer(self.base) and not is_outside(self.base):
             raise AutoSparseError(
@@ -100,7 +102,12 @@ class Candidate:
             require(value is None or value >= 1, key, value, "give at least 1")
         for key in ("steps", "n_batches", "batch_size", "schedule"):
             value = getattr(self, key)
-            require(value is None or not self.searches, f"{key} of {self.base}", value, "it has none; leave it out")
+            require(
+                value is None or not self.searches,
+                f"{key} of {self.base}",
+                value,
+                f"{self.base} has no such setting; leave it out",
+            )
         if not self.searches and not is_scorer(self.base):
             preset = preset_for(self.base)  # raises where the horizon of a warm-up is wrong
             if (preset.n_batches or preset.criterion.n_batches) == 0:
@@ -115,9 +122,9 @@ class Candidate:
         )
         require(
             self.granularity in (None, "unstructured") or self.variant not in ("densities", "inverted"),
-            f"granularity of {self.variant}:",
+            f"granularity of {self.criterion}",
             self.granularity,
-            "it chooses single weights; leave it out",
+            "this variant chooses single weights; leave granularity out",
         )
         require(
             self.variant != "inverted" or not self.searches,
@@ -127,7 +134,12 @@ class Candidate:
         )
         require(0 <= self.floor < 1, "floor", self.floor, "it is the smallest density of a layer, in [0, 1)")
         early = self.warms_up or is_scorer(self.base)
-        require(self.warmup is None or early, f"warmup of {self.base}", self.warmup, "leave it out")
+        require(
+            self.warmup is None or early,
+            f"warmup of {self.base}",
+            self.warmup,
+            "it looks at no warm-up training; leave warmup out",
+        )
         always = getattr(self.options, "continues", False)
         if always and self.variant is None:
             object.__setattr__(self, "continues", True)
@@ -143,7 +155,7 @@ class Candidate:
             self.prepare != "signs" or (self.searches and self.variant is None),
             f"prepare of {self.criterion}",
             self.prepare,
-            "only masks of methods that train have signs",
+            "signs need a method that searches by training, such as gmp, without a variant",
         )
         require(
             self.prepare is None or not self.continues,
@@ -259,7 +271,7 @@ def expand(candidates: Sequence[Candidate], checks: Sequence[str]) -> list[Candi
     """
     result = []
     for candidate in candidates:
-        from_start = "checks compare masks, trained from the initialization; let it rewind"
+        from_start = "checks train masks from the initialization; leave continues out (for irp also rewind: never)"
         require(not (candidate.continues and checks), "criterion", candidate.name, from_start)
         result.append(candidate)
         for check in unique(checks):

@@ -331,9 +331,9 @@ def fit_rule(
     if len(networks) < 2:
         trained = {r["model"] for r in results if not r.get("error") and r["source"] not in (DENSE, BASE)}
         same = len(trained) - len(networks)
-        more = f" ({same} more: their base is not done, or they end at one accuracy whatever is kept)" if same else ""
+        more = f" ({same} more: base not trained, or the same accuracy for all densities)" if same else ""
         found = plural(len(networks), "network")
-        raise AutoSparseError(f"design: {found} with draws to compare{more}; two are needed to fit a rule")
+        raise AutoSparseError(f"design: {found} with draws to compare{more}; a rule needs two, raise tasks.count")
     scale = table.columns.std(0) + 1e-12
     x, y = table.columns / scale, np.array(table.differences)
     group = np.array([networks.index(owner) for owner in table.owners])
@@ -360,8 +360,8 @@ def fit_rule(
     curvature = -float(whole[-1])
     if curvature <= 0:
         raise AutoSparseError(
-            f"design: {len(y)} trainings show no best densities, only that more is better in some direction (curvature "
-            f"{100 * curvature:.2f}); give more draws"
+            f"design: {len(y)} trainings show no best densities (the fitted curvature is {100 * curvature:.2f}, not "
+            "positive); raise design.draws or tasks.count"
         )
     return Rule(
         coefficients={n: 100 * float(v) for n, v in zip(names, whole, strict=False)},

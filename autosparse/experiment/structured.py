@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
-from autosparse.errors import AutoSparseError, require
+from autosparse.errors import AutoSparseError, require, suggest
 from autosparse.experiment.benchmark import with_inputs
 from autosparse.experiment.candidates import Candidate, identity
 from autosparse.experiment.making import close_gates, fused_network, make_shallower, make_smaller, train_dense
@@ -77,8 +77,8 @@ METHODS = {  # what each does, for a list
     "CRITERION, tpp:CRITERION": "filters of the lowest scores go, at once or pushed out",
     "layers": "residual branches leave in training; layers:shuffled, as many at random",
     "units": "filters leave in training; units:shuffled, as many at random",
-    "fuse": "one layer in the place of several; fuse:fresh, fuse:random and fuse:scratch, beside random ones",
-    "stamp": "filters for a task, by a few of its images; stamp:other, by images of another",
+    "fuse": "one fitted layer replaces several; controls with random weights: fuse:fresh, fuse:random, fuse:scratch",
+    "stamp": "filters are chosen for a task from a few of its images; control, images of reference: stamp:other",
 }
 
 
@@ -91,7 +91,11 @@ def candidate(method: str) -> Candidate:
     criterion = method.removeprefix("tpp:")
     if method in STAMP:
         criterion = "l1"
-    chosen = Candidate("magnitude" if criterion in ("tpp", "l1") else criterion)
+    try:
+        chosen = Candidate("magnitude" if criterion in ("tpp", "l1") else criterion)
+    except AutoSparseError:
+        known = suggest(method, ["l1", "tpp", *NO_RATIO, *STAMP])
+        raise AutoSparseError(f"methods holds {method!r}: {known}; or a criterion or scorer, also after tpp:") from None
     require(not chosen.searches, "method", method, "it removes single weights; give a criterion or a scorer")
     return dataclasses.replace(chosen, granularity="channel")
 

@@ -197,7 +197,9 @@ def _status(directory: Path) -> Status:
             jobs.append(JobStatus(key, "failed", failed[key]["error"]))
         else:
             begun = path.exists() or path.with_suffix(".state").exists()
-            jobs.append(JobStatus(key, "waiting", "begun, goes on from its last checkpoint" if begun else ""))
+            jobs.append(
+                JobStatus(key, "waiting", "started before, will resume from its last checkpoint" if begun else "")
+            )
     return Status(directory, alive, jobs)
 
 

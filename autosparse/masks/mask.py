@@ -41,10 +41,11 @@ class MaskReport:
 
     Attributes:
         dead_layers: layers without a weight on any path from input to output.
-        effective_sparsity: sparsity if kept weights on no such path count as removed. `None` if the network could not be
-            traced.
-        ties: fraction of weights whose score equals the score at the cut, so that chance decided among them.
-        dense_layers: layers that were not pruned because the pattern does not fit them.
+        effective_sparsity: sparsity if kept weights on no such path count as removed. `None` without an example input,
+            or if the paths could not be followed.
+        ties: fraction of the weights (or blocks, or channels) whose score equals that at the cut; chance chose there.
+        dense_layers: layers that stay whole: M does not divide them, or, with channels, they give the model's outputs
+            or are coupled to a layer that does.
         notes: warnings in words.
         origin: how the mask was found: criterion, seed, steps and so on.
     """
@@ -115,15 +116,13 @@ class Holder:
             other = getattr(hook, "__self__", None)
             if not isinstance(other, Holder) or not any(id(weight) in own for weight in other.weights):
                 continue
-            what = "sparsified" if other.fixed is None else "under enforced masks"
+            what = "sparsify" if other.fixed is None else "Masks.enforce"
+            way_out = "call remove() on the handle that it returned"
             if self.fixed is None or other.fixed is None:
-                raise AutoSparseError(f"this optimizer is {what} already: call remove() of that handle first")
+                raise AutoSparseError(f"{what} already holds weights of this optimizer at zero: {way_out}")
             both = self.fixed.keys() & other.fixed.keys()
             if any(bool((self.fixed[key].cpu() & ~other.fixed[key].cpu()).any()) for key in both):
-                raise AutoSparseError(
-                    f"this optimizer is {what} already, which remove weights that these keep: call remove() of that handle "
-                    "first"
-                )
+                raise AutoSparseError(f"{what} already holds weights at zero that these masks keep: {way_out}")
 
 
 class _Enforced(Holder):
@@ -136,7 +135,8 @@ class _Enforced(Holder):
         trains = len(weights) < len(masks) or any(
             id(w) in steered for w in self.weights
         )  # else parametrizations hold some
-        require(trains, "optimizer", type(at).__name__, "it trains none of the masked weights")
+        way_out = "it trains none of the masked weights; give the optimizer of this model"
+        require(trains, "optimizer", type(at).__name__, way_out)
 
     def after_step(self, *_: Any) -> None:
         self._zero(self.weights)
@@ -162,7 +162,7 @@ class Masks(Mapping[str, Tensor]):
             raise AutoSparseError("masks are empty: give at least one boolean tensor")
         for name, tensor in tensors.items():
             if tensor.dtype != torch.bool:
-                raise AutoSparseError(f"mask {name!r} has dtype {tensor.dtype}: masks are boolean")
+                raise AutoSparseError(f"mask {name!r} has dtype {tensor.dtype}: give a boolean tensor (mask.bool())")
             if layers is not None and name not in layers:
                 raise AutoSparseError(f"mask {name!r} has no layer: the layers given are {', '.join(layers) or 'none'}")
             if layers is not None and layers[name].shape != tuple(tensor.shape):
@@ -242,8 +242,8 @@ class Masks(Mapping[str, Tensor]):
             found[name] = weight = computed[name] if name in computed else own.get(name)  # type: ignore[assignment]
             if weight is None:
                 raise AutoSparseError(
-                    f"the mask names {name!r}, which {type(model).__name__} does not have: "
-                    "it was made for another model"
+                    f"masks hold {name!r}, which {type(model).__name__} does not have: "
+                    "give the model that they were made for"
                 )
             if (used := sources.get(id(weight))) is not None:
                 raise AutoSparseError(
@@ -253,7 +253,7 @@ class Masks(Mapping[str, Tensor]):
             if shape != tuple(tensor.shape):
                 raise AutoSparseError(
                     f"the mask of {name!r} has shape {tuple(tensor.shape)}, the model's weight {shape}: "
-                    "it was made for another model"
+                    "give the model that it was made for"
                 )
         return found
 

@@ -74,14 +74,15 @@ def select(
     total = round(density * sum(sizes.values()))
     room = {n: _held(keys[n] > -math.inf, u[1]) for n, u in units.items()}
     if total > sum(room.values()):
-        raise AutoSparseError(f"{total} weights cannot be kept: earlier steps left only {sum(room.values())}")
+        left = sum(room.values())
+        raise AutoSparseError(f"density {density:g} keeps {total} weights, but within leaves {left}: lower density")
     generator = make_generator(seed, "ties")
     least = dict.fromkeys(sizes, 0)
     if floor > 0:
         keys, least = _raise_floor(keys, units, sizes, room, floor, generator)
         if sum(least.values()) > total:
             raise AutoSparseError(
-                f"floor {floor} asks for {sum(least.values())} weights over all layers, the density keeps {total}: lower it"
+                f"floor {floor} needs {sum(least.values())} weights in all, the density keeps {total}: lower floor"
             )
     groups = _shared_out(scope, density, layers, total, least, room)
     tied, chosen = 0, {}
@@ -95,7 +96,7 @@ def select(
     masks = Masks({n: chosen[n] for n in scores}, {n: layers[n] for n in scores})
     notes = []
     if granularity is not None and masks.kept != total:
-        notes.append(f"whole {type(granularity).__name__.lower()}s keep {masks.kept} weights, {total} were asked")
+        notes.append(f"whole {type(granularity).__name__.lower()}s keep {masks.kept} weights; {total} were asked for")
     masks.report = MaskReport(ties=tied / sum(u[0].numel() for u in units.values()), notes=tuple(notes))
     return masks
 
@@ -135,7 +136,8 @@ def _single_weights(
     weights = sum(s.numel() for s in flat.values())
     total = round(density * weights)
     if total > sum(room.values()):
-        raise AutoSparseError(f"{total} weights cannot be kept: earlier steps left only {sum(room.values())}")
+        left = sum(room.values())
+        raise AutoSparseError(f"density {density:g} keeps {total} weights, but within leaves {left}: lower density")
     generator = make_generator(seed, "ties")
     tied, chosen = 0, {}
     for names, count in _shared_out(scope, density, layers, total, dict.fromkeys(room, 0), room):
@@ -245,7 +247,7 @@ def _select_coupled(
             parts = found[n].split([layers[m].numel // joint[n].shape[0] for m in members], 1)
             chosen.update({m: _weights(part, layers[m]) for m, part in zip(members, parts, strict=True)})
     masks = Masks({n: chosen[n] for n in scores}, {n: layers[n] for n in scores})
-    notes = (f"whole channels keep {masks.kept} weights, {total} were asked",) if masks.kept != total else ()
+    notes = (f"whole channels keep {masks.kept} weights; {total} were asked for",) if masks.kept != total else ()
     masks.report = MaskReport(ties=ties, dense_layers=stay, notes=notes)
     return masks
 
@@ -318,8 +320,8 @@ def _check(scores: Mapping[str, Tensor], layers: Mapping[str, Layer], within: Ma
         some = some or bool((score if within is None else masked(score, within[name])).any())
     if not some and within is not None:
         raise AutoSparseError(
-            "all scores of the weights that earlier steps left are zero: those steps cut the network through; "
-            "take more steps, a floor, or another scope"
+            "all weights that earlier steps left score zero: no path through the network is left; take more steps, set "
+            "floor, or take another scope"
         )
     if not some:
         raise AutoSparseError(

@@ -39,7 +39,10 @@ class Context:
 
 
 class Criterion(Protocol):
-    """A pure function of signals that names those it needs and how many batches they take by default."""
+    """A pure function of signals. `signals`: names of those it needs. `n_batches`: batches for them, by default.
+
+    The call returns one real tensor in its weight's shape for each name in `context.layers`; higher scores are kept.
+    """
 
     @property
     def name(self) -> str: ...
@@ -326,7 +329,8 @@ CRITERIA: dict[str, Criterion] = {
 class Preset:
     """A criterion with the settings that its authors published; each can be overridden in `prune`.
 
-    `revive`: weights that a step pruned may come back in the next (FORCE); else what is pruned stays pruned.
+    `scope`, `steps`, `schedule`: as in `prune`. `n_batches`: `None`: the criterion's. `revive`: weights that a step
+    pruned may come back in the next (FORCE); otherwise they stay pruned.
     """
 
     criterion: Criterion

@@ -229,7 +229,8 @@ def describe(model: nn.Module, masks: Masks, example: Any, graph: Graph | None =
     dead, effective = empty, None
     if example is None:
         notes.append(
-            "no example_input: effective sparsity, cut-off layers and weights that are computed anew are not known"
+            "no example_input: effective sparsity is unknown, only layers without a weight are reported as dead, and "
+            "weights that forward computes from parameters are not checked"
         )
     else:
         model = fused(unwrap(model))
@@ -246,15 +247,17 @@ def describe(model: nn.Module, masks: Masks, example: Any, graph: Graph | None =
         dead = found.dead_layers
         if not found.exact:
             notes.append(
-                "the network's paths could not be followed: effective sparsity and cut-off layers are not known"
+                "the network's paths could not be followed: effective sparsity is unknown, and only layers without a "
+                "weight are reported as dead"
             )
     alarms = []
     if dead:
         alarms.append(
-            f"{len(dead)} of {len(masks)} layers are dead ({', '.join(dead[:3])}{', …' if len(dead) > 3 else ''})"
+            f"{len(dead)} of {len(masks)} layers are dead ({', '.join(dead[:3])}{', …' if len(dead) > 3 else ''}); "
+            "set floor, or take another scope"
         )
     if effective is not None and effective >= 1:
-        alarms.append("no path from input to output is left")
+        alarms.append("no path from input to output is left; lower the sparsity, set floor, or take another scope")
     if report.ties > 0.1 * masks.density:
         alarms.append(f"{report.ties:.1%} of the weights tie at the cut, so chance chose among them")
     for alarm in alarms:
@@ -291,7 +294,7 @@ def density_for(sparsity: float | None, pattern: Granularity) -> float:
         density = pattern.n / pattern.m
         if sparsity is not None and abs(1 - density - sparsity) > 1e-9:
             raise AutoSparseError(
-                f"sparsity is {sparsity} but the pattern {pattern.n}:{pattern.m} sets {1 - density:g}: give that"
+                f"sparsity is {sparsity}, but {pattern.n}:{pattern.m} sets {1 - density:g}: give that, or None (null)"
             )
         return density
     if sparsity is None:

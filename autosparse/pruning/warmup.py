@@ -76,6 +76,9 @@ def warmup(
     weight decay, which would count as displacement. Test and validation images are not looked at.
 
     Args:
+        layers: prunable weights by name, from `autosparse.masks.layers.prunable_layers(model)`.
+        data: images and labels, from `autosparse.training.data.load_data("cifar10")`.
+        recipe: optimizer, learning rate and length.
         names: `"warm_weight@T"`, `"displacement@T"`, `"accumulated_gradient@T"`, any number of each.
         masks: weights outside stay zero.
         on_epoch: called with each new row of the trainings' histories.
@@ -84,7 +87,7 @@ def warmup(
         AutoSparseError: no name or an unknown one, a horizon that is not positive, or data that do not fit the model.
         AutoSparseFailure: the warm-up diverged.
 
-    Source: early-training signals, of the kind of k-starts and dissipating gradients; what they tell was measured here.
+    Source: our own, after K-starts and dissipating gradients (`search.kstarts`, `search.dissipating`).
     """
     clock = time.perf_counter()
     settings = settings or WarmupSettings()
@@ -129,7 +132,7 @@ def warmup(
             if not torch.isfinite(tensors[n]).all():
                 raise AutoSparseFailure(
                     f"the warm-up diverged: the weights of {n!r} are not finite after {last} steps (lr {rate:g}); "
-                    "give its settings a lower lr"
+                    "set a lower warmup.lr (for generate: signals.warmup_lr)"
                 )
     return Warm(sums, last * settings.orders / per_epoch, time.perf_counter() - clock)
 

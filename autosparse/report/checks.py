@@ -107,7 +107,7 @@ def verdict(check: str, test: Comparison) -> str:
     if n < 2:
         return text
     if text == CHECKS[check].unclear:
-        return f"{text}: not told apart from {CHECKS[check].rival} by {n} seeds ({difference}, {p})"
+        return f"{text}: {n} seeds do not separate it from {CHECKS[check].rival} ({difference}, {p})"
     over = f" over {CHECKS[check].rival}" if text == CHECKS[check].better else ""
     return f"{text} ({difference}{over}, {p}, n = {n})"
 
@@ -136,11 +136,8 @@ def caution(rows: Iterable[Checked]) -> str:
     """What the number of tests does to their worth."""
     count = sum(test.p is not None for row in rows for test in row.tests.values())
     if not count:
-        return "No test: give two seeds or more."
-    return (
-        f"{plural(count, 'test')}: were there no difference anywhere, about {LEVEL * count:.1f} would still come out "
-        f"below p = {LEVEL:g}."
-    )
+        return "No test was possible: run at least two seeds."
+    return f"{plural(count, 'test')}: even with no real difference, about {LEVEL * count:.1f} would have p < {LEVEL:g}."
 
 
 def tables(results: DataFrame) -> list[tuple[Table, list[str]]]:

@@ -23,8 +23,8 @@ class ScorerKind:
 
     `features`: the only ones that the kind takes; `None`: any. `settings`: a dataclass of its options that checks its own
     values; `None`: whatever is given, unchecked. The network of a kind has a buffer-holding module
-    `inputs` with a method `set(moments)`, and a method `outputs(view)` that yields what it predicts for every weight of a
-    network, see `scorers.mlp.by_rows`.
+    `inputs` with a method `set(moments)`, and a method `outputs(view)` that yields `(layer, start, stop, predicted)`:
+    `predicted`, `(n, outputs)`, is for the n weights in rows `start … stop` of the layer; see `scorers.mlp.by_rows`.
     """
 
     features: tuple[str, ...] | None = None

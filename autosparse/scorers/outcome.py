@@ -44,10 +44,10 @@ class OutcomeSettings:
     """How the rule of layers is learned: evolution strategies (Salimans et al. 2017) with antithetic pairs and ranks.
 
     In each of `generations`, `pairs` directions are drawn; both signs of each train one task, alike in all else, and the
-    rule moves towards the signs that ended with the lower validation loss. `sigma`: length of a direction, in standard deviations of the
-    features times units of the score (log survival, or log density); `lr`: of the step. `features` that the rule may use. `held_out`:
-    tasks that are not learned from, on which the result is set against the scorer as it was. `densities`, `positions` of
-    the scorer (`None`: as they are); `"rule"` densities start from ERK's if the scorer has no rule.
+    rule moves towards the signs that ended with the lower validation loss. `sigma`: standard deviation of the change of
+    each coefficient, in units of the score (log survival or log density) per standard deviation of the feature. `lr`:
+    step size, as a factor on `sigma`. `features`: those that the rule may use. `held_out`: number of tasks that are not
+    learned from; they compare the result with the scorer as it was. `densities`, `positions` of the scorer (`None`: as they are); `"rule"` densities start from ERK's if the scorer has no rule.
     """
 
     generations: int = 10

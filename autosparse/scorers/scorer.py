@@ -130,7 +130,9 @@ def read_scorer(path: str | Path) -> Scorer:
         config, card = json.loads(metadata["config"]), read_card(json.loads(metadata["card"]))
         return _build(Path(path), tensors, config, card)
     except (KeyError, TypeError, RuntimeError, json.JSONDecodeError) as error:
-        raise AutoSparseError(f"scorer {path} is damaged: its weights do not fit its own configuration") from error
+        raise AutoSparseError(
+            f"scorer {path} is damaged: its weights do not fit its configuration; fit it again"
+        ) from error
 
 
 def _build(path: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any], card: Card) -> Scorer:

@@ -162,7 +162,9 @@ def learn_encoder(
     if data.classes < chosen.classes:
         raise AutoSparseError(f"stamp.classes is {chosen.classes}: the reference data have {data.classes} classes")
     if not places:
-        raise AutoSparseError(f"{type(model).__name__} has no layer whose channels can go")
+        raise AutoSparseError(
+            f"{type(model).__name__} has no layer whose channels can be removed alone: use another method than stamp"
+        )
     device = next(model.parameters()).device
     layers = prunable_layers(model)
     own = {n: model.get_parameter(n).detach().movedim(layers[n].out_dim, 0).flatten(1) for n in places}

@@ -53,7 +53,12 @@ class ConcreteSettings:
         require(self.batch_size is None or self.batch_size >= 1, "batch_size", self.batch_size, "give at least 1")
         require(self.lr > 0 and math.isfinite(self.lr), "lr", self.lr, "give a positive number")
         require(self.temperature > 0, "temperature", self.temperature, "give a positive number")
-        require(self.strength == 0 or self.prior is not None, "strength", self.strength, "it needs a prior")
+        require(
+            self.strength == 0 or self.prior is not None,
+            "strength",
+            self.strength,
+            "it needs a prior; set prior, or leave strength out",
+        )
 
     @property
     def label(self) -> str:

@@ -38,11 +38,11 @@ EPSILON = 1e-8  # far under any initial weight but an exact zero, whose relative
 
 @settings
 class DissipatingSettings:
-    """How dissipating weights are removed.
+    """Settings of dissipating gradients: weights that move little in early training are removed.
 
-    After each of `epochs` early epochs, by `"rank"` (an equal fraction of what is left, the last removal down to the
-    density that was asked) or by `"threshold"` (all whose change is at most `threshold`, but never below that density).
-    `change`: `"relative"`, `|θ−θ₀|/(|θ₀|+ε)`, or `"absolute"`, `|θ−θ₀|`.
+    A removal follows each of the first `epochs` epochs. `by`: `"rank"` keeps the same fraction of what is left each
+    time, down to the density asked for; `"threshold"` removes all whose change is at most `threshold`, but not below
+    that density. `change`: `"relative"`, `|θ−θ₀|/(|θ₀|+ε)`, or `"absolute"`, `|θ−θ₀|`.
     """
 
     epochs: int = 3
@@ -61,7 +61,7 @@ class DissipatingSettings:
             "give 0 or more",
         )
         if self.by == "rank":
-            require_unset(self, ("threshold",), "dissipating.", "by: rank has none")
+            require_unset(self, ("threshold",), "dissipating.", "only by: threshold uses it")
 
 
 def dissipating(
@@ -80,14 +80,15 @@ def dissipating(
     state: Path | None = None,
     on_epoch: Callable[[dict[str, float]], None] | None = None,
 ) -> SearchResult:
-    """What still moves in early training, which starts from the state `θ₀` of `model` at the call and goes on over the
-    removals.
+    """Masks of the weights that move most in early training.
+
+    The training starts from the weights `θ₀` of `model` at the call, and continues through all removals.
 
     After each of the first E epochs of `recipe` the survivors that moved least since `θ₀` are removed: by rank to the
     density `ρ_e = ρ^{e/E}`, or within start masks of density `ρ_0` to `ρ_0·(ρ/ρ_0)^{e/E}`; by threshold τ all with
     `|θ−θ₀| ≤ τ·(|θ₀|+ε)`, or absolutely `|θ−θ₀| ≤ τ`, until ρ is reached (ε = 1e-8). What is over ρ after E epochs
     stays, and the report says so. These epochs have no weight decay, which would move all weights alike; each has a fresh
-    optimizer. The model is left as it was. Source: derived from the abstract of the published method.
+    optimizer. The model is left as it was. Source: derived from the abstract of the published method; its full text was not available.
 
     Args:
         density: fraction of all prunable weights kept at the end; `floor` the smallest of any layer.
@@ -154,7 +155,7 @@ def check_length(settings: DissipatingSettings, data: ImageData, recipe: Recipe)
     """
     per_epoch = steps_per_epoch(data, recipe.batch_size)
     most = recipe.length(data) / per_epoch
-    require(settings.epochs <= most, "dissipating.epochs", settings.epochs, f"a training has {most:g}; lower it")
+    require(settings.epochs <= most, "dissipating.epochs", settings.epochs, f"a training has {most:g} epochs; lower it")
     return per_epoch
 
 

@@ -39,7 +39,8 @@ class SETSettings(SparseTraining):
         require(0 < self.end <= 1, "end", self.end, "it is a share of the training, in (0, 1]")
 
     def check(self, density: float, scope: Scope | None) -> None:
-        require(scope != "global", "scope", scope, "random masks need layer densities, such as erk")
+        way_out = "random masks cannot be ranked globally; give a rule such as erk"
+        require(scope != "global", "rule of layer densities", scope, way_out)
 
     def start(self, layers: Mapping[str, Layer], density: float, scope: Scope | None, floor: float, seed: int) -> Masks:
         return random_masks(layers, density, scope, floor, seed)
@@ -88,7 +89,8 @@ class GraNetSettings(SparseTraining):
         super().__post_init__()
         require(0 < self.fraction <= 1, "fraction", self.fraction, "it is the share of weights to drop, in (0, 1]")
         require(0 < self.start_density <= 1, "start_density", self.start_density, "it must lie in (0, 1]")
-        require(0 <= self.begin < self.end <= 1, "begin", self.begin, f"it is a share in [0, 1), under end {self.end}")
+        shares = f"begin and end are shares of the training, 0 <= begin < end <= 1; end is {self.end}"
+        require(0 <= self.begin < self.end <= 1, "begin", self.begin, shares)
 
     def check(self, density: float, scope: Scope | None) -> None:
         least = f"it is less than the density at the end, {density:g}; give more"

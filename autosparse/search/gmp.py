@@ -34,7 +34,8 @@ class GMPSettings(SparseTraining):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(0 <= self.begin < self.end <= 1, "begin", self.begin, f"it is a share in [0, 1), under end {self.end}")
+        shares = f"begin and end are shares of the training, 0 <= begin < end <= 1; end is {self.end}"
+        require(0 <= self.begin < self.end <= 1, "begin", self.begin, shares)
 
     def due(self, step: int, steps: int) -> bool:
         first, last = self._window(steps)
@@ -78,7 +79,8 @@ class ACDCSettings(SparseTraining):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(0 <= self.warmup < self.last < 1, "warmup", self.warmup, f"it must be under last {self.last}, under 1")
+        shares = f"warmup and last are shares of the training, 0 <= warmup < last < 1; last is {self.last}"
+        require(0 <= self.warmup < self.last < 1, "warmup", self.warmup, shares)
         require(0 < self.phase < 1, "phase", self.phase, "it is a share of the training, in (0, 1)")
         require_unset(self, ("every",), "", "AC/DC changes its masks when a phase begins")
 

@@ -62,7 +62,12 @@ class IRPSettings:
         check_scope(self.scope, what="irp.scope")
         require(self.rewind_step >= 0, "irp.rewind_step", self.rewind_step, "give a step, 0 or more")
         require(0 <= self.floor < 1, "irp.floor", self.floor, "it is the smallest density of a layer, in [0, 1)")
-        require(self.floor <= self.density + 1e-9, "irp.floor", self.floor, "irp.density keeps fewer; lower it")
+        require(
+            self.floor <= self.density + 1e-9,
+            "irp.floor",
+            self.floor,
+            "it is above the final density irp.density; lower irp.floor",
+        )
         require(self.n_batches >= 1, "irp.n_batches", self.n_batches, "give at least 1")
         if self.criterion != "snip":
             require_unset(self, ("n_batches",), "irp.", "only snip takes batches")
@@ -112,11 +117,17 @@ def irp(
     Frankle & Carbin 2019; late rewinding Frankle et al. 2020.
 
     Args:
+        layers: prunable weights by name, from `autosparse.masks.layers.prunable_layers(model)`.
+        data: images and labels, from `autosparse.training.data.load_data("cifar10")`.
+        recipe: optimizer, learning rate and length.
         start, masks, rewind, weights: continue at round `start` with the masks of that round; for late rewinding, the
             state of step k that `on_rewind_state` was given; and the `weights` of the round before, if it has any.
         scope: in place of that of the settings, such as layer densities, which each round scales to its own density.
         checkpoint: file for the round in flight.
         on_epoch: called with each new row of a training's history; without it nothing is validated.
+
+    Yields:
+        A `Round` for each training, `start` to `settings.rounds`.
 
     Raises:
         AutoSparseError: the rewind step lies beyond the training, the floor asks for more weights than the last density
@@ -173,7 +184,12 @@ def _start(layers: Mapping[str, Layer], settings: IRPSettings, masks: Masks | No
     require(settings.rewind_step < length, "irp.rewind_step", settings.rewind_step, f"a training has {length} steps")
     total = sum(layer.numel for layer in layers.values())
     fewest = sum(math.ceil(settings.floor * layer.numel) for layer in layers.values())
-    require(fewest <= round(settings.density * total), "irp.floor", settings.floor, "irp.density keeps fewer; lower it")
+    require(
+        fewest <= round(settings.density * total),
+        "irp.floor",
+        settings.floor,
+        "it needs more weights than irp.density keeps; lower irp.floor",
+    )
     if masks is None:
         return Masks({n: torch.ones(layer.shape, dtype=torch.bool) for n, layer in layers.items()}, layers)
     if set(masks) != set(layers):

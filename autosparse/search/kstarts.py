@@ -60,10 +60,13 @@ class KStartsSettings:
             self.generations == 0 or self.fitness != "random",
             "kstarts.generations",
             self.generations,
-            "a random choice has nothing to evolve by; leave it out",
+            "fitness: random measures nothing to select by; leave generations out",
         )
         require(
-            self.generations == 0 or self.k >= 3, "kstarts.k", self.k, "two parents and a child need 3 or more of them"
+            self.generations == 0 or self.k >= 3,
+            "kstarts.k",
+            self.k,
+            "generations need two parents and a child; give at least 3",
         )
         require(0 <= self.mutation <= 1, "kstarts.mutation", self.mutation, "it is a share, in [0, 1]")
         if self.generations == 0:
@@ -97,7 +100,7 @@ def kstarts(
     Every start trains the first `e₁` epochs of `recipe`, in the same order of data, so that only the masks differ. Its
     fitness is `F_w = Σ|θ⊙m|` after them, `F_g = Σ|Σ_t g_t ⊙ m|` over the gradients `g_t` of all their steps, or
     `z(F_w) + z(F_g)`, z over the present population. Evolution: see `child`; parents keep their fitness. The model is
-    left as it was. Source: derived; of the published method only the abstract was to be had.
+    left as it was. Source: derived from the abstract of the published method; its full text was not available.
 
     Args:
         density: fraction of all prunable weights kept; `floor` the smallest of any layer.
@@ -182,7 +185,9 @@ def check_start(settings: KStartsSettings, data: ImageData, recipe: Recipe) -> i
     """How many steps each start has; the `Method.check_length` of K-starts."""
     per_epoch, length = steps_per_epoch(data, recipe.batch_size), recipe.length(data)
     steps = max(1, round(settings.epochs * per_epoch))
-    require(steps <= length, "kstarts.epochs", settings.epochs, f"a training has {length / per_epoch:g}; lower it")
+    require(
+        steps <= length, "kstarts.epochs", settings.epochs, f"a training has {length / per_epoch:g} epochs; lower it"
+    )
     require(
         settings.fitness != "validation" or len(data.validation) > 0,
         "kstarts.fitness",

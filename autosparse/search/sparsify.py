@@ -95,7 +95,7 @@ class SparseTraining:
         raise NotImplementedError
 
     def update(self, now: Update) -> Mapping[str, Tensor]:
-        """The new masks."""
+        """The new masks: a boolean tensor in its weight's shape for every name in `now.masks`; `True` = keep."""
         raise NotImplementedError
 
 
@@ -134,7 +134,7 @@ class Sparsifier(Holder):
         sizes = [layer.numel for layer in layers.values()]
         least, kept = sum(math.ceil(floor * size) for size in sizes), round(density * sum(sizes))
         require(
-            least <= kept, "floor", floor, f"it asks for {least} weights over all layers, the sparsity keeps {kept}"
+            least <= kept, "floor", floor, f"it needs {least} weights in all, the sparsity keeps {kept}; lower floor"
         )
         require(isinstance(seed, Integral), "seed", seed, "give a whole number")
         count_updates(method, steps)
@@ -146,7 +146,7 @@ class Sparsifier(Holder):
         self._weights = {name: own[name] for name in layers}
         steered = {id(p) for group in optimizer.param_groups for p in group["params"]}
         for name, weight in self._weights.items():
-            require(id(weight) in steered, "weight", name, "the optimizer does not train it: leave it out by exclude")
+            require(id(weight) in steered, "weight", name, "the optimizer lacks it: add it there, or exclude it")
         super().__init__(self._weights.values(), None, optimizer)
         for hook in optimizer._optimizer_step_pre_hooks.values():
             other = getattr(hook, "__self__", None)
@@ -261,7 +261,8 @@ class Sparsifier(Holder):
         if self._hooks and self.step and left and abs(self.masks.density - self._density) > 1e-3:
             warnings.warn(
                 f"sparsify: the training ended after {self.step} of {self.steps} steps, and {left} updates of the masks are "
-                f"left: the sparsity is {self.masks.sparsity:.4g}, {1 - self._density:.4g} was asked for",
+                f"left: the sparsity is {self.masks.sparsity:.4g}, {1 - self._density:.4g} was asked for; set steps to "
+                "the number of optimizer steps that you run",
                 stacklevel=2,
             )
         for hook in self._hooks:

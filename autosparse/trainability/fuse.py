@@ -181,7 +181,8 @@ class _Run:
         other, _, end = last.rpartition(".")
         modules = dict(model.named_modules())
         for name in (first, last):
-            require(name in modules, what, name, "the network has no module of this name")
+            if name not in modules:
+                raise AutoSparseError(f"{what}: the network has no module {name!r}; see model.named_modules()")
         holder = modules[parent]
         if parent != other or not isinstance(holder, nn.Sequential):
             raise AutoSparseError(f"{what}: give the first and the last of neighbouring children of one nn.Sequential")

@@ -37,9 +37,9 @@ class GateSettings:
 
     A gate `ξ ~ B(π)` multiplies each residual branch (`of="layers"`), or each output channel of the layers whose filters
     can go alone (`of="units"`). The objective is `E_ξ[L(W ⊙ ξ)] + cost·Σπ`, with all C units of a layer at the cost of one
-    branch, so `cost/C` each; projected gradient descent on π, from `start` on. `lr` is the step of the one branch that learns
-    in a training step; of units all learn in each, by `lr·C/layers`, so that both go equally far. Gates learn in the share
-    `begin` … `end` of the training; what has reached 0 is removed at the end of the epoch, and at `end` all that is under
+    branch, so `cost/C` each; projected gradient descent on π, from `start` on. `lr`: step size. With
+    `of="layers"` one branch, drawn at random, learns in each training step; with `of="units"` all L layers learn in each
+    step, with step size `lr·C/L`, so that both move equally far on average. Gates learn in the share `begin` … `end` of the training; what has reached 0 is removed at the end of the epoch, and at `end` all that is under
     ½. The gates that are left stay open. `shuffled` is a sanity check: as many go at the same time, but drawn at random (units
     within their layer).
     """
@@ -58,7 +58,8 @@ class GateSettings:
             value = getattr(self, key)
             require(0 < value < math.inf, f"gates.{key}", value, "give a positive number")
         require(0 < self.start <= 1, "gates.start", self.start, "it is a probability, above 0")
-        require(0 <= self.begin < self.end <= 1, "gates.begin", self.begin, f"a share in [0, 1), under end {self.end}")
+        shares = f"begin and end are shares of the training, 0 <= begin < end <= 1; end is {self.end}"
+        require(0 <= self.begin < self.end <= 1, "gates.begin", self.begin, shares)
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ def rei(model: nn.Module, example_input: Any, masks: Masks | None = None, mode: 
     Raises:
         AutoSparseError: an unknown mode, masks of another model, weights that are not finite.
 
-    Source: the ReI/RePaIR paper's formulas as in the design notes; γ ≈ 0.53 for square 3×3 layers.
+    Source: the formulas of the paper on ReI and RePaIR; γ ≈ 0.53 for square 3×3 layers.
     """
     return _rescaled("rei", model, example_input, masks, mode)
 

@@ -52,9 +52,18 @@ class Removal:
 
 
 def shrink(model: nn.Module, masks: Masks, example_input: Any) -> nn.Module:
-    """A physically smaller copy of `model` for masks that remove whole filters; it computes the same as the zeroed network.
+    """A physically smaller copy of `model`, without the filters that `masks` empty.
 
-    Takes and raises what `remove` does; warns of filters that had to stay.
+    It computes what `model` does with those filters, their biases and the γ and β of their channels at zero. Filters
+    that cannot be removed stay, with a warning.
+
+    Args:
+        masks: each filter whole or empty, as `prune(…, granularity="channel")` gives them.
+        example_input: inputs as the model takes them, for the trace.
+
+    Raises:
+        AutoSparseError: masks of single weights or of another model, or an input that the model cannot take.
+        AutoSparseFailure: the network cannot be traced, or the smaller one computes something else.
 
     >>> import autosparse, torch
     >>> from torchvision.models import resnet18

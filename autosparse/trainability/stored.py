@@ -98,7 +98,7 @@ def load_network(path: str | Path, model: nn.Module | None = None) -> tuple[nn.M
 
     Args:
         model: a network of the same kind to fill, instead of building one. Needed where the file does not say how, or where
-            it names a factory of yours: a file is not let to say which Python code runs.
+            it names a factory of yours: for safety, a file must not choose the Python code that runs.
 
     Raises:
         AutoSparseError: the file is missing, damaged or of another kind; it needs a model, or that is another one.
@@ -171,8 +171,8 @@ def _fill(path: Path, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     found = {id(state[n]): tensors[n] for n in tensors if n in state}
     lost = [ns[0] for i, ns in names.items() if i not in found]
     if unknown or lost:
-        what = f"has {min(unknown)!r}, which the model has not" if unknown else f"lacks {lost[0]!r}"
-        raise AutoSparseError(f"{path} {what}: it is of another model than {type(model).__name__}")
+        what = f"holds {min(unknown)!r}" if unknown else f"lacks {lost[0]!r}"
+        raise AutoSparseError(f"{path} {what}, unlike {type(model).__name__}: give the weights of this model")
     for i, (name, *_) in names.items():
         if state[name].shape != found[i].shape:
             raise AutoSparseError(
@@ -202,7 +202,7 @@ def _built(path: Path, network: NetworkSettings | None) -> nn.Module:
     name = network.model.name
     if name not in MODELS and not name.startswith(("torchvision:", "timm:")):
         raise AutoSparseError(
-            f"{path} names the factory {name!r}, and no file says which code runs here: build the model yourself and give "
+            f"{path} names the factory {name!r}, but a file must not choose the code that runs: build the model and give "
             "it to load_network as model="
         )
     return network.build()

@@ -24,13 +24,14 @@ AUGMENTATIONS = ("none", "crop", "crop+flip")
 class DataSettings:
     """Which images.
 
-    `name`: one of `autosparse list data`, `imagefolder:PATH` (PATH/train/CLASS/…, PATH/test/CLASS/…) or `hdf5:PATH`
-    (train/images, train/labels, test/images, test/labels; uint8, NHWC); `autosparse.training.readers` states how image
-    files become RGB of 8 bits, and which are refused. `classes`: only the images of these, numbered anew in this order. `root`: where torchvision keeps and puts its
-    data sets. `image_size`: shrink (or grow) the images to this side. `limit`, `limit_test`: subsets of so many training
-    and test images, the same share of every class. `validation`: share of the training images held out, class by class. `augment`:
-    `"none"`, `"crop"` (pad by an eighth, random crop), `"crop+flip"`; `None` is what the data set takes (crop+flip for
-    natural images, none for digits). `seed` draws subset and split; not the run's seed, so that all runs see one split.
+    `name`: one of `autosparse list data`; `imagefolder:PATH` (PATH/train/CLASS/…, PATH/test/CLASS/…; needs
+    `image_size`); `hdf5:PATH` (train/images, train/labels, test/images, test/labels; images uint8, NHWC, square); or
+    your own reader, `package.module:reader`. Image files become 8-bit RGB as `autosparse.training.readers` says.
+    `root`: folder of torchvision's data sets; missing ones are downloaded there. `image_size`: side in pixels to resize
+    to. `limit`, `limit_test`: number of training and test images, stratified by class. `validation`: share of the
+    training images held out, stratified. `augment`: `"none"`, `"crop"` (pad by an eighth, random crop), `"crop+flip"`;
+    `None`: the data set's default. `classes`: use only these, relabelled 0, 1, … in this order. `seed`: of subset and
+    split, not of the run, so that all runs share one split.
     """
 
     name: str = "digits"

@@ -49,6 +49,8 @@ def train(
     training gains nothing.
 
     Args:
+        data: images and labels, from `autosparse.training.data.load_data("cifar10")`.
+        recipe: optimizer, learning rate and length.
         masks: weights outside stay zero.
         mask_schedule: masks that change while the network trains, see `search.sparsify`; in place of `masks`. The result
             has those of the end.
@@ -58,11 +60,14 @@ def train(
             removed at the end. It must be of this very training: recipe, seed, masks, steps, initial weights and data.
         validate: measure accuracy and loss on the validation images after each epoch; nothing else depends on it.
         on_epoch: called with each new row of the history.
-        on_gradient: called before each step of the optimizer with the number of steps done, when the gradients of the
-            parameters are there (before clipping). Of several devices only the first is used then.
-        on_batch: called with the steps done, and the images and labels of each step, before its forward pass, as `on_gradient` is.
-        optimizer_state: what the optimizer begins with, by parameter name (empty for nothing); the result then has what it
-            ended with, so that a training in parts goes on as it would in one.
+        on_gradient: called with the number of steps done, before each optimizer step and before clipping.
+        on_batch: called with the number of steps done, the images and the labels, before each forward pass.
+        optimizer_state: what the optimizer begins with, by parameter name (empty for nothing); the result then has its
+            final state, so that a training in parts equals one in one go. With any of these three arguments, only the
+            first of several devices is used.
+
+    Returns:
+        A `Trained`: test `accuracy` in [0, 1], test `loss` (mean cross-entropy) and `history`, one row per epoch.
 
     Raises:
         AutoSparseError: the model cannot take the images, or the masks are another model's, or the checkpoint another

@@ -344,3 +344,8 @@ class Masks(Mapping[str, Tensor]):
             raise KeyError(f"there are masks of {len(tensors)} weights, and layers of {len(layers)}")
         order = list(layers) or list(tensors)  # safetensors sorts by name; the layers keep the network's order
         return cls({n: tensors[n] for n in order}, layers or None, MaskReport(**report))
+
+
+def dense_masks(layers: Mapping[str, Layer]) -> Masks:
+    """Masks that keep every weight."""
+    return Masks({name: torch.ones(layer.shape, dtype=torch.bool) for name, layer in layers.items()}, layers)

@@ -9,14 +9,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from autosparse.errors import AutoSparseError, of_state, require, require_unset, settings
 from autosparse.files import read_safetensors, write_json, write_safetensors
 from autosparse.masks.densities import Scope, check_scope
 from autosparse.masks.layers import Layer, unwrap
-from autosparse.masks.mask import Masks
+from autosparse.masks.mask import Masks, dense_masks
 from autosparse.masks.schedule import check_density, densities
 from autosparse.masks.selection import select
 from autosparse.search.kstarts import (
@@ -195,7 +194,7 @@ def _plan(
     check_scope(scope, layers)
     require(0 <= floor < 1, "floor", floor, "it is the smallest density of a layer, in [0, 1)")
     if masks is None:
-        masks = Masks({n: torch.ones(layer.shape, dtype=torch.bool) for n, layer in layers.items()}, layers)
+        masks = dense_masks(layers)
     elif set(masks) != set(layers):
         raise AutoSparseError("the masks to start within are another model's: give masks of its prunable weights")
     masks = masks.to("cpu")

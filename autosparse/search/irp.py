@@ -8,14 +8,13 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from autosparse.errors import AutoSparseError, of_state, require, require_unset, settings
 from autosparse.files import read_safetensors, write_json, write_safetensors
 from autosparse.masks.densities import Scope, check_scope
 from autosparse.masks.layers import Layer, unwrap
-from autosparse.masks.mask import Masks
+from autosparse.masks.mask import Masks, dense_masks
 from autosparse.masks.schedule import check_density, densities
 from autosparse.masks.selection import select
 from autosparse.network.signals import measure
@@ -191,7 +190,7 @@ def _start(layers: Mapping[str, Layer], settings: IRPSettings, masks: Masks | No
         "it needs more weights than irp.density keeps; lower irp.floor",
     )
     if masks is None:
-        return Masks({n: torch.ones(layer.shape, dtype=torch.bool) for n, layer in layers.items()}, layers)
+        return dense_masks(layers)
     if set(masks) != set(layers):
         raise AutoSparseError("the masks to continue from are another model's: delete the record and start again")
     return masks

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from autosparse.errors import AutoSparseError, require, settings
 from autosparse.masks.densities import Scope, check_scope
 from autosparse.masks.layers import Layer, check_values, prunable_layers, unwrap
-from autosparse.masks.mask import Holder, MaskReport, Masks, Zeroing
+from autosparse.masks.mask import Holder, MaskReport, Masks, Zeroing, dense_masks
 from autosparse.masks.random import make_generator
 from autosparse.masks.schedule import check_density, check_sparsity
 from autosparse.masks.selection import select
@@ -88,7 +88,7 @@ class SparseTraining:
 
     def start(self, layers: Mapping[str, Layer], density: float, scope: Scope | None, floor: float, seed: int) -> Masks:
         """The masks before the first step: every weight is kept, unless a method says otherwise."""
-        return Masks({n: torch.ones(layer.shape, dtype=torch.bool) for n, layer in layers.items()}, dict(layers))
+        return dense_masks(layers)
 
     def due(self, step: int, steps: int) -> bool:
         """Whether the masks change after `step` of `steps` optimizer steps."""
@@ -492,7 +492,7 @@ def search(
     schedule = MaskSchedule(settings, dict(layers), density, scope, floor)
     with rewound(model):
         if settings.init_gain is not None:
-            _scale_down(model, layers, settings.init_gain)
+            scale_weights(model, layers, settings.init_gain)
         trained = train(
             model,
             data.without("test"),
@@ -569,10 +569,13 @@ def at_share(share: float, steps: int) -> int:
 
 
 @torch.no_grad()
-def _scale_down(model: nn.Module, layers: Mapping[str, Layer], gain: float) -> None:
-    """Scale the weights of each layer to a root mean square of `gain/√fan_in`, in place, where it is larger."""
+def scale_weights(model: nn.Module, layers: Mapping[str, Layer], gain: float) -> dict[str, float]:
+    """Scale the weights of each layer to a root mean square of `gain/√fan_in`, in place, where it is larger; the factors."""
     own = dict(unwrap(model).named_parameters())
+    factors = {}
     for name, layer in layers.items():
         size = float(own[name].float().square().mean().sqrt()) * math.sqrt(layer.fan_in)
-        if size > gain:
-            own[name].mul_(gain / size)
+        factors[name] = gain / size if size > gain * (1 + 1e-6) else 1.0
+        if factors[name] != 1:
+            own[name].mul_(factors[name])
+    return factors

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from autosparse.errors import AutoSparseError, require
 from autosparse.masks.layers import Layer, check_real, check_values, prunable_layers, unwrap
-from autosparse.masks.mask import Masks
+from autosparse.masks.mask import Masks, dense_masks
 from autosparse.network.graph import trace
 from autosparse.network.lipschitz import Pair, constant, estimate, pairs, spectral_norm
 from autosparse.network.used import refuse_recomputed
@@ -123,7 +123,7 @@ def _look(model: nn.Module, example_input: Any, masks: Masks | None) -> _Network
     refuse_recomputed(model, graph, layers)
     parameters = dict(model.named_parameters())
     if masks is None:
-        masks = Masks({name: torch.ones(layer.shape, dtype=torch.bool) for name, layer in layers.items()}, layers)
+        masks = dense_masks(layers)
     masks.check(model)
     for name in layers:
         if not bool(parameters[name].isfinite().all()):

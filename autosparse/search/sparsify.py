@@ -492,7 +492,7 @@ def search(
     schedule = MaskSchedule(settings, dict(layers), density, scope, floor)
     with rewound(model):
         if settings.init_gain is not None:
-            scale_weights(model, layers, settings.init_gain)
+            _scale_down(model, layers, settings.init_gain)
         trained = train(
             model,
             data.without("test"),
@@ -569,13 +569,10 @@ def at_share(share: float, steps: int) -> int:
 
 
 @torch.no_grad()
-def scale_weights(model: nn.Module, layers: Mapping[str, Layer], gain: float) -> dict[str, float]:
-    """Scale the weights of each layer to a root mean square of `gain/√fan_in`, in place, where it is larger; the factors."""
+def _scale_down(model: nn.Module, layers: Mapping[str, Layer], gain: float) -> None:
+    """Scale the weights of each layer to a root mean square of `gain/√fan_in`, in place, where it is larger."""
     own = dict(unwrap(model).named_parameters())
-    factors = {}
     for name, layer in layers.items():
         size = float(own[name].float().square().mean().sqrt()) * math.sqrt(layer.fan_in)
-        factors[name] = gain / size if size > gain * (1 + 1e-6) else 1.0
-        if factors[name] != 1:
-            own[name].mul_(factors[name])
-    return factors
+        if size > gain:
+            own[name].mul_(gain / size)

@@ -13,7 +13,6 @@ from autosparse.masks.mask import Masks
 from autosparse.trainability.orthogonal import eoi, isometry
 from autosparse.trainability.preparation import Preparation
 from autosparse.trainability.repair import rei, repair
-from autosparse.trainability.scale import scale_down
 from autosparse.trainability.signs import signs
 
 # Each is called with keywords: model, masks, example_input, seed if it draws, and its own options.
@@ -23,7 +22,6 @@ PREPARATIONS: dict[str, Callable[..., Preparation]] = {
     "eoi": eoi,
     "isometry": isometry,
     "signs": signs,
-    "scale_down": scale_down,
 }
 
 
@@ -35,11 +33,11 @@ def prepare(
     Args:
         model: the network before training.
         masks: as `prune` returns them, not yet applied. `None` for the dense network.
-        how: `"rei"`, `"repair"`, `"eoi"`, `"isometry"`, `"signs"` or `"scale_down"`.
+        how: `"rei"`, `"repair"`, `"eoi"`, `"isometry"` or `"signs"`.
         example_input: what the model takes, for the trace.
         seed: for preparations that draw random numbers.
-        options: of the preparation: `mode` of ReI and RePaIR (`"weights"`, `"gamma"`, `"both"`); `gain` of EOI,
-            isometry and `scale_down`; `steps` of isometry.
+        options: of the preparation: `mode` of ReI and RePaIR (`"weights"`, `"gamma"`, `"both"`); `gain` of EOI and
+            isometry; `steps` of isometry.
 
     Returns:
         What was done to each layer, and the masks to train under.

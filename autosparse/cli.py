@@ -120,7 +120,7 @@ def prune(config: Config, overrides: Overrides = None) -> None:
 
 @app.command(epilog="Example: autosparse train configs/train.yaml masks=runs/prune/masks.safetensors")
 def train(config: Config, overrides: Overrides = None, profile: Profile = False) -> None:
-    """Train a network, with masks or dense. Stopped, it goes on from its last checkpoint."""
+    """Train a network, dense or with masks. After a stop, the same command continues from its last checkpoint."""
     from autosparse.commands import train
     from autosparse.commands.loading import load_config
     from autosparse.commands.schemas import TrainConfig
@@ -186,7 +186,7 @@ def shrink(config: Config, overrides: Overrides = None) -> None:
     tpp pushes filters out before they go, l1 removes them at once; layers and units let branches and filters leave while
     the network trains; fuse puts one layer in the place of several; stamp chooses filters for another data set than that
     of the dense training. What is left is fine-tuned.
-    Stopped, it goes on from its last checkpoint.
+    After a stop, the same command continues from its last checkpoint.
     """
     from autosparse.commands import shrink
     from autosparse.commands.loading import load_config

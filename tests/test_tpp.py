@@ -331,7 +331,7 @@ def test_a_dense_training_that_failed_is_told(tmp_path: Path, digits: ImageData)
     [
         ({"methods": ()}, r"methods is \[\]: give at least one"),
         ({"methods": ("tpp", "tpp")}, "method is 'tpp': give each once"),
-        ({"methods": ("tpp:snap",)}, "criterion is 'snap': did you mean 'snip'"),
+        ({"methods": ("tpp:snap",)}, "methods holds .*snap': did you mean 'snip'"),
         ({"methods": ("irp",)}, "method is 'irp': it removes single weights"),
         ({"methods": ("no.safetensors",)}, "scorer file no.safetensors does not exist"),
         ({"ratios": (1.0,)}, "ratio is 1.0: it is the share of filters that go"),

@@ -22,6 +22,7 @@ from autosparse.experiment.making import close_gates, fused_network, make_shallo
 from autosparse.files import fingerprint
 from autosparse.jobs.cells import Progress, Result, result_path, run_cells, unfinished, write_table
 from autosparse.jobs.executor import INLINE, Event, ExecutorSettings
+from autosparse.pruning.criteria import PRESETS
 from autosparse.report.text import Table, in_percent, stat
 from autosparse.scorers.task import StampSettings
 from autosparse.trainability.fuse import FuseSettings
@@ -94,8 +95,8 @@ def candidate(method: str) -> Candidate:
     try:
         chosen = Candidate("magnitude" if criterion in ("tpp", "l1") else criterion)
     except AutoSparseError:
-        known = suggest(method, ["l1", "tpp", *NO_RATIO, *STAMP])
-        raise AutoSparseError(f"methods holds {method!r}: {known}; or a criterion or scorer, also after tpp:") from None
+        known = suggest(criterion, ["l1", "tpp", *NO_RATIO, *STAMP, *PRESETS])
+        raise AutoSparseError(f"methods holds {method!r}: {known}; or a scorer; tpp: may stand before one") from None
     require(not chosen.searches, "method", method, "it removes single weights; give a criterion or a scorer")
     return dataclasses.replace(chosen, granularity="channel")
 

@@ -296,10 +296,6 @@ def test_what_a_design_does_not_use_is_told(tmp_path: Path, override: str, messa
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (
-            "irp: {rounds: 3}\ngradual: {updates: 9}",
-            "irp and gradual are both given: each run is one of the two; leave one",
-        ),
         ("irp: {n_batches: 3}", "irp.n_batches is 3: only snip takes batches; leave it out"),
         (
             "irp: {density: 0.1, floor: 0.2}",

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
-from autosparse.errors import AutoSparseError, require, require_unset, settings, suggest
+from autosparse.errors import require, require_unset, settings, suggest
 from autosparse.experiment.candidates import Candidate, expand
 from autosparse.experiment.design import DesignSettings
 from autosparse.experiment.structured import Thinning, thinnings
@@ -35,7 +35,8 @@ from data_gen.gradual import GradualSettings
 class GenerateConfig:
     """`autosparse generate`: record IRP runs of every model with every seed, into `output/records`.
 
-    `gradual`: record one gradual pruning run in place of each IRP run, at the cost of two trainings; leave `irp` out.
+    `gradual`: record one gradual pruning run in place of each IRP run, at the cost of two trainings; `irp` is
+    then not used, so that a config with `irp` can be given `gradual` on the command line.
     `tasks`: draw the networks at random; leave `models` and `seeds` out. In a YAML file, each entry of `tasks.data`
     inherits from `data` what it does not set.
     """
@@ -56,8 +57,6 @@ class GenerateConfig:
     def __post_init__(self) -> None:
         if self.tasks is not None:
             require_unset(self, ("models", "seeds"), "", "tasks draws the networks")
-        if self.gradual is not None and self.irp != IRPSettings():
-            raise AutoSparseError("irp and gradual are both given: each run is one of the two; leave one of them out")
 
 
 def _check_file_name(name: str) -> None:

@@ -98,8 +98,8 @@ def fit(config: Config, overrides: Overrides = None) -> None:
 def tune(config: Config, overrides: Overrides = None) -> None:
     """Learn a scorer's layer densities from the outcome of trainings, by evolution strategies or a designed experiment.
 
-    After a stop, the same command continues. With `design` in the config, it prints a rule of layer densities with standard errors
-    (configs/design/igq.yaml); otherwise it ends with a paired comparison on tasks that it did not learn from.
+    After a stop, the same command continues. With `design` in the config (configs/design/igq.yaml), it prints a rule of
+    layer densities with standard errors; otherwise it ends with a paired comparison on tasks that it did not learn from.
     """
     from autosparse.commands import tune
     from autosparse.commands.loading import load_config

@@ -88,7 +88,10 @@ def require(condition: bool, what: str, value: Any, way_out: str) -> None:
 
 
 def require_unset(values: Any, names: Sequence[str], of: str, why: str) -> None:
-    """Raise `AutoSparseError` where a field that nothing uses is not at its default: `of` before the names, `why` unused."""
+    """Raise `AutoSparseError` where one of the fields `names`, which nothing uses, is not at its default.
+
+    `of`: what stands before its name in the message, such as `"irp."`; `why`: the reason that it is not used.
+    """
     usual = {field.name: field for field in dataclasses.fields(values)}
     for name in names:
         field, value = usual[name], getattr(values, name)

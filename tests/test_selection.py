@@ -56,7 +56,7 @@ def test_within_earlier_masks() -> None:
     scores, layers = row(0.9, 0.8, 0.7, 0.6)
     earlier = {"a": torch.tensor([[False, True, False, True]])}
     assert kept(select(scores, 0.25, layers=layers, within=earlier)) == [0, 1, 0, 0]
-    with pytest.raises(AutoSparseError, match="keeps 3 weights, but within leaves 2: lower density"):
+    with pytest.raises(AutoSparseError, match="keeps 3 weights, but only 2 are left to choose from: lower density"):
         select(scores, 0.75, layers=layers, within=earlier)
 
 

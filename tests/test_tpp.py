@@ -332,6 +332,8 @@ def test_a_dense_training_that_failed_is_told(tmp_path: Path, digits: ImageData)
         ({"methods": ()}, r"methods is \[\]: give at least one"),
         ({"methods": ("tpp", "tpp")}, "method is 'tpp': give each once"),
         ({"methods": ("tpp:snap",)}, "methods holds .*snap': did you mean 'snip'"),
+        ({"methods": ("snip@2",)}, "'snip' takes no horizon"),
+        ({"methods": ("nowhere_to:be_found",)}, "No module named 'nowhere_to'"),
         ({"methods": ("irp",)}, "method is 'irp': it removes single weights"),
         ({"methods": ("no.safetensors",)}, "scorer file no.safetensors does not exist"),
         ({"ratios": (1.0,)}, "ratio is 1.0: it is the share of filters that go"),

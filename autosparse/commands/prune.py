@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from autosparse.commands.directory import claim_directory
 from autosparse.commands.schemas import PruneConfig
 from autosparse.commands.terminal import bars, print_table, quiet_warnings, say
 from autosparse.experiment.candidates import find_masks, inputs
 from autosparse.masks.mask import Masks
+from autosparse.training.content import of_network
 from autosparse.training.data import load_data
 from autosparse.training.loop import check_fits, fabric_for
 from autosparse.training.models import build_model
@@ -38,8 +41,9 @@ def run(config: PruneConfig) -> Masks:
             state=directory / "state",
             on_epoch=lambda row: shown.update(task, description=f"training, epoch {row['epoch']:.0f}"),
         )
+    origin = {**found.masks.report.origin, "network": of_network(model)}
+    found.masks.report = report = replace(found.masks.report, origin=origin)
     found.masks.save(path)
-    report = found.masks.report
     rows = [
         [r.name, "×".join(map(str, r.shape)), f"{r.kept:,}", f"{r.total:,}", f"{100 * r.density:.2f} %"]
         for r in found.masks.layers()

@@ -36,9 +36,8 @@ class GenerateConfig:
     """`autosparse generate`: record IRP runs of every model with every seed, into `output/records`.
 
     `gradual`: record one gradual pruning run in place of each IRP run, at the cost of two trainings; `irp` is
-    then not used, so that a config with `irp` can be given `gradual` on the command line.
-    `tasks`: draw the networks at random; leave `models` and `seeds` out. In a YAML file, each entry of `tasks.data`
-    inherits from `data` what it does not set.
+    not used then. `tasks`: draw the networks at random; leave `models` and `seeds` out. In a YAML file, each entry of
+    `tasks.data` inherits from `data` what it does not set.
     """
 
     output: str = "runs/irp"

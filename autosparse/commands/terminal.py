@@ -77,7 +77,7 @@ class Live:
         self._what, self._total, self._done = what, total, done
         self._workers: dict[int, Any] = {}
         self._shares: dict[str, float] = {}
-        self._found: dict[str, float] = {}  # how much was done when the search of a job ended
+        self._searched: dict[str, float] = {}  # how much of a job was done when its search ended
         if done:
             self.advance(done, what)
         else:
@@ -94,8 +94,8 @@ class Live:
         elif event.kind == "progress":
             before, share = self._shares.get(event.key, 0.0), share_done(event.values, self._epochs)
             if event.values.get("stage") == "training":  # after a search
-                found = self._found.setdefault(event.key, before)
-                share = found + (1 - found) * share
+                searched = self._searched.setdefault(event.key, before)
+                share = searched + (1 - searched) * share
             self._shares[event.key] = max(before, share)
             text = f"worker {event.worker} {event.device}: {event.key}: {doing(event.values)}"
             self._bars.update(self._workers[event.worker], description=text)
@@ -107,7 +107,7 @@ class Live:
                 self._bars.console.print(f"{event.kind}: {event.key}: {event.values['error']}", markup=False)
                 return  # tried again, from its last checkpoint
             self._shares.pop(event.key, None)
-            self._found.pop(event.key, None)
+            self._searched.pop(event.key, None)
             if self._counts:
                 self.advance(self._done + 1, f"{self._what}: {event.key} {event.kind}")
 

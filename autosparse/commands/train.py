@@ -32,12 +32,6 @@ def run(config: TrainConfig, *, profile: bool = False) -> dict[str, Any]:
     model = build_model(config.model, data, config.seed)
     if masks is not None:
         masks.check(model)
-        chosen = masks.report.origin.get("network")
-        if chosen is not None and chosen != of_network(model, source=False):
-            say(
-                f"note: {config.masks} was chosen for other initial weights; to train those, give the model, data and "
-                "seed that prune had"
-            )
     directory = claim_directory(config)
     done = directory / "result.json"
     result = read_json(done, "result") if done.exists() else {}
@@ -46,6 +40,11 @@ def run(config: TrainConfig, *, profile: bool = False) -> dict[str, Any]:
         "initial network": of_network(model),
         "masks": fingerprint(masks and dict(masks)),
     }
+    if masks is not None and masks.report.origin.get("network", inputs["initial network"]) != inputs["initial network"]:
+        say(
+            f"note: {config.masks} was chosen for other initial weights; to train those, give the model, data and seed "
+            "that prune had"
+        )
     changed = [name for name, content in inputs.items() if result and result.get("inputs", {}).get(name) != content]
     if changed:
         say(f"trained anew: the {' and the '.join(changed)} are not those of the result in {directory}")

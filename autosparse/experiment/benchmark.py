@@ -372,8 +372,8 @@ def run_grid(
         AutoSparseError: a model or a scorer cannot work, or another process works on the directory.
     """
     cells = with_inputs(cells, data)
-    check_lengths(cells, data)
     fresh = unfinished(cells, directory)
+    check_lengths(fresh, data)
     for model in {cell.model.label(): cell.model for cell in fresh}.values():
         check_prunable(build_model(model, data), data.to("cpu"))  # wrong input ends here, before hours are spent
     candidates = [c.candidate for c in fresh if c.candidate is not None]

@@ -30,9 +30,14 @@ from autosparse.scorers.loading import criterion_for, find_scorer, is_scorer
 from autosparse.scorers.scorer import read_scorer
 from autosparse.search.method import METHODS, Method, SearchResult, method_for, settings_for
 from autosparse.trainability.prepare import check_preparation, prepare
-from autosparse.training.content import of_network, of_start
+from autosparse.training.content import of_start
 from autosparse.training.data import ImageData
 from autosparse.training.recipe import Recipe
+
+
+def is_name(text: str) -> bool:
+    """Whether `text` has the form of a criterion, scorer or method; what it names may still be missing or wrong."""
+    return text.partition("@")[0] in (*PRESETS, *METHODS) or is_scorer(text) or is_outside(text)
 
 
 @settings
@@ -79,8 +84,7 @@ class Candidate:
         require(
             split(self.base)[0] is None, "criterion", self.criterion, "give one variant only, such as densities:snip"
         )
-        by_name = self.base.partition("@")[0] in (*PRESETS, *METHODS)
-        if not by_name and not is_scorer(self.base) and not is_outside(self.base):
+        if not is_name(self.base):
             raise AutoSparseError(
                 f"criterion is {self.criterion!r}: {suggest(self.base, [*PRESETS, *METHODS])}; "
                 f"or a scorer's file, NAME.safetensors; or package.module:name; or {': or '.join(CHECKS)}: before one of them"
@@ -112,7 +116,7 @@ class Candidate:
             preset = preset_for(self.base)  # raises where the horizon of a warm-up is wrong
             if (preset.n_batches or preset.criterion.n_batches) == 0:
                 require_unset(self, ("n_batches",), "", f"{self.base} takes no batches")
-        if (self.steps or self._usual_steps) == 1:
+        if self._steps == 1:
             require_unset(self, ("schedule",), "", "one step goes straight to the sparsity")
         require(
             self.granularity in (None, "unstructured") or not self.searches,
@@ -201,12 +205,14 @@ class Candidate:
         """Whether finding its masks takes many passes, so that they are worth keeping."""
         if self.searches or self.warms_up or (self.layer_densities is not None and self.layer_densities.repeats):
             return True
-        return not is_scorer(self.base) and (self.steps or self._usual_steps) > 1
+        return not is_scorer(self.base) and self._steps > 1
 
     @property
-    def _usual_steps(self) -> int:
-        """How many steps it takes unless `steps` says so; 0 for a method."""
-        return 0 if self.searches else 1 if is_scorer(self.base) else preset_for(self.base).steps
+    def _steps(self) -> int:
+        """How many steps it takes; 0 for a method."""
+        if self.searches:
+            return 0
+        return self.steps or (1 if is_scorer(self.base) else preset_for(self.base).steps)
 
     @property
     def name(self) -> str:
@@ -339,8 +345,7 @@ def find_masks(
         masks = _scored(replace(work, scope=densities), candidate, inverted=True).masks
         result = replace(result, masks=masks)  # a check, so at the cost of what it checks
     masks = result.masks
-    of = {"candidate": candidate.name, "inputs": inputs(model, data, candidate)}
-    origin = {**masks.report.origin, **of, "network": of_network(model, source=False)}
+    origin = {**masks.report.origin, "candidate": candidate.name, "inputs": inputs(model, data, candidate)}
     masks.report = replace(masks.report, origin=origin)
     return result
 

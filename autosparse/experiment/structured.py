@@ -17,12 +17,13 @@ from typing import Any, ClassVar
 
 from autosparse.errors import AutoSparseError, require, suggest
 from autosparse.experiment.benchmark import with_inputs
-from autosparse.experiment.candidates import Candidate, identity
+from autosparse.experiment.candidates import Candidate, identity, is_name
 from autosparse.experiment.making import close_gates, fused_network, make_shallower, make_smaller, train_dense
 from autosparse.files import fingerprint
 from autosparse.jobs.cells import Progress, Result, result_path, run_cells, unfinished, write_table
 from autosparse.jobs.executor import INLINE, Event, ExecutorSettings
 from autosparse.pruning.criteria import PRESETS
+from autosparse.report.checks import split
 from autosparse.report.text import Table, in_percent, stat
 from autosparse.scorers.task import StampSettings
 from autosparse.trainability.fuse import FuseSettings
@@ -92,11 +93,11 @@ def candidate(method: str) -> Candidate:
     criterion = method.removeprefix("tpp:")
     if method in STAMP:
         criterion = "l1"
-    try:
-        chosen = Candidate("magnitude" if criterion in ("tpp", "l1") else criterion)
-    except AutoSparseError:
+    criterion = "magnitude" if criterion in ("tpp", "l1") else criterion
+    if not is_name(split(criterion)[1]):
         known = suggest(criterion, ["l1", "tpp", *NO_RATIO, *STAMP, *PRESETS])
-        raise AutoSparseError(f"methods holds {method!r}: {known}; or a scorer; tpp: may stand before one") from None
+        raise AutoSparseError(f"methods holds {method!r}: {known}; or a scorer; tpp: may stand before one")
+    chosen = Candidate(criterion)
     require(not chosen.searches, "method", method, "it removes single weights; give a criterion or a scorer")
     return dataclasses.replace(chosen, granularity="channel")
 

@@ -132,9 +132,8 @@ class _Enforced(Holder):
         super().__init__(weights.values(), (masks[name] for name in weights), at)
         self._zero = Zeroing(masks[name] for name in weights)
         steered = {id(p) for group in at.param_groups for p in group["params"]}
-        trains = len(weights) < len(masks) or any(
-            id(w) in steered for w in self.weights
-        )  # else parametrizations hold some
+        parametrized_too = len(weights) < len(masks)  # these need nothing of the optimizer
+        trains = parametrized_too or any(id(weight) in steered for weight in self.weights)
         way_out = "it trains none of the masked weights; give the optimizer of this model"
         require(trains, "optimizer", type(at).__name__, way_out)
 

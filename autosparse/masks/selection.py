@@ -75,7 +75,9 @@ def select(
     room = {n: _held(keys[n] > -math.inf, u[1]) for n, u in units.items()}
     if total > sum(room.values()):
         left = sum(room.values())
-        raise AutoSparseError(f"density {density:g} keeps {total} weights, but within leaves {left}: lower density")
+        raise AutoSparseError(
+            f"density {density:g} keeps {total} weights, but only {left} are left to choose from: lower density"
+        )
     generator = make_generator(seed, "ties")
     least = dict.fromkeys(sizes, 0)
     if floor > 0:
@@ -137,7 +139,9 @@ def _single_weights(
     total = round(density * weights)
     if total > sum(room.values()):
         left = sum(room.values())
-        raise AutoSparseError(f"density {density:g} keeps {total} weights, but within leaves {left}: lower density")
+        raise AutoSparseError(
+            f"density {density:g} keeps {total} weights, but only {left} are left to choose from: lower density"
+        )
     generator = make_generator(seed, "ties")
     tied, chosen = 0, {}
     for names, count in _shared_out(scope, density, layers, total, dict.fromkeys(room, 0), room):

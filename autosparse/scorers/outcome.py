@@ -47,7 +47,8 @@ class OutcomeSettings:
     rule moves towards the signs that ended with the lower validation loss. `sigma`: standard deviation of the change of
     each coefficient, in units of the score (log survival or log density) per standard deviation of the feature. `lr`:
     step size, as a factor on `sigma`. `features`: those that the rule may use. `held_out`: number of tasks that are not
-    learned from; they compare the result with the scorer as it was. `densities`, `positions` of the scorer (`None`: as they are); `"rule"` densities start from ERK's if the scorer has no rule.
+    learned from; they compare the result with the scorer as it was. `densities`, `positions` of the scorer (`None`: as they
+    are); `"rule"` densities start from ERK's if the scorer has no rule.
     """
 
     generations: int = 10

@@ -87,7 +87,8 @@ def dissipating(
     density `ρ_e = ρ^{e/E}`, or within start masks of density `ρ_0` to `ρ_0·(ρ/ρ_0)^{e/E}`; by threshold τ all with
     `|θ−θ₀| ≤ τ·(|θ₀|+ε)`, or absolutely `|θ−θ₀| ≤ τ`, until ρ is reached (ε = 1e-8). What is over ρ after E epochs
     stays, and the report says so. These epochs have no weight decay, which would move all weights alike; each has a fresh
-    optimizer. The model is left as it was. Source: derived from the abstract of the published method; its full text was not available.
+    optimizer. The model is left as it was. Source: derived from the abstract of the published method; its full text was
+    not available.
 
     Args:
         density: fraction of all prunable weights kept at the end; `floor` the smallest of any layer.

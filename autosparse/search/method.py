@@ -42,9 +42,10 @@ class Method:
     floor, state, on_epoch) -> SearchResult`. `scope` is `None` unless the user gave one. `continues`: whether the final
     training can go on with the weights of its result. `starts`: from the settings, the names of other candidates (criteria,
     scorers, variants) whose masks the function needs; it gets them as `starts={name: Masks}`, and their cost is added.
-    `hands_on`: these masks are found with the scope and floor that the user gave; otherwise with their own. `check(settings, validation, density, scope)` raises `AutoSparseError` before any work
-    where the settings do not fit the task; `validation` is the share or number of validation images. `check_length(settings,
-    data, recipe)` raises it where they do not fit the length of a training.
+    `hands_on`: these masks are found with the scope and floor that the user gave; otherwise with their own.
+    `check(settings, validation, density, scope)` raises `AutoSparseError` before any work where the settings do not fit
+    the task; `validation` is the share or number of validation images. `check_length(settings, data, recipe)` raises it
+    where they do not fit the length of a training.
     """
 
     settings: type

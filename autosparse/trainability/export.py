@@ -143,9 +143,8 @@ def export(
 
     Every file is read back, and the outputs of what it holds compared with the masked network's, `max |a − b| / max |b|`
     against 0 (safetensors), 1e-4 (onnx), 1e-5 (torch_export, channels) or 1e-2 (semi_structured), on the CPU (2:4 on the
-    GPU), before the file gets its name. Weights that `torch.nn.utils.parametrize` computes are
-    written as plain ones, of the values that the network uses. `failures` says which form cannot be made; the
-    others are made all the same.
+    GPU), before the file gets its name. Weights that `torch.nn.utils.parametrize` computes are written as plain ones, of
+    the values that the network uses. `failures` says which form cannot be made; the others are made all the same.
 
     Args:
         masks: as `prune` returns them.

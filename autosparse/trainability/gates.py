@@ -39,8 +39,9 @@ class GateSettings:
     can go alone (`of="units"`). The objective is `E_ξ[L(W ⊙ ξ)] + cost·Σπ`, with all C units of a layer at the cost of one
     branch, so `cost/C` each; projected gradient descent on π, from `start` on. `lr`: step size. With
     `of="layers"` one branch, drawn at random, learns in each training step; with `of="units"` all L layers learn in each
-    step, with step size `lr·C/L`, so that both move equally far on average. Gates learn in the share `begin` … `end` of the training; what has reached 0 is removed at the end of the epoch, and at `end` all that is under
-    ½. The gates that are left stay open. `shuffled` is a sanity check: as many go at the same time, but drawn at random (units
+    step, with step size `lr·C/L`, so that both move equally far on average. Gates learn in the share `begin` … `end` of
+    the training; what has reached 0 is removed at the end of the epoch, and at `end` all that is under ½. The gates that
+    are left stay open. `shuffled` is a sanity check: as many go at the same time, but drawn at random (units
     within their layer).
     """
 

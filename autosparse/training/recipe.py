@@ -25,11 +25,10 @@ class Recipe:
     Length: `epochs`, or `steps` optimizer steps if given, of `batch_size` images; an incomplete last batch is dropped.
     `optimizer`: `"sgd"` with `momentum` (Nesterov's if `nesterov`) or `"adamw"`; `weight_decay` is on all parameters.
     `lr`: the highest learning rate. `label_smoothing`: of the cross-entropy, in [0, 1). `channels_last`: memory format.
-    `schedule` of the learning rate over the whole length: `"multistep"`
-    (× `gamma` at each of `milestones`, shares of the length), `"cosine"` (to 0), `"onecycle"` (linear up to `lr`, then
-    linear to 0), `"constant"`; `warmup` is the share of the length with a linear rise (`"onecycle"`: 0.3 if 0).
-    `clip_norm`: largest gradient norm, over the kept weights. `precision`:
-    `"fp32"` or `"bf16"` (autocast). `compile`: the training steps go through `torch.compile`, once per architecture in a
+    `schedule` of the learning rate over the whole length: `"multistep"` (× `gamma` at each of `milestones`, shares of the
+    length), `"cosine"` (to 0), `"onecycle"` (linear up to `lr`, then linear to 0), `"constant"`; `warmup` is the share of
+    the length with a linear rise (`"onecycle"`: 0.3 if 0). `clip_norm`: largest gradient norm, over the kept weights.
+    `precision`: `"fp32"` or `"bf16"` (autocast). `compile`: the training steps go through `torch.compile`, once per architecture in a
     process, whatever the seed, masks or round; `"graphs"`: as CUDA graphs too, for networks so small that the GPU waits
     for Python (on a CPU the same as `true`; not yet run on a GPU).
     """

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import random
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -22,6 +24,18 @@ from autosparse.training.models import ModelSettings, create_model
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("autosparse", deadline=None, max_examples=60, derandomize=True)
 hypothesis.settings.load_profile("autosparse")
+
+
+@pytest.fixture(autouse=True)
+def imports(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A test's own modules, and folders that it adds to `sys.path`, are gone for the next test."""
+    path = list(sys.path)
+    yield
+    sys.path[:] = path
+    for name, module in list(sys.modules.items()):
+        file = getattr(module, "__file__", None)
+        if isinstance(file, str) and Path(file).is_relative_to(tmp_path_factory.getbasetemp()):
+            del sys.modules[name]
 
 
 @pytest.fixture(scope="session")

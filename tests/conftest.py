@@ -29,11 +29,11 @@ hypothesis.settings.load_profile("autosparse")
 @pytest.fixture(autouse=True)
 def imports(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A test's own modules, and folders that it adds to `sys.path`, are gone for the next test."""
-    path = list(sys.path)
+    path, modules = list(sys.path), set(sys.modules)
     yield
     sys.path[:] = path
-    for name, module in list(sys.modules.items()):
-        file = getattr(module, "__file__", None)
+    for name in set(sys.modules) - modules:
+        file = getattr(sys.modules[name], "__file__", None)
         if isinstance(file, str) and Path(file).is_relative_to(tmp_path_factory.getbasetemp()):
             del sys.modules[name]
 

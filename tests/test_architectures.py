@@ -22,9 +22,9 @@ AT_ONCE = [  # without those that take the layer densities of another, in a hund
 ]
 FEW = ["snip", "grasp", "synflow"]
 NETWORKS = {
-    "torchvision:mobilenet_v3_large": AT_ONCE,
+    "torchvision:mobilenet_v3_small": AT_ONCE,
     "torchvision:efficientnet_b0": FEW,
-    "timm:regnety_002": AT_ONCE,
+    "timm:regnety_002": FEW,
     "torchvision:resnet50": FEW,
     "torchvision:convnext_tiny": FEW,
     "torchvision:swin_t": FEW,

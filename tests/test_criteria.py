@@ -351,19 +351,26 @@ def test_a_hundred_layers_keep_a_path_when_the_schedule_is_exponential(preset: s
         prune(model, 0.995, preset, example_input=example, steps=10, schedule="linear")
 
 
-KINDS = ("mlp", "convnet", "resnet8", "resnet50", "vgg11")  # every kind; the others are deeper ones of these
+KINDS = [  # one of every kind; the others are deeper ones of these
+    *(ModelSettings(name, 8 if name == "mlp" else 2) for name in ("mlp", "convnet", "resnet8", "vgg11")),
+    ModelSettings("cellnet", 4, {"cell": "bottleneck", "blocks": (1, 1)}),
+]
+DEEPER = [ModelSettings(name, 2) for name in MODELS if name not in ("mlp", "convnet", "resnet8", "vgg11", "cellnet")]
 
 
 @pytest.mark.parametrize(
-    ("preset", "model_name"),
-    [(p, m) for p in PRESETS for m in MODELS if m in KINDS or p in ("snip", "synflow")],
+    ("preset", "settings"),
+    [
+        *((p, m) for p in PRESETS for m in KINDS),
+        *(("snip", m) for m in DEEPER),
+        ("synflow", ModelSettings("resnet50", 2)),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value.label(),
 )
 def test_every_preset_on_every_network(
-    preset: str, model_name: str, unchanged: Callable[[nn.Module], AbstractContextManager[None]]
+    preset: str, settings: ModelSettings, unchanged: Callable[[nn.Module], AbstractContextManager[None]]
 ) -> None:
-    model = create_model(
-        ModelSettings(model_name, width=8 if model_name == "mlp" else 2), in_channels=1, classes=4, image_size=8, seed=3
-    )
+    model = create_model(settings, in_channels=1, classes=4, image_size=8, seed=3)
     generator = torch.Generator().manual_seed(0)
     batches = [(torch.randn(n, 1, 8, 8, generator=generator), torch.arange(n) % 4) for n in (6, 3)]
     layers = prunable_layers(model)

@@ -32,6 +32,7 @@ def prune(
     example_input: Any = None,
     scope: Scope | None = None,
     granularity: str | Granularity = None,
+    channels: float | None = None,
     steps: int | None = None,
     schedule: str | None = None,
     loss: Loss | None = None,
@@ -66,6 +67,9 @@ def prune(
             `"densities:synflow"`; or the density of each layer. By default the preset's.
         granularity: `"unstructured"` (default), a pattern such as `"2:4"` or `"block4x4"`, or `"channel"`. Channels that are
             added up are kept or removed together, and layers that give the outputs stay whole (`report.dense_layers`).
+        channels: share of each layer's output channels that stay in use, in (0, 1]; the weights that are kept lie between
+            these. They are chosen at random, those that are added up together, and the layers that give the outputs keep all.
+            By default all, except for `"narrow_igq"`. It needs an example input or batches.
         steps: number of removals, by default the preset's. Steps towards an N:M pattern go through n:m with larger n.
         schedule: of the density over the steps, `"exponential"` or `"linear"`; by default the preset's.
         loss: called as `loss(outputs, targets)`; cross-entropy by default.
@@ -108,5 +112,6 @@ def prune(
         other = _prune(model, sparsity, criterion_for(scope.removeprefix("densities:")), batches=first, **common)
         scope = {layer.name: layer.density for layer in other.layers()}
     common |= {"scope": scope, "granularity": granularity, "steps": steps, "schedule": schedule, "signals": signals}
+    common["channels"] = channels
     chosen = None if criterion is None else criterion_for(criterion)
     return _prune(model, sparsity, chosen, batches=batches, n_batches=n_batches, **common)

@@ -22,7 +22,7 @@ from autosparse.network.graph import trace
 from autosparse.network.signals import parse_warmup
 from autosparse.plugins import is_outside, source_of
 from autosparse.pruning.criteria import PRESETS, Inverted, Preset, preset_for
-from autosparse.pruning.prune import density_for, describe, prune
+from autosparse.pruning.prune import check_share, density_for, describe, prune
 from autosparse.pruning.warmup import WarmupSettings, warmup
 from autosparse.report.checks import CHECKS, split
 from autosparse.report.text import unique
@@ -54,7 +54,7 @@ class Candidate:
         label: its name in tables.
         scope: as in `prune` (`"global"`, or a rule for layer densities such as `"erk"` or `"igq"`), or
             `"densities:ANY"`: the layer densities that another candidate finds, at its cost, with this one's positions.
-        granularity, steps, schedule, n_batches, floor: as in `prune`.
+        granularity, channels, steps, schedule, n_batches, floor: as in `prune`.
         batch_size: of the batches it scores on; `None`: a scorer's own, else 128.
         warmup: of criteria that look at a short training, whose length in epochs stands in their name
             (`"movement@0.5"`).
@@ -70,6 +70,7 @@ class Candidate:
     label: str | None = None
     scope: str | None = None
     granularity: str | None = None
+    channels: float | None = None
     steps: int | None = None
     schedule: str | None = None
     n_batches: int | None = None
@@ -104,7 +105,9 @@ class Candidate:
         for key in ("steps", "n_batches", "batch_size"):
             value = getattr(self, key)
             require(value is None or value >= 1, key, value, "give at least 1")
-        for key in ("steps", "n_batches", "batch_size", "schedule"):
+        if self.channels is not None:
+            check_share(self.channels)
+        for key in ("channels", "steps", "n_batches", "batch_size", "schedule"):
             value = getattr(self, key)
             require(
                 value is None or not self.searches,
@@ -227,6 +230,8 @@ class Candidate:
             name = Path(self.base).stem
         if self.granularity not in (None, "unstructured"):
             name = f"{name} {self.granularity}"
+        if self.channels is not None:
+            name = f"{name} {self.channels:g} of channels"
         if (other := self.layer_densities) is not None:
             name = f"{name} in {other.name}"
         elif self.scope is not None:
@@ -464,6 +469,7 @@ def _scored(work: _Work, candidate: Candidate, inverted: bool = False) -> Search
         n_batches=len(batches) if per_class else candidate.n_batches,
         scope=work.scope,
         granularity=candidate.granularity,
+        channels=candidate.channels,
         steps=candidate.steps,
         schedule=candidate.schedule,
         signals=signals,

@@ -7,7 +7,7 @@ import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any, Literal
 
 import torch
@@ -24,11 +24,11 @@ from autosparse.masks.selection import select, whole_layers
 from autosparse.network.coupling import coupled_filters
 from autosparse.network.graph import Graph, trace
 from autosparse.network.linearize import Traced
-from autosparse.network.reachability import reachability
+from autosparse.network.reachability import effective_masks, reachability
 from autosparse.network.running import Batch, Loss, take_batches
 from autosparse.network.signals import FIXED, FROM_BATCHES, Signals, images_seen, measure
 from autosparse.network.used import check_used, fused
-from autosparse.pruning.criteria import Context, Criterion, HandMade, Preset, preset_for
+from autosparse.pruning.criteria import Context, Criterion, HandMade, Preset, preset_for, random
 
 
 def prune(
@@ -41,6 +41,7 @@ def prune(
     example_input: Any = None,
     scope: Scope | None = None,
     granularity: str | Granularity = None,
+    channels: float | None = None,
     steps: int | None = None,
     schedule: str | None = None,
     loss: Loss | None = None,
@@ -83,13 +84,17 @@ def prune(
     known = {name: values for name, values in (signals or {}).items() if name in rule.signals}
     changing = [name for name in rule.signals if name not in (*FIXED, *known)]
     fixed = measure(model, layers, [n for n in rule.signals if n in FIXED and n not in known], example_input=traced)
-    masks: Masks | None = None
+    share = check_share(
+        channels if channels is not None else preset.channels(layers, path[-1]) if preset.channels else 1.0
+    )
+    room = None if share == 1 else _room(model, layers, share, path[-1], pattern, graph, traced, seed)
+    masks = room
     measured = 0
     for target in path:
-        if masks is not None and graph is not None:
+        if measured and masks is not None and graph is not None:
             check_used(model, masks, graph, example)
         shape = _pattern(pattern, target)
-        if shape is False:
+        if shape is False or (room is not None and target != path[-1] and target >= room.kept / room.total):
             continue
         measured += 1
         drawn = seed if measured == 1 else derive(seed, "step", measured)
@@ -100,7 +105,7 @@ def prune(
         spent += images
         scores = rule({**known, **fixed, **found}, Context(layers, target, graph, masks, seed, other))
         how: dict[str, Any] = {"scope": scope, "granularity": shape, "floor": floor, "coupled": coupled, "dense": dense}
-        within = None if preset.revive else masks
+        within = room if preset.revive else masks
         masks = select(scores, target, layers=layers, within=within, seed=seed, **how)
         del found, scores  # so that the next step takes their memory and not new
     assert masks is not None
@@ -110,6 +115,7 @@ def prune(
         "sparsity": None if sparsity is None else float(sparsity),
         "scope": "given densities" if isinstance(scope, Mapping) else scope,
         "granularity": str(granularity) if granularity is not None else "unstructured",
+        "channels": share,
         "steps": len(path),
         "n_batches": len(used),
         "images": images_seen(changing, used, example) * measured + spent,
@@ -188,6 +194,70 @@ def _traced(
     if not isinstance(rule, HandMade) or set(rule.signals) & {"flow", "rescaled_flow", "no_flow"}:
         check_real(model, layers, f"criterion {rule.name!r}", ": use magnitude, snip or grasp, or exclude the weight")
     return layers, graph, traced
+
+
+def check_share(channels: float) -> float:
+    require(
+        isinstance(channels, Real) and 0 < channels <= 1,
+        "channels",
+        channels,
+        "give the share that stays in use, in (0, 1]",
+    )
+    return float(channels)
+
+
+def _room(
+    model: nn.Module,
+    layers: dict[str, Layer],
+    share: float,
+    density: float,
+    pattern: Granularity,
+    graph: Graph | None,
+    traced: Traced | None,
+    seed: int,
+) -> Masks:
+    """The weights between the channels in use: a random `share` of those of every layer but the last ones.
+
+    Coupled channels are in use together. Kernels between channels that are not in use are left out, as are those that no
+    path from the input reaches.
+    """
+    require(
+        pattern is None, "channels", share, f"it goes with single weights, not with granularity {pattern}: leave it out"
+    )
+    if graph is None or traced is None:
+        raise AutoSparseError(
+            f"channels is {share:g}: which channels belong together is not known without example_input or batches; give one"
+        )
+    scores = random({}, Context(layers, share, seed=derive(seed, "channels")))
+    coupled, dense = coupled_filters(model, layers, traced), graph.last_layers()
+    stay = whole_layers(layers, 1.0, coupled, dense)
+    shares = {name: 1.0 if name in stay else share for name in layers}
+    in_use = select(
+        scores,
+        _mean_density(shares, layers),
+        layers=layers,
+        scope=shares,
+        granularity=Channel(),
+        floor=1e-9,  # one channel at least
+        seed=seed,
+        coupled=coupled,
+        dense=dense,
+    )
+    useful = effective_masks(model, in_use, traced)
+    kernels = {
+        n: tuple(d for d in range(m.dim()) if d not in (layers[n].out_dim, layers[n].in_dim)) for n, m in useful.items()
+    }
+    whole = {
+        n: m.sum(kernels[n], keepdim=True) > 0 if kernels[n] else m for n, m in useful.items()
+    }  # taps on padding too
+    room = Masks({n: m.expand(layers[n].shape).clone() for n, m in whole.items()}, layers)
+    wanted = round(density * room.total)
+    if room.kept < wanted:
+        raise AutoSparseError(
+            f"channels is {share:g}: between them are {room.kept} weights, and the sparsity keeps {wanted}; "
+            "give a larger share"
+        )
+    return room
 
 
 def _coupled(

@@ -88,7 +88,8 @@ def test_narrow_igq_gives_up_channels_that_would_have_few_weights() -> None:
     assert [narrow(few, d) for d in (0.04, 0.03, 0.02, 0.01)] == pytest.approx([1, 3 / 4, 1 / 2, 1 / 2])
     masks = autosparse.prune(resnet(), 0.98, "narrow_igq", example_input=X)
     assert masks.report.origin["channels"] == pytest.approx(0.5)
-    assert masks == autosparse.prune(resnet(), 0.98, "spread_igq", example_input=X, channels=0.5)
+    assert masks == autosparse.prune(resnet(), 0.98, "igq", example_input=X, channels=0.5)
+    assert autosparse.prune(resnet(), 0.96, "narrow_igq", example_input=X) == autosparse.prune(resnet(), 0.96, "igq")
 
 
 def test_positions_are_spread_over_the_channels_in_use() -> None:

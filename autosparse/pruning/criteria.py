@@ -388,7 +388,7 @@ PRESETS: dict[str, Preset] = {
     "random_synflow": Preset(CRITERIA["random"], scope="densities:synflow"),
     "spread": Preset(CRITERIA["spread"], scope="erk"),
     "spread_igq": Preset(CRITERIA["spread"], scope="igq"),
-    "narrow_igq": Preset(CRITERIA["spread"], scope="igq", channels=narrow),
+    "narrow_igq": Preset(CRITERIA["random"], scope="igq", channels=narrow),
     "spread_synflow": Preset(CRITERIA["spread"], scope="densities:synflow"),
     "spread_small": Preset(CRITERIA["spread_small"], scope="erk"),
     "magnitude": Preset(CRITERIA["magnitude"]),

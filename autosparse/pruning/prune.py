@@ -243,14 +243,13 @@ def _room(
         coupled=coupled,
         dense=dense,
     )
-    useful = effective_masks(model, in_use, traced)
-    kernels = {
-        n: tuple(d for d in range(m.dim()) if d not in (layers[n].out_dim, layers[n].in_dim)) for n, m in useful.items()
-    }
-    whole = {
-        n: m.sum(kernels[n], keepdim=True) > 0 if kernels[n] else m for n, m in useful.items()
-    }  # taps on padding too
-    room = Masks({n: m.expand(layers[n].shape).clone() for n, m in whole.items()}, layers)
+    found = {}
+    for name, useful in effective_masks(model, in_use, traced).items():
+        layer = layers[name]
+        taps = tuple(d for d in range(useful.dim()) if d not in (layer.out_dim, layer.in_dim))
+        kernels = useful.any(taps, keepdim=True) if taps else useful  # with the taps that see only padding
+        found[name] = kernels.expand(layer.shape).clone()
+    room = Masks(found, layers)
     wanted = round(density * room.total)
     if room.kept < wanted:
         raise AutoSparseError(

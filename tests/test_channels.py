@@ -117,5 +117,5 @@ def test_mistakes_are_told_in_one_line() -> None:
         autosparse.prune(mlp(), 0.5, "random", example_input=example, channels=0.5)
     with pytest.raises(AutoSparseError, match=r"^channels is 0.5: .* without example_input or batches; give one$"):
         autosparse.prune(mlp(), 0.9, "random", channels=0.5)
-    with pytest.raises(AutoSparseError, match=r"^channels is 0.5: it goes with single weights"):
+    with pytest.raises(AutoSparseError, match=r"^granularity is 'block4x4': channels is 0.5: .* leave it out$"):
         autosparse.prune(mlp(), 0.9, "random", example_input=example, channels=0.5, granularity="block4x4")

@@ -84,10 +84,8 @@ def prune(
     known = {name: values for name, values in (signals or {}).items() if name in rule.signals}
     changing = [name for name in rule.signals if name not in (*FIXED, *known)]
     fixed = measure(model, layers, [n for n in rule.signals if n in FIXED and n not in known], example_input=traced)
-    share = check_share(
-        channels if channels is not None else preset.channels(layers, path[-1]) if preset.channels else 1.0
-    )
-    room = None if share == 1 else _room(model, layers, share, path[-1], pattern, graph, traced, seed)
+    share = _share(channels, preset, layers, path[-1], granularity if pattern is not None else None)
+    room = None if share == 1 else _room(model, layers, share, path[-1], graph, traced, seed)
     masks = room
     measured = 0
     for target in path:
@@ -206,12 +204,27 @@ def check_share(channels: float) -> float:
     return float(channels)
 
 
+def _share(
+    channels: float | None,
+    preset: Preset,
+    layers: Mapping[str, Layer],
+    density: float,
+    granularity: str | Granularity,
+) -> float:
+    """The share of channels that stay in use: as given, or by the preset."""
+    if channels is None:
+        channels = preset.channels(layers, density) if preset.channels else 1.0
+    share = check_share(channels)
+    way_out = f"channels is {share:g}: between these, single weights are chosen; leave it out"
+    require(share == 1 or granularity is None, "granularity", granularity, way_out)
+    return share
+
+
 def _room(
     model: nn.Module,
     layers: dict[str, Layer],
     share: float,
     density: float,
-    pattern: Granularity,
     graph: Graph | None,
     traced: Traced | None,
     seed: int,
@@ -221,9 +234,6 @@ def _room(
     Coupled channels are in use together. Kernels between channels that are not in use are left out, as are those that no
     path from the input reaches.
     """
-    require(
-        pattern is None, "channels", share, f"it goes with single weights, not with granularity {pattern}: leave it out"
-    )
     if graph is None or traced is None:
         raise AutoSparseError(
             f"channels is {share:g}: which channels belong together is not known without example_input or batches; give one"

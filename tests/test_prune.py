@@ -617,7 +617,7 @@ def test_a_network_runs_as_often_whatever_the_steps(criterion: str) -> None:
     assert runs == once <= 3
 
 
-def test_without_a_criterion_it_takes_igq_and_magnitude_for_patterns() -> None:
+def test_without_a_criterion_it_takes_narrow_igq_or_igq_and_magnitude_for_patterns() -> None:
     import autosparse
     from autosparse.training.models import create_model
 
@@ -627,4 +627,7 @@ def test_without_a_criterion_it_takes_igq_and_magnitude_for_patterns() -> None:
     for pattern, sparsity in (("2:4", None), ("channel", 0.5), ("block2x2", 0.5)):
         how = {"granularity": pattern, "example_input": example}
         assert autosparse.prune(model, sparsity, **how) == autosparse.prune(model, sparsity, "magnitude", **how)
-    assert autosparse.prune(model, 0.9, granularity="unstructured") == autosparse.prune(model, 0.9, "igq")
+    assert autosparse.prune(model, 0.99, granularity="unstructured") == autosparse.prune(model, 0.99, "igq")
+    narrow = autosparse.prune(model, 0.99, example_input=example)
+    assert narrow == autosparse.prune(model, 0.99, "narrow_igq", example_input=example)
+    assert narrow.report.origin["channels"] == 0.5

@@ -121,7 +121,7 @@ class PruneConfig:
     output: str = "runs/prune"
     model: ModelSettings = ModelSettings("resnet20")
     data: DataSettings = DataSettings("cifar10")
-    criterion: Candidate = Candidate("igq")
+    criterion: Candidate = Candidate("narrow_igq")
     sparsity: float | None = 0.95
     recipe: Recipe = Recipe()
     seed: int = 0

@@ -60,7 +60,9 @@ def prune(
     )
     model, seed = fused(unwrap(model)), int(seed)
     pattern = parse_granularity(granularity)
-    preset = _preset(default_criterion(pattern) if criterion is None else criterion)
+    preset = _preset(
+        default_criterion(pattern, example_input is not None or batches is not None) if criterion is None else criterion
+    )
     given = sparsity is None and isinstance(scope, Mapping)  # then the layer densities say it
     density = 1.0 if given else density_for(sparsity, pattern)
     rule = preset.criterion
@@ -128,10 +130,13 @@ def prune(
     return describe(model, masks, traced, graph)
 
 
-def default_criterion(pattern: Granularity) -> str:
-    """IGQ's layer densities where single weights go, the best mask without training at 95 % in `docs/results.md`; magnitude for blocks,
-    channels and N:M, where positions at random would be whole groups at random."""
-    return "igq" if pattern is None else "magnitude"
+def default_criterion(pattern: Granularity, traceable: bool) -> str:
+    """Where single weights go, IGQ's layer densities, in fewer channels where the network can be traced: the best masks
+    without training in `docs/results.md`. For blocks, channels and N:M magnitude, as positions at random would be whole
+    groups at random."""
+    if pattern is not None:
+        return "magnitude"
+    return "narrow_igq" if traceable else "igq"
 
 
 def _scope(

@@ -26,7 +26,7 @@ NETWORKS = {
     "torchvision:efficientnet_b0": FEW,
     "timm:regnety_002": FEW,
     "torchvision:resnet50": FEW,
-    "torchvision:convnext_tiny": FEW,
+    "torchvision:convnext_tiny": ["snip"],
     "torchvision:swin_t": FEW,
     "torchvision:vit_b_16": ["snip"],
 }

@@ -269,6 +269,7 @@ def test_the_report_tells_where_the_mask_comes_from(tmp_path: Path) -> None:
         "sparsity": 0.5,
         "scope": "global",
         "granularity": "unstructured",
+        "channels": 1.0,
         "steps": 2,
         "n_batches": 2,
         "images": 20,

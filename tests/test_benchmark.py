@@ -614,6 +614,12 @@ def test_the_layer_densities_of_another_candidate_as_scope(name: str, data: Imag
         ),
         ({"criterion": "kstarts", "granularity": "2:4"}, "granularity of kstarts"),
         ({"criterion": "densities:snip", "granularity": "channel"}, "granularity of densities:"),
+        (
+            {"criterion": "snip", "granularity": "channel", "channels": 0.5},
+            "granularity of snip is 'channel': channels is",
+        ),
+        ({"criterion": "snip", "channels": 0}, r"channels is 0: give the share that stays in use, in \(0, 1\]"),
+        ({"criterion": "gmp", "channels": 0.5}, "channels of gmp is 0.5: gmp has no such setting"),
         ({"criterion": "magnitude", "n_batches": 3}, "n_batches is 3: magnitude takes no batches; leave it out"),
         ({"criterion": "random_snip", "n_batches": 3}, "n_batches is 3: random_snip takes no batches"),
         ({"criterion": "snip", "schedule": "linear"}, "schedule is 'linear': one step goes straight to the sparsity"),

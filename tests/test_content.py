@@ -91,7 +91,6 @@ def test_a_network_from_elsewhere_is_known_by_its_source(
     assert of_start(module.Net(), digits) == one
     (tmp_path / "elsewhere.py").write_text(source.format("2 * x"))
     assert of_start(module.Net(), digits) != one
-    sys.modules.pop("elsewhere")
 
 
 def test_a_state_is_known_by_its_masks(tmp_path: Path) -> None:

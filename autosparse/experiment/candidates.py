@@ -107,6 +107,12 @@ class Candidate:
             require(value is None or value >= 1, key, value, "give at least 1")
         if self.channels is not None:
             check_share(self.channels)
+            require(
+                self.channels == 1 or self.granularity in (None, "unstructured"),
+                f"granularity of {self.base}",
+                self.granularity,
+                f"channels is {self.channels:g}: between these, single weights are chosen; leave it out",
+            )
         for key in ("channels", "steps", "n_batches", "batch_size", "schedule"):
             value = getattr(self, key)
             require(

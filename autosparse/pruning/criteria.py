@@ -352,9 +352,9 @@ CRITERIA: dict[str, Criterion] = {
 class Preset:
     """A criterion with the settings that its authors published; each can be overridden in `prune`.
 
-    `scope`, `steps`, `schedule`, `channels`: as in `prune`, but `channels` is a function of layers and density, or
-    `None` for all. `n_batches`: `None`: the criterion's. `revive`: weights that a step pruned may come back in the next (FORCE);
-    otherwise they stay pruned.
+    `scope`, `steps`, `schedule`: as in `prune`. `channels`: the share that stays in use, a function of the layers and the
+    density; `None`: all. `n_batches`: `None`: the criterion's. `revive`: weights that a step pruned may come back in the
+    next (FORCE); otherwise they stay pruned.
     """
 
     criterion: Criterion
@@ -371,8 +371,8 @@ def narrow(layers: Mapping[str, Layer], density: float) -> float:
     channel keeps on average.
 
     So half of the channels leave at 98 %, fewer where the others would have more than eight weights each, and none at 96 %
-    and below. Chosen on small networks of CIFAR-10, see `docs/results.md` (our own; compare the balance of nodes and paths in Pham et
-    al. 2023).
+    and below. Chosen on small networks of CIFAR-10, see `docs/results.md` (our own; compare the balance of nodes and paths
+    in Pham et al. 2023).
     """
     weights = density * sum(layer.numel for layer in layers.values())
     a_channel = weights / sum(layer.out_features for layer in layers.values())

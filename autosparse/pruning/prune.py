@@ -216,9 +216,9 @@ def _share(
     density: float,
     granularity: str | Granularity,
 ) -> float:
-    """The share of channels that stay in use: as given, or by the preset."""
+    """The share of channels that stay in use: as given, or by the preset where single weights are chosen."""
     if channels is None:
-        channels = preset.channels(layers, density) if preset.channels else 1.0
+        channels = preset.channels(layers, density) if preset.channels and granularity is None else 1.0
     share = check_share(channels)
     way_out = f"channels is {share:g}: between these, single weights are chosen; leave it out"
     require(share == 1 or granularity is None, "granularity", granularity, way_out)
